@@ -1,0 +1,312 @@
+"""The block against a slow, literal transcription of the paper's equations, and what follows from them."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+from timm.layers import DropPath
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from timm_depla.layers import AdaptiveBFN, Depla, PlainBFN, SoftRPN, soft_roi_pool
+
+BFNS = ['plain', 'adaptive']
+ARGS = dict(num_groups=3, pooled_chs=4, maps_per_group=2)
+SIZES = [((3, 4), (3, 4)), ((5, 6), (2, 3)), ((2, 3), (4, 6)), ((2, 6), (4, 3))]
+
+
+def randomized(block):
+    """Give every parameter and running statistic a value of its own, in float64 and evaluation mode."""
+    block = block.double().eval()
+    for tensor in block.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn_like(tensor))
+    block.norm.running_var.abs_().add_(0.5)
+    return block
+
+
+# The transcription: nested lists of floats, one loop an index, nothing shared with the package.
+
+
+def upsample(x, height, width):
+    """Bilinear, half-pixel centres, edges repeated: x[c][i][j] -> (C, height, width)."""
+
+    def taps(size, index, target):
+        position = max((index + 0.5) * size / target - 0.5, 0.0)
+        low = min(int(position), size - 1)
+        return low, min(low + 1, size - 1), position - low
+
+    h, w = len(x[0]), len(x[0][0])
+    out = []
+    for channel in x:
+        rows = []
+        for i in range(height):
+            i0, i1, a = taps(h, i, height)
+            row = []
+            for j in range(width):
+                j0, j1, b = taps(w, j, width)
+                top = (1 - b) * channel[i0][j0] + b * channel[i0][j1]
+                bottom = (1 - b) * channel[i1][j0] + b * channel[i1][j1]
+                row.append((1 - a) * top + a * bottom)
+            rows.append(row)
+        out.append(rows)
+    return out
+
+
+def softmax(values):
+    shifted = [math.exp(v - max(values)) for v in values]
+    return [v / sum(shifted) for v in shifted]
+
+
+def conv1x1(weight, x, bias=None):
+    """weight[o][i], x[i][n] -> (O, N)."""
+    return [
+        [sum(row[i] * x[i][n] for i in range(len(row))) + (bias[o] if bias else 0.0) for n in range(len(x[0]))]
+        for o, row in enumerate(weight)
+    ]
+
+
+def literal(block, identity, candidate, num_groups, pooled_chs, maps_per_group, temperature, bfn, rescale_maps):
+    """Section 1 of the paper's table, for one image: identity[c][i][j], candidate[c][i][j] -> (C1, H, W)."""
+    w = {k: v.flatten(1).tolist() if v.ndim > 1 else v.tolist() for k, v in block.state_dict().items()}
+    height = max(len(identity[0]), len(candidate[0]))
+    width = max(len(identity[0][0]), len(candidate[0][0]))
+    x = [[v for row in rows for v in row] for rows in upsample(identity, height, width)]
+    y = [[v for row in rows for v in row] for rows in upsample(candidate, height, width)]
+    positions, groups, chs, depth = range(height * width), range(num_groups), range(pooled_chs), range(maps_per_group)
+
+    logits = conv1x1(w['rpn.conv.weight'], x)
+    m = [softmax([v / temperature for v in logits[k]]) for k in range(num_groups * maps_per_group)]  # m[l * D + d][n]
+    values = conv1x1(w['candidate.weight'], y)  # values[c * D + d][n]
+    z = [[0.0] * num_groups for _ in chs]  # z[c][l]
+    for group in groups:
+        for c in chs:
+            for d in depth:
+                for n in positions:
+                    z[c][group] += m[group * maps_per_group + d][n] * values[c * maps_per_group + d][n]
+    if bfn == 'plain':
+        factor = len(positions) if rescale_maps else 1
+        b = conv1x1(w['bfn.heatmap.weight'], [[factor * v for v in row] for row in m])
+    else:
+        q = conv1x1(w['bfn.query.weight'], x)
+        k = conv1x1(w['bfn.key.weight'], z, w['bfn.key.bias'])
+        scale = math.sqrt(pooled_chs)  # ruling 10
+        b = [[sum(q[c][n] * k[c][group] for c in chs) / scale for n in positions] for group in groups]
+    b = [softmax(row) for row in b]
+    z = conv1x1(w['bfn.transform.weight'], z, w['bfn.transform.bias'])
+    f = [[sum(z[c][g] * len(positions) * b[g][n] for g in groups) for n in positions] for c in chs]  # ruling 4(a)
+    out = conv1x1(w['proj.weight'], f)
+    for c, row in enumerate(out):
+        scale = w['norm.weight'][c] / math.sqrt(w['norm.running_var'][c] + block.norm.eps)
+        out[c] = [x[c][n] + (row[n] - w['norm.running_mean'][c]) * scale + w['norm.bias'][c] for n in positions]
+    return torch.tensor(out, dtype=torch.float64).reshape(-1, height, width)
+
+
+@pytest.mark.parametrize('sizes', SIZES)
+@pytest.mark.parametrize('temperature', [0.2, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize('bfn,rescale_maps', [('plain', False), ('plain', True), ('adaptive', False)])
+def test_matches_literal_transcription(bfn, rescale_maps, temperature, sizes):
+    torch.manual_seed(0)
+    kwargs = dict(ARGS, temperature=temperature, bfn=bfn, rescale_maps=rescale_maps)
+    block = randomized(Depla(6, 5, **kwargs))
+    x, y = torch.randn(2, 6, *sizes[0]).double(), torch.randn(2, 5, *sizes[1]).double()
+    expected = torch.stack([literal(block, a.tolist(), b.tolist(), **kwargs) for a, b in zip(x, y, strict=True)])
+    with torch.no_grad():
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            actual = block(x.contiguous(memory_format=memory_format), y.contiguous(memory_format=memory_format))
+            assert (actual - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize('sizes', [((2, 3), (2, 3)), ((4, 3), (2, 2)), ((2, 2), (3, 4))])
+@pytest.mark.parametrize('bfn', BFNS)
+def test_gradcheck(bfn, sizes):
+    torch.manual_seed(0)
+    block = randomized(Depla(4, 3, num_groups=2, pooled_chs=3, maps_per_group=2, bfn=bfn, temperature=0.5))
+    x = torch.randn(1, 4, *sizes[0], dtype=torch.float64, requires_grad=True)
+    y = torch.randn(1, 3, *sizes[1], dtype=torch.float64, requires_grad=True)
+    parameters = list(block.parameters())
+
+    def call(x, y, *values):
+        named = dict(zip((n for n, _ in block.named_parameters()), values, strict=True))
+        return torch.func.functional_call(block, named, (x, y))
+
+    assert torch.autograd.gradcheck(call, (x, y, *parameters))
+
+
+@pytest.mark.parametrize('bfn', BFNS)
+def test_equivariant_to_shuffled_positions_and_batch(bfn):
+    torch.manual_seed(0)
+    block = randomized(Depla(6, **ARGS, bfn=bfn))
+    x, y = torch.randn(2, 3, 6, 4, 5).double()
+    expected = block(x, y)
+    positions, images = torch.randperm(20), torch.randperm(3)
+
+    def shuffle(t):
+        return t.flatten(2)[:, :, positions].reshape_as(t)
+
+    torch.testing.assert_close(block(shuffle(x), shuffle(y)), shuffle(expected))
+    torch.testing.assert_close(block(x.flip(3), y.flip(3)), expected.flip(3))
+    torch.testing.assert_close(block(x[images], y[images]), expected[images])
+
+
+@pytest.mark.parametrize('bfn,rescale_maps', [('plain', True), ('adaptive', False)])
+def test_does_not_fade_with_resolution(bfn, rescale_maps):
+    """Repeating every pixel repeats every output pixel (ruling 4(a)); literal plain heatmaps alone depend on N."""
+    torch.manual_seed(0)
+    block = randomized(Depla(6, **ARGS, bfn=bfn, rescale_maps=rescale_maps))
+    x, y = torch.randn(2, 2, 6, 4, 5).double()
+    larger = nn.Upsample(scale_factor=3)
+    torch.testing.assert_close(block(larger(x), larger(y)), larger(block(x, y)))
+
+
+def test_soft_rpn_maps_are_probabilities_and_temperature_divides_logits():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 6, 7)
+    rpn, sharp = SoftRPN(8, 5, 3), SoftRPN(8, 5, 3, temperature=0.25)
+    sharp.conv.weight.data.copy_(rpn.conv.weight.data / 4)
+    maps = rpn(x)
+    assert maps.shape == (2, 5, 3, 42)
+    assert (maps >= 0).all()
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 5, 3))
+    torch.testing.assert_close(maps, sharp(x))
+
+
+def test_soft_roi_pool_is_a_weighted_sum():
+    torch.manual_seed(0)
+    maps, values = torch.randn(2, 5, 3, 42).softmax(-1), torch.randn(2, 4, 3, 42)
+    torch.testing.assert_close(soft_roi_pool(maps, values), torch.einsum('bldn,bcdn->blc', maps, values))
+
+
+@pytest.mark.parametrize('bfn', [PlainBFN(5, 4, 3), AdaptiveBFN(8, 4)])
+def test_back_filling_heatmaps_are_probabilities(bfn):
+    torch.manual_seed(0)
+    features, heatmaps = bfn(torch.randn(2, 8, 6, 7), torch.randn(2, 5, 4), torch.rand(2, 5, 3, 42))
+    assert features.shape == (2, 5, 4)
+    assert heatmaps.shape == (2, 5, 42)
+    torch.testing.assert_close(heatmaps.sum(-1), torch.ones(2, 5))
+
+
+@pytest.mark.parametrize('dtype,bound', [(torch.float16, 5e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize('temperature', [0.5, 1.0])
+@pytest.mark.parametrize('bfn', BFNS)
+def test_autocast_at_detection_size(bfn, temperature, dtype, bound):
+    torch.manual_seed(0)
+    block = Depla(64, bfn=bfn, temperature=temperature).eval()
+    x, y = torch.randn(2, 1, 64, 256, 256)
+    with torch.no_grad():
+        expected = copy.deepcopy(block).double()(x.double(), y.double())
+        with torch.autocast('cpu', dtype=dtype):
+            actual = block(x, y)
+            half = block(x.to(dtype), y.to(dtype))
+    assert actual.dtype == torch.float32
+    assert half.dtype == dtype
+    assert (actual - expected).abs().max() < bound * expected.abs().max()
+
+
+@pytest.mark.parametrize('bfn', BFNS)
+def test_autocast_survives_one_hot_maps(bfn):
+    """One pixel outshines 65,535 others: B * N is 65,536 there, more than float16 can hold."""
+    torch.manual_seed(0)
+    block = Depla(64, bfn=bfn).train()
+    x, y = torch.randn(2, 2, 64, 256, 256)
+    x[:, :, 7, 9] *= 100
+    x.requires_grad_()
+    with torch.autocast('cpu', dtype=torch.float16):
+        out = block(x, y)
+    out.float().mean().backward()
+    assert out.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest result of any operation."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize('bfn', BFNS)
+def test_memory_is_linear_in_positions(bfn):
+    block, x = Depla(64, bfn=bfn), torch.randn(1, 64, 24, 32, requires_grad=True)
+    with LargestTensor() as largest:
+        block(x, x).sum().backward()
+    assert largest.numel == x.numel()  # C1 * N = L * D * N; L * C * D * N would be 16 times as many
+
+
+@pytest.mark.parametrize('bfn', BFNS)
+def test_script_fx_compile(bfn):
+    torch.manual_seed(0)
+    block = Depla(8, 6, **ARGS, bfn=bfn).eval()
+    x, y = torch.randn(2, 8, 6, 8), torch.randn(2, 6, 3, 4)
+    with torch.no_grad():
+        expected = block(x, y)
+        traced = torch.fx.symbolic_trace(block)
+        assert torch.equal(traced(x, y), expected)
+        assert torch.equal(torch.jit.script(traced)(x, y), expected)
+        assert torch.equal(torch.jit.script(block)(x, y), expected)
+        compiled = torch.compile(block, fullgraph=True, backend='aot_eager')
+        torch.testing.assert_close(compiled(x, y), expected)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            torch.testing.assert_close(compiled(x, y), block(x, y))
+
+
+@pytest.mark.parametrize('bfn', BFNS)
+def test_export_with_dynamic_batch_and_size(bfn):
+    torch.manual_seed(0)
+    block = Depla(8, **ARGS, bfn=bfn).eval()
+    batch, height, width = (
+        torch.export.Dim('batch'),
+        torch.export.Dim('height', min=3),
+        torch.export.Dim('width', min=3),
+    )
+    shape = {0: batch, 2: height, 3: width}
+    program = torch.export.export(block, tuple(torch.randn(2, 2, 8, 6, 7)), dynamic_shapes=(shape, shape))
+    x, y = torch.randn(2, 5, 8, 11, 4)
+    torch.testing.assert_close(program.module()(x, y), block(x, y))
+
+
+def test_drop_path_drops_the_refinement():
+    x, y = torch.randn(2, 2, 8, 6, 7)
+    block = Depla(8, drop_path=DropPath(1.0))
+    assert torch.equal(block.train()(x, y), x)
+    assert not torch.allclose(block.eval()(x, y), x)
+
+
+def test_meta_device_and_dtype():
+    block = Depla(8, device='meta', dtype=torch.bfloat16)
+    out = block(*torch.randn(2, 1, 8, 4, 4, device='meta', dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    assert {p.device.type for p in block.parameters()} == {'meta'}
+
+
+@pytest.mark.parametrize('temperature', [0.0, -1.0, math.nan, math.inf])
+def test_bad_temperature(temperature):
+    with pytest.raises(ValueError, match=f'temperature must be positive and finite, got {temperature}'):
+        Depla(8, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    'kwargs,message',
+    [
+        (dict(bfn='adaptve'), "bfn must be 'plain' or 'adaptive', got 'adaptve'"),
+        (dict(num_groups=0), 'num_groups must be at least 1, got 0'),
+        (dict(pooled_chs=-2), 'pooled_chs must be at least 1, got -2'),
+        (dict(maps_per_group=0), 'maps_per_group must be at least 1, got 0'),
+    ],
+)
+def test_bad_argument(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Depla(8, **kwargs)
+
+
+def test_bad_channels():
+    block = Depla(8, 6)
+    for identity_chs, candidate_chs in [(6, 6), (8, 8)]:
+        with pytest.raises(ValueError, match=f'for 8 identity and 6 candidate .* {identity_chs} and {candidate_chs};'):
+            block(torch.randn(1, identity_chs, 4, 4), torch.randn(1, candidate_chs, 4, 4))

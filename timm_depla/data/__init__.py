@@ -1,0 +1,3 @@
+from .digits import digits_folder
+
+__all__ = ['digits_folder']

@@ -1,0 +1,222 @@
+"""Aggregation with Feature Detection (DEPLA): the one implementation of the block.
+
+Paper: `Aggregation with Feature Detection`, Sun et al., ICCV 2021, Section 3. Where the paper is silent or ambiguous
+the code follows a numbered ruling of docs/rulings.md.
+
+Shapes, in the letters used below:
+    B: batch, H, W: height and width, N: H * W positions
+    C1, C2: channels of the identity X and of the candidate Y, C: pooled channels (the paper's C2')
+    L: groups of regions of interest (ROI), D: ROI maps a group
+"""
+
+import math
+from typing import Optional, Tuple, Type
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ['SoftRPN', 'soft_roi_pool', 'PlainBFN', 'AdaptiveBFN', 'Depla']
+
+
+@torch.fx.wrap  # data-dependent control flow: a leaf for symbolic tracing
+def match_size(x: Tensor, other: Tensor) -> Tensor:
+    """Up-sample x (B, C, H, W) bilinearly to the larger of its own height and width and the other map's."""
+    height, width = max(x.shape[2], other.shape[2]), max(x.shape[3], other.shape[3])
+    if height == x.shape[2] and width == x.shape[3]:
+        return x
+    return F.interpolate(x, size=[height, width], mode='bilinear', align_corners=False)
+
+
+@torch.fx.wrap
+def check_channels(identity: Tensor, identity_chs: int, candidate: Tensor, candidate_chs: int) -> None:
+    """Raise ValueError unless both maps have the number of channels that the block was built for."""
+    if identity.shape[1] != identity_chs or candidate.shape[1] != candidate_chs:
+        raise ValueError(
+            f'this Depla was built for {identity_chs} identity and {candidate_chs} candidate channels, but got '
+            f'tensors with {identity.shape[1]} and {candidate.shape[1]}; set identity_chs and candidate_chs to match'
+        )
+
+
+@torch.fx.wrap
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the precision of its operands, also under autocast (ruling 9)."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
+        if torch.amp.is_autocast_available(a.device.type):
+            with torch.autocast(a.device.type, enabled=False):
+                return a @ b
+    return a @ b
+
+
+class Linear(nn.Linear):
+    """Linear layer in the precision of its parameters, also under autocast: its inputs are small (ruling 9)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = matmul(x, self.weight.t())
+        return x if self.bias is None else x + self.bias
+
+
+def soft_roi_pool(maps: Tensor, values: Tensor) -> Tensor:
+    """Soft ROI pooling, Z[l, c] = sum over d and n of M[l, d, n] * Y'[c, d, n] (Section 3.2).
+
+    Takes ROI maps M (B, L, D, N), probabilities over N, and values Y' (B, C, D, N); returns Z (B, L, C).
+    """
+    return matmul(maps.flatten(2), values.type_as(maps).flatten(2).transpose(1, 2))
+
+
+@torch.fx.wrap
+def back_fill(features: Tensor, heatmaps: Tensor, identity: Tensor) -> Tensor:
+    """Back-filling, F[c, n] = N * sum over l of features[l, c] * B[l, n] (Section 3.3).
+
+    Takes features (B, L, C) and heatmaps B (B, L, N), probabilities over N; returns a map (B, C, H, W) in the size and
+    memory format of the identity (B, C1, H, W).
+    """
+    features = features * heatmaps.shape[-1]  # ruling 4(a): without N the result would fade with the resolution
+    if identity.is_contiguous(memory_format=torch.channels_last):
+        filled = matmul(heatmaps.transpose(1, 2), features).transpose(1, 2)
+    else:
+        filled = matmul(features.transpose(1, 2), heatmaps)
+    return filled.unflatten(2, identity.shape[2:])
+
+
+class SoftRPN(nn.Module):
+    """Soft region proposal network: ROI maps as a softmax over the positions of a feature map (Equation 1).
+
+    The lower the temperature, the sharper the maps. Arguments as for `Depla`.
+    """
+
+    def __init__(
+        self, in_chs: int, num_groups: int = 16, maps_per_group: int = 4, temperature: float = 1.0, **dd
+    ) -> None:
+        super().__init__()
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f'temperature must be positive and finite, got {temperature!r}; the paper uses 0.2 to 1.0')
+        self.num_groups = num_groups
+        self.maps_per_group = maps_per_group
+        self.temperature = float(temperature)
+        self.conv = nn.Conv2d(in_chs, num_groups * maps_per_group, 1, bias=False, **dd)  # ruling 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, C1, H, W) to ROI maps M (B, L, D, N), each a distribution over its N positions."""
+        logits = self.conv(x).flatten(2).type_as(self.conv.weight) / self.temperature  # (B, L*D, N)
+        return logits.softmax(dim=-1).unflatten(1, (self.num_groups, self.maps_per_group))
+
+
+class PlainBFN(nn.Module):
+    """Plain back-filling network: heatmaps from the ROI maps alone (Section 3.3). Arguments as for `Depla`."""
+
+    def __init__(
+        self, num_groups: int = 16, pooled_chs: int = 16, maps_per_group: int = 4, rescale_maps: bool = False, **dd
+    ) -> None:
+        super().__init__()
+        self.rescale_maps = rescale_maps
+        self.heatmap = Linear(num_groups * maps_per_group, num_groups, bias=False, **dd)  # ruling 8
+        self.transform = Linear(pooled_chs, pooled_chs, **dd)
+
+    def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor) -> Tuple[Tensor, Tensor]:
+        """Pooled features Z (B, L, C) and ROI maps M (B, L, D, N) to Z' (B, L, C) and heatmaps B (B, L, N)."""
+        maps = maps * maps.shape[-1] if self.rescale_maps else maps
+        logits = self.heatmap(maps.flatten(1, 2).transpose(1, 2))  # (B, N, L)
+        return self.transform(pooled), logits.softmax(dim=1).transpose(1, 2)
+
+
+class AdaptiveBFN(nn.Module):
+    """Adaptive back-filling network: each position of the identity attends to the pooled features (Section 3.3)."""
+
+    def __init__(self, identity_chs: int, pooled_chs: int = 16, **dd) -> None:
+        super().__init__()
+        self.scale = pooled_chs**-0.5  # ruling 10
+        self.query = nn.Conv2d(identity_chs, pooled_chs, 1, bias=False, **dd)  # ruling 8
+        self.key = Linear(pooled_chs, pooled_chs, **dd)
+        self.transform = Linear(pooled_chs, pooled_chs, **dd)
+
+    def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor) -> Tuple[Tensor, Tensor]:
+        """Identity X (B, C1, H, W) and pooled features Z (B, L, C) to Z' (B, L, C) and heatmaps B (B, L, N)."""
+        query = self.query(identity).flatten(2).type_as(maps)  # (B, C, N)
+        key = self.key(pooled) * self.scale  # (B, L, C)
+        return self.transform(pooled), matmul(key, query).softmax(dim=-1)
+
+
+class Depla(nn.Module):
+    """Aggregation with feature detection: refines an identity with what is detected in a candidate (Section 3).
+
+    Args:
+        identity_chs: Channels C1 of the identity X.
+        candidate_chs: Channels C2 of the candidate Y; the identity's when None.
+        num_groups: ROI groups L.
+        pooled_chs: Pooled channels C (the paper's C2').
+        maps_per_group: ROI maps a group, D.
+        temperature: Softmax temperature T of the ROI maps.
+        bfn: Back-filling network, 'plain' or 'adaptive'.
+        rescale_maps: Multiply M by N before plain BFN's heatmap convolution (ruling 4(b)); adaptive BFN has none.
+        norm_layer: Norm after the output convolution (ruling 5).
+        drop_path: Stochastic depth of the refinement, the part that is added to the identity.
+
+    Raises:
+        ValueError: If an argument is out of its range, or an input of another width than the block was built for.
+    """
+
+    def __init__(
+        self,
+        identity_chs: int,
+        candidate_chs: Optional[int] = None,
+        num_groups: int = 16,
+        pooled_chs: int = 16,
+        maps_per_group: int = 4,
+        temperature: float = 1.0,
+        bfn: str = 'plain',
+        rescale_maps: bool = False,
+        norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+        drop_path: Optional[nn.Module] = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        for name, value in dict(num_groups=num_groups, pooled_chs=pooled_chs, maps_per_group=maps_per_group).items():
+            if value < 1:
+                raise ValueError(f'{name} must be at least 1, got {value!r}; the paper uses 16, 16 and 4')
+        if bfn not in ('plain', 'adaptive'):
+            raise ValueError(f"bfn must be 'plain' or 'adaptive', got {bfn!r}")
+        self.identity_chs = identity_chs
+        self.candidate_chs = candidate_chs or identity_chs
+        self.maps_per_group = maps_per_group
+        self.rpn = SoftRPN(identity_chs, num_groups, maps_per_group, temperature, **dd)
+        self.candidate = nn.Conv2d(self.candidate_chs, pooled_chs * maps_per_group, 1, bias=False, **dd)  # ruling 8
+        if bfn == 'plain':
+            self.bfn = PlainBFN(num_groups, pooled_chs, maps_per_group, rescale_maps, **dd)
+        else:
+            self.bfn = AdaptiveBFN(identity_chs, pooled_chs, **dd)
+        self.proj = Linear(pooled_chs, identity_chs, bias=False, **dd)
+        self.norm = norm_layer(identity_chs, **dd)
+        self.drop_path = drop_path if drop_path is not None else nn.Identity()
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Start every 1x1 projection at unit gain, std 1 / sqrt(fan-in), biases at zero (ruling 10)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, identity: Tensor, candidate: Tensor) -> Tensor:
+        """Refine the identity X (B, C1, H, W) with the candidate Y (B, C2, h, w).
+
+        If the sizes differ, the smaller map is up-sampled bilinearly and the result has the larger size. What is
+        linear is done where it is cheapest: Y is up-sampled after its 1x1 transform, which leaves fewer channels, and
+        the output projection comes before back-filling, on L vectors instead of N.
+        """
+        check_channels(identity, self.identity_chs, candidate, self.candidate_chs)
+        values = match_size(self.candidate(candidate), identity)  # (B, C*D, H, W)
+        identity = match_size(identity, values)
+        maps = self.rpn(identity)  # (B, L, D, N)
+        values = values.flatten(2).unflatten(1, (-1, self.maps_per_group))  # (B, C, D, N)
+        pooled = soft_roi_pool(maps, values)  # (B, L, C)
+        features, heatmaps = self.bfn(identity, pooled, maps)  # (B, L, C), (B, L, N)
+        filled = back_fill(self.proj(features), heatmaps, identity)  # (B, C1, H, W)
+        x = self.drop_path(self.norm(filled)).type_as(identity)
+        x += identity
+        return x

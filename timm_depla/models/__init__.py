@@ -1,0 +1,3 @@
+from .resnet_depla import *  # noqa: F403
+from .trunk import TrunkReport as TrunkReport
+from .trunk import load_trunk as load_trunk

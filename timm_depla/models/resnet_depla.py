@@ -1,0 +1,302 @@
+"""ResNet, SE-ResNet and ResNeXt with DEPLA.
+
+Paper: `Aggregation with Feature Detection`, Sun et al., ICCV 2021, Section 4.1.
+
+Three residual blocks of stage 3 aggregate their shortcut and their weight layers with DEPLA where the others add them
+(rulings 2 and 3 of docs/rulings.md). The rest is timm's ResNet, whose weights load into the trunk: see `load_trunk`.
+"""
+
+import itertools
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Type, Union
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_ntuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from timm_depla.layers import Depla
+
+__all__ = ['BasicBlockDepla', 'BottleneckDepla', 'ResNetDepla']  # register_model adds each entrypoint
+
+
+class BasicBlockDepla(BasicBlock):
+    """Basic residual block (two 3x3 convolutions) that aggregates with DEPLA."""
+
+    def __init__(self, inplanes: int, planes: int, *args, depla: Dict[str, Any], **kwargs) -> None:
+        super().__init__(inplanes, planes, *args, **kwargs)
+        self.depla = _create_depla(self, planes, depla, **kwargs)
+
+    def zero_init_last(self) -> None:
+        """Leave the last norm alone: at zero it would make the candidate Y zero and starve DEPLA (ruling 6)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+        x = self.bn2(self.conv2(x))
+        if self.se is not None:
+            x = self.se(x)
+        return self.act2(self.depla(identity, x))
+
+
+class BottleneckDepla(Bottleneck):
+    """Bottleneck residual block (1x1, 3x3 and 1x1 convolutions) that aggregates with DEPLA."""
+
+    def __init__(self, inplanes: int, planes: int, *args, depla: Dict[str, Any], **kwargs) -> None:
+        super().__init__(inplanes, planes, *args, **kwargs)
+        self.depla = _create_depla(self, planes, depla, **kwargs)
+
+    def zero_init_last(self) -> None:
+        """Leave the last norm alone: at zero it would make the candidate Y zero and starve DEPLA (ruling 6)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
+        x = self.bn3(self.conv3(x))
+        if self.se is not None:
+            x = self.se(x)
+        return self.act3(self.depla(identity, x))
+
+
+def _create_depla(
+    block: nn.Module, planes: int, depla: Dict[str, Any], norm_layer: Type[nn.Module], device=None, dtype=None, **_
+) -> Depla:
+    """Build a residual block's DEPLA; the block's stochastic depth moves to DEPLA's refinement."""
+    drop_path, block.drop_path = block.drop_path, None
+    return Depla(
+        planes * block.expansion, **depla, norm_layer=norm_layer, drop_path=drop_path, device=device, dtype=dtype
+    )
+
+
+_DEPLA_BLOCKS = {BasicBlock: BasicBlockDepla, Bottleneck: BottleneckDepla}
+_DEPLA_ARGS = ('num_groups', 'pooled_chs', 'maps_per_group', 'temperature', 'bfn', 'rescale_maps')
+
+
+def default_positions(num_blocks: int) -> Tuple[int, ...]:
+    """Indices of the DEPLA blocks in a stage: three, evenly spread, ending with the last (ruling 3).
+
+    Never the first block, which changes the resolution: a stage of up to four blocks takes all the others.
+    """
+    if num_blocks <= 4:
+        return tuple(range(1, num_blocks))
+    return tuple(round((i + 1) * num_blocks / 3) - 1 for i in range(3))
+
+
+def _resolve_depla(
+    layers: Sequence[int], stage: int = 3, positions: Optional[Sequence[int]] = None, **block_args
+) -> Tuple[int, Tuple[int, ...], Dict[str, Any]]:
+    """Check the `depla` argument of a model and split it into stage, block positions and block arguments."""
+    if unknown := sorted(block_args.keys() - set(_DEPLA_ARGS)):
+        raise TypeError(f'unknown depla argument {unknown}; there are {["stage", "positions", *_DEPLA_ARGS]}')
+    if stage not in range(1, len(layers) + 1):
+        raise ValueError(f'depla stage must be one of 1 to {len(layers)}, got {stage!r}')
+    num_blocks = layers[stage - 1]
+    positions = tuple(default_positions(num_blocks) if positions is None else positions)
+    if not positions or any(p not in range(num_blocks) for p in positions):
+        raise ValueError(
+            f'depla positions must be block indices of stage {stage}, 0 to {num_blocks - 1}, got {positions}'
+        )
+    return stage, positions, block_args
+
+
+def _at_positions(block: Type[nn.Module], positions: Sequence[int], depla: Dict[str, Any]) -> Callable[..., nn.Module]:
+    """Give timm's stage builder, which makes all blocks of a stage alike, blocks with DEPLA at some positions."""
+    if block not in _DEPLA_BLOCKS:
+        raise ValueError(f'no DEPLA for residual block {block.__name__}; there is for BasicBlock and Bottleneck')
+    index = itertools.count()
+
+    def create_block(*args, **kwargs) -> nn.Module:
+        if next(index) in positions:
+            return _DEPLA_BLOCKS[block](*args, depla=depla, **kwargs)
+        return block(*args, **kwargs)
+
+    create_block.expansion = block.expansion
+    return create_block
+
+
+class ResNetDepla(ResNet):
+    """timm's ResNet, with DEPLA in some residual blocks of one stage.
+
+    Args:
+        block: timm's BasicBlock or Bottleneck, or one for each stage.
+        layers: Residual blocks in each stage.
+        depla: What differs from the paper's setting: `stage` (1 to 4, default 3), `positions` (block indices in the
+            stage, default `default_positions`), and `Depla`'s num_groups, pooled_chs, maps_per_group, temperature, bfn
+            and rescale_maps.
+        **kwargs: Arguments of timm's ResNet.
+
+    Raises:
+        TypeError: If `depla` has an unknown key.
+        ValueError: If the stage or a position does not exist, or an argument of `Depla` is out of range.
+    """
+
+    def __init__(
+        self,
+        block: Union[Type[nn.Module], Sequence[Type[nn.Module]]],
+        layers: Sequence[int],
+        depla: Optional[Dict[str, Any]] = None,
+        **kwargs,
+    ) -> None:
+        stage, positions, block_args = _resolve_depla(layers, **(depla or {}))
+        blocks = list(to_ntuple(len(layers))(block))
+        blocks[stage - 1] = _at_positions(blocks[stage - 1], positions, block_args)
+        super().__init__(blocks, layers, **kwargs)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """Initialise as timm does, but for DEPLA, whose convolutions keep their own scale (ruling 10)."""
+        super().init_weights(zero_init_last=zero_init_last)
+        for module in self.modules():
+            if isinstance(module, Depla):
+                module.init_weights()
+
+
+def _create_resnet_depla(
+    variant: str,
+    pretrained: bool = False,
+    depla: Optional[Dict[str, Any]] = None,
+    variant_depla: Optional[Dict[str, Any]] = None,
+    **kwargs,
+) -> ResNetDepla:
+    """Build a variant; the caller's `depla` overrides the variant's key by key."""
+    depla = {**(variant_depla or {}), **(depla or {})}
+    return build_model_with_cfg(ResNetDepla, variant, pretrained, depla=depla, **kwargs)
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bilinear', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0',
+        'paper_name': 'Aggregation with Feature Detection',
+        **kwargs,
+    }  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'resnet18_depla.untrained': _cfg(),
+        'resnet34_depla.untrained': _cfg(),
+        'resnet50_depla.untrained': _cfg(),
+        'resnet101_depla.untrained': _cfg(),
+        'resnet152_depla.untrained': _cfg(),
+        'resnet50_depla_adaptive.untrained': _cfg(),
+        'seresnet18_depla.untrained': _cfg(),
+        'seresnet34_depla.untrained': _cfg(),
+        'seresnet50_depla.untrained': _cfg(),
+        'seresnet101_depla.untrained': _cfg(),
+        'seresnet152_depla.untrained': _cfg(),
+        'seresnet50_depla_adaptive.untrained': _cfg(),
+        'resnext50_32x4d_depla.untrained': _cfg(),
+        'test_resnet_depla.untrained': _cfg(input_size=(3, 128, 128), pool_size=(4, 4), first_conv='conv1.0'),
+    }
+)
+
+
+@register_model
+def resnet18_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
+    """ResNet-18 with plain DEPLA."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return _create_resnet_depla('resnet18_depla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet34_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
+    """ResNet-34 with plain DEPLA."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    return _create_resnet_depla('resnet34_depla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet50_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
+    """ResNet-50 with plain DEPLA."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return _create_resnet_depla('resnet50_depla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet101_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
+    """ResNet-101 with plain DEPLA."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+    return _create_resnet_depla('resnet101_depla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet152_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
+    """ResNet-152 with plain DEPLA."""
+    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3))
+    return _create_resnet_depla('resnet152_depla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet50_depla_adaptive(pretrained: bool = False, **kwargs) -> ResNetDepla:
+    """ResNet-50 with adaptive DEPLA (Table 3)."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), variant_depla=dict(bfn='adaptive'))
+    return _create_resnet_depla('resnet50_depla_adaptive', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seresnet18_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
+    """SE-ResNet-18 with plain DEPLA."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), block_args=dict(attn_layer='se'))
+    return _create_resnet_depla('seresnet18_depla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seresnet34_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
+    """SE-ResNet-34 with plain DEPLA."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), block_args=dict(attn_layer='se'))
+    return _create_resnet_depla('seresnet34_depla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seresnet50_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
+    """SE-ResNet-50 with plain DEPLA."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), block_args=dict(attn_layer='se'))
+    return _create_resnet_depla('seresnet50_depla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seresnet101_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
+    """SE-ResNet-101 with plain DEPLA."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), block_args=dict(attn_layer='se'))
+    return _create_resnet_depla('seresnet101_depla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seresnet152_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
+    """SE-ResNet-152 with plain DEPLA."""
+    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3), block_args=dict(attn_layer='se'))
+    return _create_resnet_depla('seresnet152_depla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seresnet50_depla_adaptive(pretrained: bool = False, **kwargs) -> ResNetDepla:
+    """SE-ResNet-50 with adaptive DEPLA."""
+    model_args = dict(
+        block=Bottleneck, layers=(3, 4, 6, 3), block_args=dict(attn_layer='se'), variant_depla=dict(bfn='adaptive')
+    )
+    return _create_resnet_depla('seresnet50_depla_adaptive', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnext50_32x4d_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
+    """ResNeXt-50 32x4d with plain DEPLA."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
+    return _create_resnet_depla('resnext50_32x4d_depla', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_resnet_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
+    """Tiny ResNet with plain DEPLA, for tests and the embedded digits."""
+    model_args = dict(
+        block=[BasicBlock, BasicBlock, Bottleneck, BasicBlock],
+        layers=(1, 1, 4, 1),
+        stem_width=8,
+        stem_type='deep',
+        avg_down=True,
+        channels=(16, 32, 48, 64),
+    )
+    return _create_resnet_depla('test_resnet_depla', pretrained, **dict(model_args, **kwargs))

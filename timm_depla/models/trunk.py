@@ -1,0 +1,90 @@
+"""Start a DEPLA model from the weights of the network that it was built on."""
+
+import os
+from dataclasses import dataclass
+from typing import Dict, List, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import is_model, load_state_dict
+
+from timm_depla.layers import Depla
+
+__all__ = ['TrunkReport', 'load_trunk']
+
+
+@dataclass
+class TrunkReport:
+    """What `load_trunk` did, as names of tensors in the model's state dict.
+
+    Attributes:
+        loaded: Taken from the source.
+        new: DEPLA's own, which the source has not; they keep their initial values.
+        skipped: The classifier's, where the source was trained for another number of classes.
+    """
+
+    loaded: List[str]
+    new: List[str]
+    skipped: List[str]
+
+    def __str__(self) -> str:
+        text = f'{len(self.loaded)} tensors loaded, {len(self.new)} of DEPLA new'
+        return text + (f', classifier left as it was ({", ".join(self.skipped)})' if self.skipped else '')
+
+
+def load_trunk(model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch.Tensor]]) -> TrunkReport:
+    """Load the weights of the original network, or of the whole DEPLA model, and report what was and was not loaded.
+
+    Example:
+        model = timm.create_model('resnet50_depla', num_classes=10)
+        print(load_trunk(model, 'resnet50.a1_in1k'))
+
+    Args:
+        model: A DEPLA model of this package.
+        source: A timm model with pretrained weights (pulled from the Hugging Face Hub), a checkpoint file that timm
+            can read (safetensors or PyTorch), or a state dict.
+
+    Raises:
+        FileNotFoundError: If the source is neither a timm model nor a file.
+        ValueError: If the source does not fit: tensors of the trunk are missing, unknown or of another shape. The model
+            is left as it was.
+    """
+    state = _read(source, model)
+    own = model.state_dict()
+    prefixes = tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, Depla))
+    classifier = model.get_classifier(name_only=True)
+    skipped = [k for k in own if k.startswith(f'{classifier}.') and k in state and state[k].shape != own[k].shape]
+    state = {k: v for k, v in state.items() if k not in skipped}
+
+    new = [k for k in own if k.startswith(prefixes) and k not in state] if prefixes else []
+    missing = [k for k in own if k not in state and k not in new and k not in skipped]
+    unexpected = [k for k in state if k not in own]
+    mismatched = [
+        f'{k} {tuple(v.shape)} for {tuple(own[k].shape)}'
+        for k, v in state.items()
+        if k in own and v.shape != own[k].shape
+    ]
+    if missing or unexpected or mismatched:
+        raise ValueError(
+            'these weights are of another architecture or configuration than the model: '
+            f'{_some("missing", missing)}; {_some("unexpected", unexpected)}; {_some("of another shape", mismatched)}. '
+            'Create the model that they belong to, with the same in_chans and depla arguments'
+        )
+    model.load_state_dict(state, strict=False)
+    return TrunkReport(loaded=list(state), new=new, skipped=skipped)
+
+
+def _read(source: Union[str, os.PathLike, Dict[str, torch.Tensor]], model: nn.Module) -> Dict[str, torch.Tensor]:
+    if isinstance(source, dict):
+        return source
+    if os.path.isfile(source):
+        return load_state_dict(os.fspath(source))
+    if is_model(str(source)):
+        return timm.create_model(source, pretrained=True, in_chans=model.in_chans).state_dict()
+    raise FileNotFoundError(f"'{source}' is neither a checkpoint file nor a model of timm")
+
+
+def _some(label: str, names: List[str]) -> str:
+    """Name the first few of a list, and how many there are."""
+    return f'{len(names)} {label}' + (f' ({", ".join(names[:4])}{", ..." if len(names) > 4 else ""})' if names else '')
