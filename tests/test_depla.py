@@ -69,7 +69,7 @@ def conv1x1(weight, x, bias=None):
 
 
 def literal(block, identity, candidate, num_groups, pooled_chs, maps_per_group, temperature, bfn, rescale_maps):
-    """Section 1 of the paper's table, for one image: identity[c][i][j], candidate[c][i][j] -> (C1, H, W)."""
+    """The equations in the paper's order, for one image: identity[c][i][j], candidate[c][i][j] -> (C1, H, W)."""
     w = {k: v.flatten(1).tolist() if v.ndim > 1 else v.tolist() for k, v in block.state_dict().items()}
     height = max(len(identity[0]), len(candidate[0]))
     width = max(len(identity[0][0]), len(candidate[0][0]))

@@ -222,6 +222,7 @@ def train(args: Namespace) -> Dict[str, Any]:
     if not (args.data or args.data_dir):
         _logger.info('no data folder given: training on the embedded handwritten digits')
     args.data_dir = str(args.data or args.data_dir or digits_folder())
+    del args.data
     random_seed(args.seed)
     model, train_loader, val_loader = build(args)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))

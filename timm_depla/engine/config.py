@@ -74,7 +74,7 @@ def parse_args(
                 raise ConfigError(f"unknown key '{key}' in recipe '{name}'{closest(key, list(actions))}")
         flags = [flag for key, value in recipe.items() for flag in _as_flags(actions[key], value)]
         checked = vars(parser.parse_args(flags))
-        parser.set_defaults(recipe=name, **{key: checked[key] for key in recipe})
+        parser.set_defaults(**{**{key: checked[key] for key in recipe}, 'recipe': name})
     return parser.parse_args(argv)
 
 

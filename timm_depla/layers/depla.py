@@ -1,7 +1,8 @@
 """Aggregation with Feature Detection (DEPLA): the one implementation of the block.
 
-Paper: `Aggregation with Feature Detection`, Sun et al., ICCV 2021, Section 3. Where the paper is silent or ambiguous
-the code follows a numbered ruling of docs/rulings.md.
+Paper: `Aggregation with Feature Detection`, Sun et al., ICCV 2021 -
+https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html
+Where the paper is silent or ambiguous, the code follows a numbered ruling of docs/rulings.md.
 
 Shapes, in the letters used below:
     B: batch, H, W: height and width, N: H * W positions
@@ -58,7 +59,7 @@ class Linear(nn.Linear):
 
 
 def soft_roi_pool(maps: Tensor, values: Tensor) -> Tensor:
-    """Soft ROI pooling, Z[l, c] = sum over d and n of M[l, d, n] * Y'[c, d, n] (Section 3.2).
+    """Soft ROI pooling, Z[l, c] = sum over d and n of M[l, d, n] * Y'[c, d, n].
 
     Takes ROI maps M (B, L, D, N), probabilities over N, and values Y' (B, C, D, N); returns Z (B, L, C).
     """
@@ -67,7 +68,7 @@ def soft_roi_pool(maps: Tensor, values: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def back_fill(features: Tensor, heatmaps: Tensor, identity: Tensor) -> Tensor:
-    """Back-filling, F[c, n] = N * sum over l of features[l, c] * B[l, n] (Section 3.3).
+    """Back-filling, F[c, n] = N * sum over l of features[l, c] * B[l, n].
 
     Takes features (B, L, C) and heatmaps B (B, L, N), probabilities over N; returns a map (B, C, H, W) in the size and
     memory format of the identity (B, C1, H, W).
@@ -104,7 +105,7 @@ class SoftRPN(nn.Module):
 
 
 class PlainBFN(nn.Module):
-    """Plain back-filling network: heatmaps from the ROI maps alone (Section 3.3). Arguments as for `Depla`."""
+    """Plain back-filling network: heatmaps from the ROI maps alone. Arguments as for `Depla`."""
 
     def __init__(
         self, num_groups: int = 16, pooled_chs: int = 16, maps_per_group: int = 4, rescale_maps: bool = False, **dd
@@ -122,7 +123,7 @@ class PlainBFN(nn.Module):
 
 
 class AdaptiveBFN(nn.Module):
-    """Adaptive back-filling network: each position of the identity attends to the pooled features (Section 3.3)."""
+    """Adaptive back-filling network: each position of the identity attends to the pooled features."""
 
     def __init__(self, identity_chs: int, pooled_chs: int = 16, **dd) -> None:
         super().__init__()
@@ -139,7 +140,7 @@ class AdaptiveBFN(nn.Module):
 
 
 class Depla(nn.Module):
-    """Aggregation with feature detection: refines an identity with what is detected in a candidate (Section 3).
+    """Aggregation with feature detection: refines an identity with what is detected in a candidate.
 
     Args:
         identity_chs: Channels C1 of the identity X.

@@ -1,0 +1,50 @@
+"""`python -m benchmarks NAME` runs a benchmark, saves its record and writes docs/benchmarks.md from all records."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from timm.utils import setup_default_logging
+
+from . import cost, init, record, speed, variants
+
+BENCHMARKS = {'cost': cost, 'speed': speed, 'init': init, 'variants': variants}
+DOCS = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
+
+
+def write_docs() -> None:
+    """Write docs/benchmarks.md: a section for each record."""
+    parts = ['# Benchmarks', 'Each table comes from a record in `benchmarks/records/`, by the command below it.']
+    for name in record.names():
+        entry = record.load(name)
+        module = BENCHMARKS[name.split('-')[0]]
+        versions = ', '.join(f'{package} {version}' for package, version in entry['versions'].items())
+        parts += [
+            f'## {module.__doc__.strip()}',
+            module.render(entry['results']),
+            f'`{entry["command"]}` at commit {entry["commit"][:12]}; {versions}; {entry["hardware"]}.',
+        ]
+    DOCS.write_text('\n\n'.join(parts) + '\n')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__)
+    commands = parser.add_subparsers(dest='name', required=True)
+    for name, module in BENCHMARKS.items():
+        command = commands.add_parser(name, help=module.__doc__.strip(), description=module.__doc__)
+        module.add_args(command)
+        command.add_argument('--record', default=name, metavar='NAME', help=f'file of the record, {name}[-SUFFIX]')
+    commands.add_parser('docs', help='write docs/benchmarks.md from the records')
+    args = parser.parse_args()
+    setup_default_logging()
+    if args.name != 'docs':
+        module = BENCHMARKS[args.name]
+        results = module.run(args)
+        record.save(args.record, f'python -m benchmarks {shlex.join(sys.argv[1:])}', results)
+        print(module.render(results))
+    write_docs()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,37 @@
+"""What each model costs: parameters, and multiply-adds of its convolutions and matrix products."""
+
+import argparse
+from typing import Any, Dict
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .record import table
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--model', nargs='+', default=['*resne*_depla*'], help='models, with wildcards')
+
+
+def run(args: argparse.Namespace) -> Dict[str, Any]:
+    results = {}
+    for name in timm.list_models(args.model):
+        base = name.split('_depla')[0]
+        for model_name in (base, name) if timm.is_model(base) else (name,):
+            model = timm.create_model(model_name, device='meta').eval()
+            size = model.default_cfg['input_size']
+            counter = FlopCounterMode(display=False)
+            with counter, torch.no_grad():
+                model(torch.randn(1, *size, device='meta'))
+            parameters = sum(p.numel() for p in model.parameters())
+            results[model_name] = dict(size=size[-1], macs=counter.get_total_flops() // 2, parameters=parameters)
+    return results
+
+
+def render(results: Dict[str, Any]) -> str:
+    rows = [
+        [f'`{name}`', r['size'], f'{r["macs"] / 1e9:.2f}', f'{r["parameters"] / 1e6:.1f}']
+        for name, r in results.items()
+    ]
+    return table(['model', 'pixels', 'G multiply-adds', 'M parameters'], rows)

@@ -1,0 +1,79 @@
+"""The block at initialisation: does its output vary over positions, and does every weight receive a gradient?"""
+
+import argparse
+from typing import Any, Dict
+
+import numpy as np
+import timm
+import torch
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import v2
+
+from timm_depla.layers import Depla
+
+from .record import table
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--batch-size', type=int, default=16, help='random crops of two photographs')
+    parser.add_argument('--seed', type=int, default=0, help='of the crops and the weights')
+
+
+def _crops(count: int) -> torch.Tensor:
+    """Random crops of the two photographs that scikit-learn ships, (B, 3, 224, 224), normalised."""
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(224, scale=(0.05, 0.3)),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD),
+        ]
+    )
+    photographs = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in load_sample_images().images]
+    return torch.stack([transform(photographs[i % 2]) for i in range(count)])
+
+
+def _measure(bfn: str, rescale_maps: bool, args: argparse.Namespace) -> Dict[str, Any]:
+    torch.manual_seed(args.seed)
+    x, labels = _crops(args.batch_size), torch.randint(1000, (args.batch_size,))
+    model = timm.create_model('resnet50_depla', depla=dict(bfn=bfn, rescale_maps=rescale_maps)).train()
+    shares = []
+
+    def measure_share(module: torch.nn.Module, inputs: Any, out: torch.Tensor) -> None:
+        shares.append((out.flatten(2).var(2).mean().sqrt() / out.std()).item())
+
+    for module in model.modules():
+        if isinstance(module, Depla):
+            module.norm.register_forward_hook(measure_share)
+    torch.nn.functional.cross_entropy(model(x), labels).backward()
+    gradients = {
+        name: (parameter.grad.norm() / parameter.norm()).item()
+        for name, parameter in model.layer3[5].named_parameters()
+        if parameter.ndim > 1
+    }
+    relative = {k[6:]: v / gradients['conv3.weight'] for k, v in gradients.items() if k.startswith('depla.')}
+    return dict(spatial_share=shares, relative_gradient=relative)
+
+
+def run(args: argparse.Namespace) -> Dict[str, Any]:
+    """Spatial share of the refinement's deviation, and relative gradients, of resnet50_depla's DEPLA blocks."""
+    return {
+        f'{bfn}, M{" times N" if rescale_maps else ""}': _measure(bfn, rescale_maps, args)
+        for bfn in ('plain', 'adaptive')
+        for rescale_maps in (False, True)
+    }
+
+
+def render(results: Dict[str, Any]) -> str:
+    shares = [[name, *(f'{share:.3f}' for share in r['spatial_share'])] for name, r in results.items()]
+    weights = list(dict.fromkeys(key for r in results.values() for key in r['relative_gradient']))
+    gradients = [
+        [name, *(f'{r["relative_gradient"][key]:.1e}' if key in r['relative_gradient'] else '' for key in weights)]
+        for name, r in results.items()
+    ]
+    return (
+        "Spatial share: deviation over positions of the norm's output, what DEPLA adds to the identity, over its whole "
+        'deviation, in the blocks of `resnet50_depla`. Heatmaps from M (ruling 4(b)) or from M times N.\n\n'
+        + table(['', 'layer3.1', 'layer3.3', 'layer3.5'], shares)
+        + "\n\nGradient norm over weight norm in layer3.5, relative to that block's `conv3`.\n\n"
+        + table(['', *(f'`{key}`' for key in weights)], gradients)
+    )

@@ -1,0 +1,58 @@
+"""Records: what a benchmark found, with the command, commit, versions and hardware that it was found with."""
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, List
+
+import timm
+import torch
+
+import timm_depla
+
+FOLDER = Path(__file__).parent / 'records'
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(['git', *args], capture_output=True, text=True, cwd=FOLDER.parent).stdout.strip()
+
+
+def _processor() -> str:
+    """The processor's name, as Linux tells it where it does."""
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.machine())
+
+
+def save(name: str, command: str, results: Dict[str, Any]) -> None:
+    """Write records/NAME.json."""
+    record = {
+        'command': command,
+        'commit': _git('rev-parse', 'HEAD') + ('-modified' if _git('status', '--porcelain', '-uno') else ''),
+        'versions': {
+            'python': platform.python_version(),
+            'torch': torch.__version__,
+            'timm': timm.__version__,
+            'timm_depla': timm_depla.__version__,
+        },
+        'hardware': f'{_processor()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads',
+        'results': results,
+    }
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f'{name}.json').write_text(json.dumps(record, indent=1) + '\n')
+
+
+def load(name: str) -> Dict[str, Any]:
+    return json.loads((FOLDER / f'{name}.json').read_text())
+
+
+def names() -> List[str]:
+    return sorted(path.stem for path in FOLDER.glob('*.json'))
+
+
+def table(header: List[str], rows: List[List[Any]]) -> str:
+    """A Markdown table."""
+    lines = [header, ['---'] * len(header), *rows]
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)

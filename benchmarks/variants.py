@@ -1,0 +1,48 @@
+"""Every variant trains: the tiny model on the digits, both back-filling networks, temperatures and seeds."""
+
+import argparse
+import csv
+import tempfile
+from pathlib import Path
+from typing import Any, Dict
+
+from timm_depla.engine.classification import train
+from timm_depla.engine.config import create_train_parser, parse_args
+
+from .record import table
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--bfn', nargs='+', default=['plain', 'adaptive'], help='back-filling networks')
+    parser.add_argument('--temperature', nargs='+', type=float, default=[0.2, 0.5, 1.0], help='temperatures')
+    parser.add_argument('--seed', nargs='+', type=int, default=[0, 1, 2], help='seeds')
+
+
+def run(args: argparse.Namespace) -> Dict[str, Any]:
+    """Best and last validation top-1 of each run of the digits recipe, in percent."""
+    results: Dict[str, Any] = {}
+    for bfn in args.bfn:
+        for temperature in args.temperature:
+            for seed in args.seed:
+                depla = f"depla={{'bfn': '{bfn}', 'temperature': {temperature}}}"
+                with tempfile.TemporaryDirectory() as output:
+                    argv = ['--recipe', 'digits', '--model-kwargs', depla, '--seed', str(seed), '--output', output]
+                    train(parse_args(create_train_parser(), [*argv, '--experiment', 'run']))
+                    rows = list(csv.DictReader((Path(output) / 'run' / 'summary.csv').open()))
+                top1 = [round(float(row['eval_top1']), 2) for row in rows]
+                results.setdefault(f'{bfn}, T = {temperature}', []).append(
+                    dict(seed=seed, best=max(top1), last=top1[-1])
+                )
+                print(bfn, temperature, seed, max(top1), top1[-1], flush=True)
+    return results
+
+
+def render(results: Dict[str, Any]) -> str:
+    rows = [
+        [name, *(f'{run["best"]:.2f} / {run["last"]:.2f}' for run in runs), f'{min(run["best"] for run in runs):.2f}']
+        for name, runs in results.items()
+    ]
+    seeds = [f'seed {run["seed"]}' for run in next(iter(results.values()))]
+    return '`test_resnet_depla` by the digits recipe: validation top-1 in percent, best / last epoch.\n\n' + table(
+        ['variant', *seeds, 'lowest best'], rows
+    )

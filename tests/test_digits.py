@@ -1,0 +1,53 @@
+"""The embedded data set: real, split as documented, written once and verified on reuse."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from timm_depla.data import digits_folder
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return digits_folder(tmp_path_factory.mktemp('cache') / 'digits')
+
+
+def test_holds_every_digit_once_under_its_class(folder):
+    images, labels = load_digits(return_X_y=True)
+    paths = sorted(folder.glob('*/*/*.png'))
+    assert sorted(int(p.stem) for p in paths) == list(range(1797))
+    for path in paths[::100]:
+        assert int(path.parent.name) == labels[int(path.stem)]
+        expected = images[int(path.stem)].reshape(8, 8) * (255 / 16)
+        assert np.abs(np.asarray(Image.open(path)) - expected).max() <= 0.5
+
+
+def test_split_is_stratified(folder):
+    counts = {split: [len(list((folder / split / str(c)).iterdir())) for c in range(10)]
+              for split in ('train', 'validation')}  # fmt: skip
+    assert sum(counts['train']) == 1438
+    assert sum(counts['validation']) == 359
+    for train, validation in zip(counts['train'], counts['validation'], strict=True):
+        assert abs(validation - (train + validation) / 5) <= 0.5
+
+
+def test_reused_as_it_is_and_written_again_when_damaged(folder, caplog):
+    image = folder / 'train' / '3'
+    image = sorted(image.iterdir())[0]
+    before = image.stat().st_mtime_ns
+    assert digits_folder(folder) == folder
+    assert image.stat().st_mtime_ns == before
+    for damage in (image.unlink, lambda: image.write_bytes(b'no image')):
+        damage()
+        digits_folder(folder)
+        assert Image.open(image).size == (8, 8)
+    assert caplog.text.count('is incomplete or was changed; writing it again') == 2
+
+
+def test_without_scikit_learn(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "timm-depla\[digits\]", or give a data folder'):
+        digits_folder(tmp_path / 'digits')

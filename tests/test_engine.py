@@ -1,0 +1,154 @@
+"""train.py and validate.py as a user runs them, on the embedded digits."""
+
+import csv
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_depla  # noqa: F401  (registers the models)
+from timm_depla.data import digits_folder
+
+ROOT = Path(__file__).parent.parent
+FAST = ['--img-size', 32, '--epochs', 1, '--workers', 1]
+
+
+def run(script, *args):
+    """Run a script as a user does and return what it printed."""
+    command = [sys.executable, ROOT / script, *args]
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+@pytest.fixture
+def error(monkeypatch):
+    """Run a script in this process and return the message that it must exit with."""
+
+    def run_and_fail(script, *args):
+        monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / script), run_name='__main__')
+        assert isinstance(caught.value.code, str)
+        return caught.value.code
+
+    return run_and_fail
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A run of a few epochs on the embedded digits, as the digits recipe trains them."""
+    output = tmp_path_factory.mktemp('output')
+    result = run('train.py', '--epochs', 5, '--output', output, '--experiment', 'run')
+    assert 'no data folder given: training on the embedded handwritten digits' in result
+    return output / 'run'
+
+
+def test_learns(folder):
+    rows = list(csv.DictReader((folder / 'summary.csv').open()))
+    assert [int(r['epoch']) for r in rows] == list(range(5))
+    assert float(rows[-1]['train_loss']) < float(rows[0]['train_loss'])
+    assert float(rows[-1]['eval_top1']) > 80
+
+
+def test_validate_reproduces_the_logged_accuracy(folder):
+    rows = list(csv.DictReader((folder / 'summary.csv').open()))
+    best = max(float(r['eval_top1']) for r in rows)
+    for target, expected in [(folder, best), (folder / 'last', float(rows[-1]['eval_top1'])),
+                             (folder / 'best' / 'model.safetensors', best)]:  # fmt: skip
+        output = run('validate.py', target, *(['--data-dir', digits_folder()] if target != folder else []))
+        assert f'top-1 {expected:.2f}' in output
+
+
+def test_checkpoint_loads_through_timm(folder):
+    model = timm.create_model(f'local-dir:{folder / "best"}', pretrained=True).eval()
+    config = timm.data.resolve_data_config(model=model)
+    assert config['input_size'] == (3, 128, 128)
+    path = sorted((digits_folder() / 'validation' / '7').iterdir())[0]
+    image = timm.data.create_transform(**config)(Image.open(path).convert('RGB'))
+    with torch.no_grad():
+        assert model(image[None]).argmax().item() == 7
+
+
+def test_options(tmp_path):
+    """Averaged weights, mixup, clipping, half precision, channels last and model arguments, in one short run."""
+    args = ['--model-ema', '--model-ema-decay', 0.9, '--mixup', 0.2, '--clip-grad', 1.0, '--amp', '--amp-dtype',
+            'bfloat16', '--channels-last', '--grad-checkpointing', '--aa', 'rand-m5', '--drop-path', 0.1,
+            '--model-kwargs', "depla={'bfn': 'adaptive', 'temperature': 0.5}"]  # fmt: skip
+    run('train.py', '--recipe', 'digits', *FAST, *args, '--output', tmp_path, '--experiment', 'run')
+    model = timm.create_model(f'local-dir:{tmp_path / "run/best"}', pretrained=True)
+    assert hasattr(model.layer3[1].depla.bfn, 'query')
+    assert model.layer3[1].depla.rpn.temperature == 0.5
+    assert 'top-1' in run('validate.py', tmp_path / 'run')
+
+
+def test_initial_checkpoint_of_the_trunk(tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model('resnet18', num_classes=1000).state_dict(), tmp_path / 'resnet18.pth')
+    result = run('train.py', digits_folder(), '--model', 'resnet18_depla', *FAST, '--output', tmp_path,
+                 '--initial-checkpoint', tmp_path / 'resnet18.pth')  # fmt: skip
+    assert re.search(r'resnet18.pth: 120 tensors loaded, \d+ of DEPLA new, classifier left as it was', result)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Two classes of two images for each split."""
+    for split in ('train', 'validation'):
+        for name in ('cat', 'dog'):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new('RGB', (32, 32), (40 * i, 80, 120)).save(tmp_path / split / name / f'{i}.png')
+    return tmp_path
+
+
+def test_bad_data(error, images, tmp_path):
+    model = ['--model', 'test_resnet_depla']
+    assert error('train.py', tmp_path / 'nowhere') == f"train.py: error: no data folder '{tmp_path / 'nowhere'}'"
+    assert 'a batch of 128 is larger than the training set of 4 images' in error('train.py', images, *model)
+    (tmp_path / 'empty').mkdir()
+    assert "no classes with images for the split 'train'" in error('train.py', tmp_path / 'empty', *model)
+    assert 'would both read' in error('train.py', images / 'train', *model)
+    (images / 'train' / 'dog').rename(images / 'train' / 'wolf')
+    assert 'differ in the classes dog, wolf' in error('train.py', images, *model)
+
+
+def test_bad_model(error, images):
+    fast = [images, '--batch-size', 2, *FAST]
+    assert "no model 'resnet50_delpa'; did you mean 'resnet50_depla'?" in error(
+        'train.py', *fast, '--model', 'resnet50_delpa'
+    )
+    model = ['--model', 'test_resnet_depla']
+    message = error('train.py', *fast, *model, '--model-kwargs', "depla={'temperature': -1}")
+    assert "cannot create model 'test_resnet_depla': temperature must be positive and finite, got -1" in message
+    message = error('train.py', *fast, *model, '--model-kwargs', 'typo=1')
+    assert "cannot create model 'test_resnet_depla'" in message
+    assert "'typo'" in message
+
+
+def test_diverging_loss(error, images, tmp_path):
+    message = error('train.py', images, '--model', 'test_resnet_depla', '--batch-size', 2, *FAST, '--lr', 1e30,
+                    '--warmup-epochs', 0, '--epochs', 20, '--output', tmp_path / 'out')  # fmt: skip
+    assert re.search(r'the loss is (nan|inf) at epoch \d+, step \d+, learning rate 1e\+30: lower --lr', message)
+
+
+def test_bad_checkpoint(error, folder, images, tmp_path):
+    assert 'is no run folder' in error('validate.py', tmp_path / 'nowhere')
+    data = ['--data-dir', digits_folder()]
+    assert 'is no run folder, checkpoint or model' in error('validate.py', tmp_path / 'nowhere', *data)
+    assert 'has no checkpoint' in error('validate.py', tmp_path, *data)
+    message = error('validate.py', folder / 'best' / 'model.safetensors', '--model', 'resnet18_depla', *data)
+    assert 'of another architecture' in message
+    assert 'unexpected' in message
+    assert 'missing' in message
+    (tmp_path / 'no.pth').write_bytes(b'not a checkpoint')
+    assert f"cannot load '{tmp_path / 'no.pth'}'" in error(
+        'validate.py', tmp_path / 'no.pth', '--model', 'resnet18', *data
+    )
+    assert 'name the architecture with --model' in error('validate.py', tmp_path / 'no.pth', *data)
+    assert 'has 10 classes' in error('validate.py', folder, '--data-dir', images)

@@ -1,0 +1,201 @@
+"""Every registered ResNet: what timm asks of a model, and where DEPLA stands in it."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_depla  # noqa: F401  (registers the models)
+from timm_depla.layers import Depla
+from timm_depla.models.resnet_depla import default_positions
+
+MODELS = timm.list_models(module='resnet_depla')
+SIZE = 64
+
+
+def create(name, **kwargs):
+    """The same weights every time, in evaluation mode."""
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs).eval()
+
+
+def depla_blocks(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, Depla)}
+
+
+def test_registry():
+    trunks = [f'{se}resnet{depth}_depla' for se in ('', 'se') for depth in (18, 34, 50, 101, 152)]
+    others = ['resnet50_depla_adaptive', 'seresnet50_depla_adaptive', 'resnext50_32x4d_depla', 'test_resnet_depla']
+    assert sorted(MODELS) == sorted(trunks + others)
+    assert timm.list_models(module='resnet_depla', name_matches_cfg=True) == MODELS
+    assert timm.list_models('*_depla*', pretrained=True) == []
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_backward_gives_every_parameter_a_gradient(name):
+    model = create(name, num_classes=7).train()
+    out = model(torch.randn(2, 3, SIZE, SIZE))
+    assert out.shape == (2, 7)
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    for block in depla_blocks(model).values():
+        for key, parameter in block.named_parameters():
+            assert parameter.grad.abs().max() > 0, key
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_features(name):
+    x = torch.randn(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        expected = create(name).forward_intermediates(x, intermediates_only=True)
+        for feature_cls in ('hook', 'getter'):
+            backbone = create(name, features_only=True, feature_cls=feature_cls)
+            features = backbone(x)
+            assert [f.shape[1] for f in features] == backbone.feature_info.channels()
+            assert [SIZE // f.shape[-1] for f in features] == backbone.feature_info.reduction()
+            torch.testing.assert_close(features, expected)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_script_and_fx(name):
+    model, x = create(name), torch.randn(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
+        torch.testing.assert_close(torch.jit.script(model)(x), expected)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_export_with_dynamic_batch_and_size(name):
+    model = create(name, num_classes=7)
+    shape = {0: torch.export.Dim('batch'), 2: 32 * torch.export.Dim('h', min=1), 3: 32 * torch.export.Dim('w', min=1)}
+    program = torch.export.export(model, (torch.randn(2, 3, SIZE, 96),), dynamic_shapes=(shape,)).module()
+    x = torch.randn(3, 3, 96, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_compile():
+    model, x = create('test_resnet_depla'), torch.randn(2, 3, SIZE, SIZE)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize('name', ['test_resnet_depla', 'resnet18_depla'])
+def test_timm_interface(name):
+    x = torch.randn(2, 3, SIZE, SIZE)
+    model = timm.create_model(name, drop_path_rate=0.2, in_chans=1).eval()
+    with torch.no_grad():
+        assert model(x[:, :1]).shape == (2, 1000)
+        model.reset_classifier(5, 'max')
+        assert model(x[:, :1]).shape == (2, 5)
+        assert model.get_classifier().out_features == 5
+        model.prune_intermediate_layers([3])
+        assert model(x[:, :1]).shape[1] == model.num_features
+        assert timm.create_model(name, num_classes=0)(x).ndim == 2
+        assert timm.create_model(name, num_classes=0, global_pool='')(x).ndim == 4
+    meta = timm.create_model(name, device='meta', dtype=torch.bfloat16)
+    assert {(t.device.type, t.dtype) for t in meta.parameters()} == {('meta', torch.bfloat16)}
+    groups = timm.models.group_parameters(model, model.group_matcher(), reverse=True)
+    assert len(set(groups.values())) > 4
+
+
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
+def test_output_stride(output_stride):
+    model = timm.create_model('test_resnet_depla', output_stride=output_stride, features_only=True).eval()
+    features = model(torch.randn(1, 3, 128, 128))
+    assert [f.shape[-1] for f in features] == [128 // r for r in model.feature_info.reduction()]
+    assert model.feature_info.reduction()[-1] == output_stride
+
+
+def test_grad_checkpointing_gives_the_same_gradients():
+    model, x = create('test_resnet_depla').train(), torch.randn(2, 3, SIZE, SIZE)
+    other = copy.deepcopy(model)
+    other.set_grad_checkpointing()
+    for m in (model, other):
+        m(x).square().mean().backward()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    'num_blocks,positions',
+    [(2, (1,)), (3, (1, 2)), (4, (1, 2, 3)), (5, (1, 2, 4)), (6, (1, 3, 5)), (23, (7, 14, 22)), (36, (11, 23, 35))],
+)
+def test_default_positions(num_blocks, positions):
+    assert default_positions(num_blocks) == positions
+
+
+@pytest.mark.parametrize('name,positions', [('resnet50_depla', (1, 3, 5)), ('resnet101_depla', (7, 14, 22))])
+def test_depla_blocks_stand_in_stage_3(name, positions):
+    model = timm.create_model(name, device='meta')
+    assert list(depla_blocks(model)) == [f'layer3.{i}.depla' for i in positions]
+
+
+def test_depla_arguments():
+    depla = dict(stage=2, positions=(3,), num_groups=8, pooled_chs=12, maps_per_group=2, temperature=0.5)
+    blocks = depla_blocks(timm.create_model('resnet50_depla', depla=depla, device='meta'))
+    assert list(blocks) == ['layer2.3.depla']
+    block = blocks['layer2.3.depla']
+    assert block.rpn.temperature == 0.5
+    assert block.rpn.conv.weight.shape[:2] == (8 * 2, 512)
+    assert block.proj.weight.shape == (512, 12)
+
+
+def test_depla_argument_overrides_the_variant_key_by_key():
+    blocks = depla_blocks(timm.create_model('resnet50_depla_adaptive', depla=dict(temperature=0.5), device='meta'))
+    assert all(hasattr(b.bfn, 'query') and b.rpn.temperature == 0.5 for b in blocks.values())
+
+
+@pytest.mark.parametrize(
+    'depla,error,message',
+    [
+        (dict(temprature=0.5), TypeError, r"unknown depla argument \['temprature'\]; .*'temperature'"),
+        (dict(stage=5), ValueError, 'stage must be one of 1 to 4, got 5'),
+        (dict(positions=(1, 6)), ValueError, r'block indices of stage 3, 0 to 5, got \(1, 6\)'),
+        (dict(positions=()), ValueError, r'block indices of stage 3, 0 to 5, got \(\)'),
+        (dict(bfn='fancy'), ValueError, "'plain' or 'adaptive', got 'fancy'"),
+        (dict(temperature=0), ValueError, 'temperature must be positive and finite, got 0'),
+    ],
+)
+def test_bad_depla_argument(depla, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model('resnet50_depla', depla=depla, device='meta')
+
+
+@pytest.mark.parametrize('zero_init_last', [True, False])
+def test_initialisation_survives_timm(zero_init_last):
+    """Ruling 6: Y's last norm is not zero in a DEPLA block; ruling 10: DEPLA keeps its own scale."""
+    model = create('resnet50_depla', zero_init_last=zero_init_last)
+    for i, block in enumerate(model.layer3):
+        starts_at_zero = zero_init_last and i not in (1, 3, 5)
+        assert block.bn3.weight.eq(0 if starts_at_zero else 1).all()
+    for block in depla_blocks(model).values():
+        assert block.norm.weight.eq(1).all()
+        fresh = Depla(1024)
+        for name, parameter in block.named_parameters():
+            if parameter.ndim > 1:
+                assert abs(parameter.std() / fresh.get_parameter(name).std() - 1) < 0.1
+
+
+@pytest.mark.parametrize(
+    'name,gmacs,params',
+    [
+        ('resnet50', 4.09, 25.6),
+        ('resnet50_depla', 4.18, 26.0),
+        ('resnet50_depla_adaptive', 4.19, 26.1),
+        ('resnet101_depla', 7.89, 45.0),
+        ('test_resnet_depla', 0.04, 0.5),
+    ],
+)
+def test_cost(name, gmacs, params):
+    """Multiply-adds of convolutions and matrix products at the model's size (ruling 7), and parameters."""
+    model = timm.create_model(name, device='meta').eval()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.randn(1, *model.default_cfg['input_size'], device='meta'))
+    assert round(counter.get_total_flops() / 2e9, 2) == gmacs
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == params

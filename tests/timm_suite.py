@@ -1,0 +1,72 @@
+"""Run timm's own tests/test_models.py, unchanged, on our models: `python tests/timm_suite.py 1.0.29 1.0.31`.
+
+For each version, timm and its source distribution are fetched with pip into a temporary folder. As a pytest plugin,
+this file adds our models to the tests that pick theirs by the names of timm's own files; the runner checks that every
+test that runs on resnet50 runs on resnet50_depla too, so that none is left out in silence.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PLUGINS = ['-p', 'timm_depla', '-p', 'timm_suite']
+
+
+def pytest_configure() -> None:
+    """Let `list_models(module=[...])`, where it asks for timm's file 'resnet', find the models of 'resnet_depla'."""
+    import timm
+
+    upstream = timm.list_models
+
+    def list_models(filter='', module='', **kwargs):
+        ours = ['resnet_depla'] if not isinstance(module, str) and 'resnet' in module else []
+        return upstream(filter, [*module, *ours] if ours else module, **kwargs)
+
+    timm.list_models = list_models
+
+
+def run(*command: object, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([str(c) for c in command], check=True, **kwargs)
+
+
+def tested(test_ids: str, model: str) -> set:
+    """Names of the test functions that have `model` among their parameters."""
+    return set(re.findall(rf'::(\w+)\[(?:[^\]]*-)?{model}(?:-[^\]]*)?\]', test_ids))
+
+
+def test_version(version: str, folder: Path, options: list) -> int:
+    """Run one version's tests and return pytest's exit status."""
+    pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
+    run(*pip, 'install', '--no-deps', '--target', folder / 'site', f'timm=={version}')
+    run(*pip, 'download', '--no-deps', '--no-binary', 'timm', '-d', folder, f'timm=={version}')
+    with tarfile.open(folder / f'timm-{version}.tar.gz') as archive:
+        archive.extractall(folder, filter='data')
+    source = folder / f'timm-{version}'
+    (source / 'timm').rename(source / 'unused')  # the tests are to import the installed package
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (folder / 'site', ROOT, ROOT / 'tests')))}
+    command = [sys.executable, '-m', 'pytest', *PLUGINS, 'tests/test_models.py']
+    ids = run(*command, '--collect-only', '-q', cwd=source, env=env, capture_output=True, text=True).stdout
+    missing = tested(ids, 'resnet50') - tested(ids, 'resnet50_depla')
+    print(f'timm {version}: {len(tested(ids, "resnet50_depla"))} tests on each model', flush=True)
+    if missing:
+        sys.exit(f'not run on resnet50_depla: {", ".join(sorted(missing))}')
+    return subprocess.run([*command, '-k', 'depla', '-q', *options], cwd=source, env=env).returncode
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('versions', nargs='+', metavar='VERSION', help='versions of timm')
+    args, options = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        statuses = [test_version(v, Path(scratch) / v, options) for v in args.versions]
+    sys.exit(max(statuses))
+
+
+if __name__ == '__main__':
+    main()
