@@ -92,8 +92,15 @@ def literal(block, identity, candidate, num_groups, pooled_chs, maps_per_group, 
     else:
         q = conv1x1(w['bfn.query.weight'], x)
         k = conv1x1(w['bfn.key.weight'], z, w['bfn.key.bias'])
-        scale = math.sqrt(pooled_chs)  # ruling 10
-        b = [[sum(q[c][n] * k[c][group] for c in chs) / scale for n in positions] for group in groups]
+        q_length = [math.sqrt(sum(q[c][n] ** 2 for c in chs)) for n in positions]  # ruling 10
+        k_length = [math.sqrt(sum(k[c][g] ** 2 for c in chs)) for g in groups]
+        b = [
+            [
+                math.sqrt(pooled_chs) * sum(q[c][n] * k[c][g] for c in chs) / (q_length[n] * k_length[g])
+                for n in positions
+            ]
+            for g in groups
+        ]
     b = [softmax(row) for row in b]
     z = conv1x1(w['bfn.transform.weight'], z, w['bfn.transform.bias'])
     f = [[sum(z[c][g] * len(positions) * b[g][n] for g in groups) for n in positions] for c in chs]  # ruling 4(a)

@@ -168,7 +168,7 @@ def test_bad_depla_argument(depla, error, message):
 
 @pytest.mark.parametrize('zero_init_last', [True, False])
 def test_initialisation_survives_timm(zero_init_last):
-    """Ruling 6: Y's last norm is not zero in a DEPLA block; ruling 10: DEPLA keeps its own scale."""
+    """Ruling 6: Y's last norm is not zero in a DEPLA block; ruling 11: DEPLA keeps its own scale."""
     model = create('resnet50_depla', zero_init_last=zero_init_last)
     for i, block in enumerate(model.layer3):
         starts_at_zero = zero_init_last and i not in (1, 3, 5)

@@ -127,15 +127,15 @@ class AdaptiveBFN(nn.Module):
 
     def __init__(self, identity_chs: int, pooled_chs: int = 16, **dd) -> None:
         super().__init__()
-        self.scale = pooled_chs**-0.5  # ruling 10
+        self.scale = pooled_chs**0.5
         self.query = nn.Conv2d(identity_chs, pooled_chs, 1, bias=False, **dd)  # ruling 8
         self.key = Linear(pooled_chs, pooled_chs, **dd)
         self.transform = Linear(pooled_chs, pooled_chs, **dd)
 
     def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor) -> Tuple[Tensor, Tensor]:
         """Identity X (B, C1, H, W) and pooled features Z (B, L, C) to Z' (B, L, C) and heatmaps B (B, L, N)."""
-        query = self.query(identity).flatten(2).type_as(maps)  # (B, C, N)
-        key = self.key(pooled) * self.scale  # (B, L, C)
+        query = F.normalize(self.query(identity).flatten(2).type_as(maps), dim=1)  # (B, C, N), ruling 10
+        key = F.normalize(self.key(pooled), dim=2) * self.scale  # (B, L, C)
         return self.transform(pooled), matmul(key, query).softmax(dim=-1)
 
 
@@ -196,10 +196,11 @@ class Depla(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Start every 1x1 projection at unit gain, std 1 / sqrt(fan-in), biases at zero (ruling 10)."""
+        """Start every projection at unit gain, std 1 / sqrt(fan-in), but SoftRPN's at half of it (ruling 11)."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+                gain = 0.5 if module is self.rpn.conv else 1.0
+                nn.init.normal_(module.weight, std=gain * module.weight.shape[1] ** -0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

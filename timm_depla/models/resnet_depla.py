@@ -147,7 +147,7 @@ class ResNetDepla(ResNet):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initialise as timm does, but for DEPLA, whose convolutions keep their own scale (ruling 10)."""
+        """Initialise as timm does, but for DEPLA, whose convolutions keep their own scale (ruling 11)."""
         super().init_weights(zero_init_last=zero_init_last)
         for module in self.modules():
             if isinstance(module, Depla):
