@@ -13,19 +13,20 @@ BENCHMARKS = {'cost': cost, 'speed': speed, 'init': init, 'variants': variants}
 DOCS = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
 
 
-def write_docs() -> None:
-    """Write docs/benchmarks.md: a section for each record."""
+def render_docs() -> str:
+    """The text of docs/benchmarks.md: a section for each record."""
     parts = ['# Benchmarks', 'Each table comes from a record in `benchmarks/records/`, by the command below it.']
     for name in record.names():
         entry = record.load(name)
         module = BENCHMARKS[name.split('-')[0]]
         versions = ', '.join(f'{package} {version}' for package, version in entry['versions'].items())
         parts += [
-            f'## {module.__doc__.strip()}',
+            f'## {name}',
+            module.__doc__.strip(),
             module.render(entry['results']),
             f'`{entry["command"]}` at commit {entry["commit"][:12]}; {versions}; {entry["hardware"]}.',
         ]
-    DOCS.write_text('\n\n'.join(parts) + '\n')
+    return '\n\n'.join(parts) + '\n'
 
 
 def main() -> None:
@@ -41,9 +42,9 @@ def main() -> None:
     if args.name != 'docs':
         module = BENCHMARKS[args.name]
         results = module.run(args)
-        record.save(args.record, f'python -m benchmarks {shlex.join(sys.argv[1:])}', results)
+        record.save(args.record, f'python -m benchmarks {shlex.join(sys.argv[1:])}', vars(args), results)
         print(module.render(results))
-    write_docs()
+    DOCS.write_text(render_docs())
 
 
 if __name__ == '__main__':

@@ -15,8 +15,17 @@ import timm_depla
 FOLDER = Path(__file__).parent / 'records'
 
 
-def _git(*args: str) -> str:
-    return subprocess.run(['git', *args], capture_output=True, text=True, cwd=FOLDER.parent).stdout.strip()
+def _commit() -> str:
+    """The commit of the code, marked where the working tree differs from it."""
+
+    def git(*args: str) -> str:
+        command = ['git', '-C', str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    return git('rev-parse', 'HEAD') + ('-modified' if git('status', '--porcelain', '-uno') else '')
+
+
+COMMIT = _commit()  # on import: the code that runs, whatever is committed meanwhile
 
 
 def _processor() -> str:
@@ -26,11 +35,12 @@ def _processor() -> str:
     return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.machine())
 
 
-def save(name: str, command: str, results: Dict[str, Any]) -> None:
+def save(name: str, command: str, arguments: Dict[str, Any], results: Dict[str, Any]) -> None:
     """Write records/NAME.json."""
     record = {
         'command': command,
-        'commit': _git('rev-parse', 'HEAD') + ('-modified' if _git('status', '--porcelain', '-uno') else ''),
+        'arguments': arguments,
+        'commit': COMMIT,
         'versions': {
             'python': platform.python_version(),
             'torch': torch.__version__,

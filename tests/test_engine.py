@@ -131,6 +131,23 @@ def test_bad_model(error, images):
     assert "'typo'" in message
 
 
+def test_bad_option(error, images, tmp_path):
+    fast = [images, '--batch-size', 2, *FAST, '--model', 'test_resnet_depla', '--output', tmp_path / 'out']
+    assert "cannot create optimizer 'sgdd'" in error('train.py', *fast, '--opt', 'sgdd')
+    assert "cannot create schedule 'cosin'" in error('train.py', *fast, '--sched', 'cosin')
+    assert 'timm cannot augment as asked' in error('train.py', *fast, '--aa', 'rand-x9')
+    assert "cannot use device 'cuda:99'" in error('train.py', *fast, '--device', 'cuda:99')
+    (tmp_path / 'out' / 'run').mkdir(parents=True)
+    assert 'exists: choose another --experiment' in error('train.py', *fast, '--experiment', 'run')
+    assert not list((tmp_path / 'out' / 'run').iterdir())
+
+
+def test_digits_without_scikit_learn(error, monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
+    assert 'pip install "timm-depla[digits]"' in error('train.py')
+
+
 def test_diverging_loss(error, images, tmp_path):
     message = error('train.py', images, '--model', 'test_resnet_depla', '--batch-size', 2, *FAST, '--lr', 1e30,
                     '--warmup-epochs', 0, '--epochs', 20, '--output', tmp_path / 'out')  # fmt: skip

@@ -27,6 +27,29 @@ __all__ = ['evaluate', 'train', 'train_one_epoch', 'validate']
 _logger = logging.getLogger(__name__)
 
 
+def find_data(args: Namespace) -> str:
+    """The data folder of a training run: the one given, or the embedded digits.
+
+    Raises:
+        ConfigError: If the digits cannot be written.
+    """
+    if args.data or args.data_dir:
+        return str(args.data or args.data_dir)
+    _logger.info('no data folder given: training on the embedded handwritten digits')
+    try:
+        return str(digits_folder())
+    except (ModuleNotFoundError, OSError, RuntimeError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_device(args: Namespace) -> None:
+    """Raise ConfigError unless `args.device` is there."""
+    try:
+        torch.empty(0, device=args.device)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"cannot use device '{args.device}': {str(error).splitlines()[0]}") from error
+
+
 def open_split(args: Namespace, split: str) -> Any:
     """One split of the data folder.
 
@@ -63,38 +86,35 @@ def open_splits(args: Namespace) -> Tuple[Any, Any]:
 
 
 def create_loaders(args: Namespace, train_set: Any, val_set: Any, data_config: Dict[str, Any]) -> Tuple[Any, Any]:
-    """Training and validation loaders, on the run's device."""
+    """Training and validation loaders, on the run's device.
+
+    Raises:
+        ConfigError: If a batch is larger than the training set, or timm does not know an augmentation.
+    """
     if len(train_set) < args.batch_size:
         raise ConfigError(
             f'a batch of {args.batch_size} is larger than the training set of {len(train_set)} images: '
             'lower --batch-size'
         )
-    collate = None
+    kwargs: Dict[str, Any] = {key: data_config[key] for key in ('interpolation', 'mean', 'std')}
+    kwargs.update(scale=args.scale, ratio=args.ratio, hflip=args.hflip, color_jitter=args.color_jitter)
+    kwargs.update(auto_augment=args.aa, re_prob=args.reprob)
     if args.mixup > 0 or args.cutmix > 0:
-        collate = FastCollateMixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            label_smoothing=args.smoothing,
-            num_classes=args.num_classes,
+        kwargs['collate_fn'] = FastCollateMixup(
+            args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=args.num_classes
         )
-    train_loader = create_loader(
-        train_set,
-        data_config['input_size'],
-        args.batch_size,
-        is_training=True,
-        re_prob=args.reprob,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa,
-        interpolation=data_config['interpolation'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        num_workers=args.workers,
-        collate_fn=collate,
-        device=torch.device(args.device),
-    )
+    try:
+        train_loader = create_loader(
+            train_set,
+            data_config['input_size'],
+            args.batch_size,
+            is_training=True,
+            num_workers=args.workers,
+            device=torch.device(args.device),
+            **kwargs,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(f'timm cannot augment as asked: {error!r}') from error
     return train_loader, create_val_loader(args, val_set, data_config)
 
 
@@ -191,13 +211,13 @@ def evaluate(model: nn.Module, loader: Any, args: Namespace) -> Dict[str, float]
 
 def build(args: Namespace) -> Tuple[nn.Module, Any, Any]:
     """The model, on its device and with the run's data configuration in its `pretrained_cfg`, and its loaders."""
+    check_device(args)
     train_set, val_set = open_splits(args)
     args.num_classes = args.num_classes or len(train_set.reader.class_to_idx)
     model = create_model(
         args.model,
         pretrained=args.pretrained,
         num_classes=args.num_classes,
-        in_chans=args.in_chans,
         global_pool=args.gp,
         drop_rate=args.drop,
         drop_path_rate=args.drop_path,
@@ -213,47 +233,67 @@ def build(args: Namespace) -> Tuple[nn.Module, Any, Any]:
     return model, *create_loaders(args, train_set, val_set, data_config)
 
 
+def create_optimizer(args: Namespace, model: nn.Module, num_steps: int) -> Tuple[torch.optim.Optimizer, Any, int]:
+    """Optimizer, schedule, and the number of epochs, for `num_steps` steps an epoch.
+
+    Raises:
+        ConfigError: If there is no such optimizer or schedule, or it does not take an argument.
+    """
+    try:
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f"cannot create optimizer '{args.opt}': {error}") from error
+    try:
+        scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=num_steps)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"cannot create schedule '{args.sched}': {error}") from error
+    if scheduler is None:
+        raise ConfigError(f"cannot create schedule '{args.sched}': use one of timm's, such as cosine or step")
+    return optimizer, scheduler, num_epochs
+
+
+def create_run_folder(args: Namespace) -> Path:
+    """Make the run's folder and write its configuration, args.yaml.
+
+    Raises:
+        ConfigError: If it exists, or cannot be written.
+    """
+    folder = Path(args.output) / (args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{args.model}')
+    try:
+        folder.mkdir(parents=True)
+        (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args), sort_keys=False))
+    except FileExistsError as error:
+        raise ConfigError(f"run folder '{folder}' exists: choose another --experiment or --output") from error
+    except OSError as error:
+        raise ConfigError(f"cannot write run folder '{folder}': {error}") from error
+    return folder
+
+
 def train(args: Namespace) -> Dict[str, Any]:
     """Train a classifier and return the record of its best epoch.
 
     Writes to `args.output`/`args.experiment`: args.yaml (the effective configuration), summary.csv (a row an epoch),
     and the checkpoints best/ and last/.
     """
-    if not (args.data or args.data_dir):
-        _logger.info('no data folder given: training on the embedded handwritten digits')
-    args.data_dir = str(args.data or args.data_dir or digits_folder())
-    del args.data
+    args.data_dir = find_data(args)
+    del args.data  # args.yaml keeps data_dir
     random_seed(args.seed)
     model, train_loader, val_loader = build(args)
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
-    scheduler, num_epochs = create_scheduler_v2(
-        optimizer, **scheduler_kwargs(args), updates_per_epoch=len(train_loader)
-    )
+    optimizer, scheduler, num_epochs = create_optimizer(args, model, len(train_loader))
     mixed = args.mixup > 0 or args.cutmix > 0
     loss_fn = SoftTargetCrossEntropy() if mixed else LabelSmoothingCrossEntropy(args.smoothing)
     ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
-    scaler = NativeScaler(args.device) if args.amp and args.amp_dtype == 'float16' else None
-
-    folder = Path(args.output) / (args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{args.model}')
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args), sort_keys=False))
-    _logger.info(
-        '%s, %.2f M parameters, on %s: %d training and %d validation images of %d classes; run folder %s',
-        args.model,
-        sum(p.numel() for p in model.parameters()) / 1e6,
-        args.data_dir,
-        len(train_loader.dataset),
-        len(val_loader.dataset),
-        args.num_classes,
-        folder,
-    )
+    scaler = NativeScaler(torch.device(args.device).type) if args.amp and args.amp_dtype == 'float16' else None
+    folder = create_run_folder(args)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    _logger.info('%s, %.2f M parameters; run folder %s', args.model, parameters, folder)
+    images = len(train_loader.dataset), len(val_loader.dataset), args.num_classes
+    _logger.info('%s: %d training and %d validation images of %d classes', args.data_dir, *images)
 
     best: Dict[str, Any] = {}
     for epoch in range(num_epochs):
         start = time.perf_counter()
-        train_metrics = train_one_epoch(
-            epoch, model, train_loader, loss_fn, optimizer, args, scheduler, scaler=scaler, ema=ema
-        )
+        train_metrics = train_one_epoch(epoch, model, train_loader, loss_fn, optimizer, args, scheduler, scaler, ema)
         lr = optimizer.param_groups[0]['lr']
         evaluated = model if ema is None else ema.module
         metrics = evaluate(evaluated, val_loader, args)
@@ -264,17 +304,10 @@ def train(args: Namespace) -> Dict[str, Any]:
         if not best or metrics['top1'] > best['top1']:
             best = record
             save_checkpoint(folder / 'best', evaluated, args.model_kwargs, record)
-        _logger.info(
-            'epoch %d/%d  train loss %.3f  validation loss %.3f  top-1 %.2f  best %.2f  lr %.3g  %.1f s',
-            epoch,
-            num_epochs - 1,
-            train_metrics['loss'],
-            metrics['loss'],
-            metrics['top1'],
-            best['top1'],
-            lr,
-            time.perf_counter() - start,
-        )
+        losses = train_metrics['loss'], metrics['loss']
+        line = 'epoch %d/%d  train loss %.3f  validation loss %.3f  top-1 %.2f  best %.2f  lr %.3g  %.1f s'
+        seconds = time.perf_counter() - start
+        _logger.info(line, epoch, num_epochs - 1, *losses, metrics['top1'], best['top1'], lr, seconds)
     _logger.info('best top-1 %.2f at epoch %d: python validate.py %s', best['top1'], best['epoch'], folder)
     return best
 
@@ -294,6 +327,7 @@ def validate(args: Namespace) -> Dict[str, float]:
                 'name the data with --data-dir'
             )
         args.data_dir = yaml.safe_load(run_args.read_text())['data_dir']
+    check_device(args)
     dataset = open_split(args, args.val_split)
     num_classes = len(dataset.reader.class_to_idx)
     kwargs = dict(num_classes=num_classes) if args.model else {}  # other checkpoints know theirs

@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import os
-from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -12,6 +11,8 @@ import yaml
 from timm.utils import ParseKwargs
 
 __all__ = ['ConfigError', 'closest', 'create_train_parser', 'create_validate_parser', 'list_recipes', 'parse_args']
+
+_RECIPES = Path(__file__).parent.parent / 'recipes'
 
 
 class ConfigError(ValueError):
@@ -26,7 +27,7 @@ def closest(name: str, names: Sequence[str]) -> str:
 
 def list_recipes() -> List[str]:
     """Names of the recipes shipped with the package."""
-    return sorted(f.name[:-5] for f in resources.files('timm_depla.recipes').iterdir() if f.name.endswith('.yaml'))
+    return sorted(path.stem for path in _RECIPES.glob('*.yaml'))
 
 
 def load_recipe(name: str) -> Dict[str, Any]:
@@ -37,7 +38,7 @@ def load_recipe(name: str) -> Dict[str, Any]:
     """
     path = Path(name)
     if name in list_recipes():
-        path = resources.files('timm_depla.recipes') / f'{name}.yaml'
+        path = _RECIPES / f'{name}.yaml'
     elif not path.is_file():
         raise ConfigError(f"no recipe '{name}': give a YAML file or one of {', '.join(list_recipes())}")
     try:
@@ -131,7 +132,6 @@ def _add_model_args(parser: argparse.ArgumentParser) -> None:
         help='start from these weights; those of the plain timm model fill the trunk',
     )
     group.add_argument('--num-classes', type=int, metavar='N', help='default: the class folders of the training split')
-    group.add_argument('--in-chans', type=int, metavar='N', help="input channels (default: the model's)")
     group.add_argument('--gp', metavar='POOL', help='global pooling: avg, max, avgmax or catavgmax')
     group.add_argument('--drop', type=float, default=0.0, metavar='P', help='dropout before the classifier')
     group.add_argument('--drop-path', type=float, metavar='P', help='stochastic depth')

@@ -1,0 +1,33 @@
+"""The benchmarks run, and docs/benchmarks.md is what their records say."""
+
+import sys
+
+import pytest
+
+from benchmarks import __main__ as benchmarks
+
+
+def test_docs_are_generated_from_the_records():
+    assert benchmarks.DOCS.read_text() == benchmarks.render_docs()
+
+
+@pytest.mark.parametrize(
+    'arguments,expected',
+    [
+        (['cost', '--model', 'test_resnet_depla'], '| `test_resnet_depla` | 128 |'),
+        (
+            ['speed', '--model', 'test_resnet_depla', '--base', 'test_resnet', '--batch-size', '2', '--pairs', '2'],
+            '2 pairs',
+        ),
+        (['init', '--batch-size', '2'], '`rpn.conv.weight`'),
+    ],
+)
+def test_runs_and_writes_its_record(arguments, expected, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmarks.record, 'FOLDER', tmp_path)
+    monkeypatch.setattr(benchmarks, 'DOCS', tmp_path / 'benchmarks.md')
+    monkeypatch.setattr(sys, 'argv', ['benchmarks', *arguments])
+    benchmarks.main()
+    assert expected in capsys.readouterr().out
+    docs = (tmp_path / 'benchmarks.md').read_text()
+    assert expected in docs
+    assert f'`python -m benchmarks {arguments[0]}' in docs
