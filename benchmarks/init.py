@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def render(results: Dict[str, Any]) -> str:
-    shares = [[name, *(f'{share:.3f}' for share in r['spatial_share'])] for name, r in results.items()]
+    shares = [[name, *(f'{share:.1e}' for share in r['spatial_share'])] for name, r in results.items()]
     weights = list(dict.fromkeys(key for r in results.values() for key in r['relative_gradient']))
     gradients = [
         [name, *(f'{r["relative_gradient"][key]:.1e}' if key in r['relative_gradient'] else '' for key in weights)]
