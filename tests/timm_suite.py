@@ -35,12 +35,12 @@ def run(*command: object, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run([str(c) for c in command], check=True, **kwargs)
 
 
-def tested(test_ids: str, model: str) -> set:
+def functions_on(test_ids: str, model: str) -> set:
     """Names of the test functions that have `model` among their parameters."""
     return set(re.findall(rf'::(\w+)\[(?:[^\]]*-)?{model}(?:-[^\]]*)?\]', test_ids))
 
 
-def test_version(version: str, folder: Path, options: list) -> int:
+def run_version(version: str, folder: Path, options: list) -> int:
     """Run one version's tests and return pytest's exit status."""
     pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
     run(*pip, 'install', '--no-deps', '--target', folder / 'site', f'timm=={version}')
@@ -52,8 +52,8 @@ def test_version(version: str, folder: Path, options: list) -> int:
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (folder / 'site', ROOT, ROOT / 'tests')))}
     command = [sys.executable, '-m', 'pytest', *PLUGINS, 'tests/test_models.py']
     ids = run(*command, '--collect-only', '-q', cwd=source, env=env, capture_output=True, text=True).stdout
-    missing = tested(ids, 'resnet50') - tested(ids, 'resnet50_depla')
-    print(f'timm {version}: {len(tested(ids, "resnet50_depla"))} tests on each model', flush=True)
+    missing = functions_on(ids, 'resnet50') - functions_on(ids, 'resnet50_depla')
+    print(f'timm {version}: {len(functions_on(ids, "resnet50_depla"))} tests on each model', flush=True)
     if missing:
         sys.exit(f'not run on resnet50_depla: {", ".join(sorted(missing))}')
     return subprocess.run([*command, '-k', 'depla', '-q', *options], cwd=source, env=env).returncode
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument('versions', nargs='+', metavar='VERSION', help='versions of timm')
     args, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
-        statuses = [test_version(v, Path(scratch) / v, options) for v in args.versions]
+        statuses = [run_version(v, Path(scratch) / v, options) for v in args.versions]
     sys.exit(max(statuses))
 
 
