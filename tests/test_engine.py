@@ -79,12 +79,13 @@ def test_checkpoint_loads_through_timm(folder):
 def test_options(tmp_path):
     """Averaged weights, mixup, clipping, half precision, channels last and model arguments, in one short run."""
     args = ['--model-ema', '--model-ema-decay', 0.9, '--mixup', 0.2, '--clip-grad', 1.0, '--amp', '--amp-dtype',
-            'bfloat16', '--channels-last', '--grad-checkpointing', '--aa', 'rand-m5', '--drop-path', 0.1,
+            'bfloat16', '--channels-last', '--grad-checkpointing', '--gp', 'max', '--aa', 'rand-m5', '--drop-path', 0.1,
             '--model-kwargs', "depla={'bfn': 'adaptive', 'temperature': 0.5}"]  # fmt: skip
     run('train.py', '--recipe', 'digits', *FAST, *args, '--output', tmp_path, '--experiment', 'run')
     model = timm.create_model(f'local-dir:{tmp_path / "run/best"}', pretrained=True)
     assert hasattr(model.layer3[1].depla.bfn, 'query')
     assert model.layer3[1].depla.rpn.temperature == 0.5
+    assert model.global_pool.pool_type == 'max'
     assert 'top-1' in run('validate.py', tmp_path / 'run')
 
 
@@ -126,6 +127,8 @@ def test_bad_model(error, images):
     model = ['--model', 'test_resnet_depla']
     message = error('train.py', *fast, *model, '--model-kwargs', "depla={'temperature': -1}")
     assert "cannot create model 'test_resnet_depla': temperature must be positive and finite, got -1" in message
+    message = error('train.py', *fast, *model, '--model-kwargs', 'drop_path_rate=high')
+    assert "cannot create model 'test_resnet_depla'" in message
     message = error('train.py', *fast, *model, '--model-kwargs', 'typo=1')
     assert "cannot create model 'test_resnet_depla'" in message
     assert "'typo'" in message
@@ -169,3 +172,6 @@ def test_bad_checkpoint(error, folder, images, tmp_path):
     )
     assert 'name the architecture with --model' in error('validate.py', tmp_path / 'no.pth', *data)
     assert 'has 10 classes' in error('validate.py', folder, '--data-dir', images)
+    named = ['--data-dir', images, '--model', 'test_resnet_depla']
+    assert 'has 10 classes' in error('validate.py', folder, *named)
+    assert 'timm cannot prepare the images' in error('validate.py', folder, '--interpolation', 'cubical')

@@ -50,7 +50,7 @@ def create_model(name: str, **kwargs) -> nn.Module:
         raise ConfigError(f"no model '{name}'{closest(name, timm.list_models())}")
     try:
         return timm.create_model(name, **kwargs)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"cannot create model '{name}': {error}") from error
 
 
@@ -92,5 +92,5 @@ def load_weights(model: nn.Module, path: str) -> str:
     """
     try:
         return str(load_trunk(model, path))
-    except Exception as error:
+    except Exception as error:  # a file that is no checkpoint can make the unpickler raise anything
         raise ConfigError(f"cannot load '{path}': {error}") from error

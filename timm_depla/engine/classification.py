@@ -120,17 +120,14 @@ def create_loaders(args: Namespace, train_set: Any, val_set: Any, data_config: D
 
 def create_val_loader(args: Namespace, dataset: Any, data_config: Dict[str, Any]) -> Any:
     """The loader that validation reads, here and in validate.py."""
-    return create_loader(
-        dataset,
-        data_config['input_size'],
-        args.batch_size,
-        interpolation=data_config['interpolation'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        crop_pct=data_config['crop_pct'],
-        num_workers=args.workers,
-        device=torch.device(args.device),
-    )
+    kwargs = {key: data_config[key] for key in ('interpolation', 'mean', 'std', 'crop_pct')}
+    device = torch.device(args.device)
+    try:
+        return create_loader(
+            dataset, data_config['input_size'], args.batch_size, num_workers=args.workers, device=device, **kwargs
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(f'timm cannot prepare the images as asked: {error!r}') from error
 
 
 def _autocast(args: Namespace) -> torch.autocast:
@@ -209,20 +206,18 @@ def evaluate(model: nn.Module, loader: Any, args: Namespace) -> Dict[str, float]
     return {'loss': losses.avg, 'top1': top1.avg, 'top5': top5.avg}
 
 
+def rebuild_args(args: Namespace) -> Dict[str, Any]:
+    """Model arguments that a checkpoint must remember to be loaded as it was trained."""
+    return {**({'global_pool': args.gp} if args.gp else {}), **args.model_kwargs}
+
+
 def build(args: Namespace) -> Tuple[nn.Module, Any, Any]:
     """The model, on its device and with the run's data configuration in its `pretrained_cfg`, and its loaders."""
     check_device(args)
     train_set, val_set = open_splits(args)
     args.num_classes = args.num_classes or len(train_set.reader.class_to_idx)
-    model = create_model(
-        args.model,
-        pretrained=args.pretrained,
-        num_classes=args.num_classes,
-        global_pool=args.gp,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-        **args.model_kwargs,
-    )
+    kwargs = dict(pretrained=args.pretrained, num_classes=args.num_classes, drop_rate=args.drop)
+    model = create_model(args.model, **{**kwargs, 'drop_path_rate': args.drop_path, **rebuild_args(args)})
     if args.initial_checkpoint:
         _logger.info('%s: %s', args.initial_checkpoint, load_weights(model, args.initial_checkpoint))
     if args.grad_checkpointing:
@@ -300,10 +295,10 @@ def train(args: Namespace) -> Dict[str, Any]:
         scheduler.step(epoch + 1, metrics['top1'])
         update_summary(epoch, train_metrics, metrics, folder / 'summary.csv', lr=lr)
         record = {'epoch': epoch, **metrics}
-        save_checkpoint(folder / 'last', evaluated, args.model_kwargs, record)
+        save_checkpoint(folder / 'last', evaluated, rebuild_args(args), record)
         if not best or metrics['top1'] > best['top1']:
             best = record
-            save_checkpoint(folder / 'best', evaluated, args.model_kwargs, record)
+            save_checkpoint(folder / 'best', evaluated, rebuild_args(args), record)
         losses = train_metrics['loss'], metrics['loss']
         line = 'epoch %d/%d  train loss %.3f  validation loss %.3f  top-1 %.2f  best %.2f  lr %.3g  %.1f s'
         seconds = time.perf_counter() - start
@@ -330,8 +325,8 @@ def validate(args: Namespace) -> Dict[str, float]:
     check_device(args)
     dataset = open_split(args, args.val_split)
     num_classes = len(dataset.reader.class_to_idx)
-    kwargs = dict(num_classes=num_classes) if args.model else {}  # other checkpoints know theirs
-    model = load_model(args.checkpoint, args.model, **kwargs, **args.model_kwargs)
+    kwargs = dict(num_classes=num_classes) if args.model and run.is_file() else {}  # other checkpoints know theirs
+    model = load_model(args.checkpoint, args.model, **{**kwargs, **args.model_kwargs})
     if model.num_classes != num_classes:
         raise ConfigError(f"'{args.checkpoint}' has {model.num_classes} classes, '{args.data_dir}' has {num_classes}")
     model.to(args.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
