@@ -1,22 +1,16 @@
 #!/usr/bin/env python3
-"""Validate an image classifier: `python validate.py RUN`, or a checkpoint or model with `--data-dir DIR`."""
-
-import sys
-
-from timm.utils import setup_default_logging
+"""Validate image classifiers: `python validate.py RUN`, or checkpoints and models with `--data-dir DIR`."""
 
 import timm_depla  # noqa: F401  (registers the models)
-from timm_depla.engine.classification import validate
-from timm_depla.engine.config import ConfigError, create_validate_parser
+from timm_depla.engine.config import parse_args
+from timm_depla.engine.flags import create_validate_parser
+from timm_depla.engine.validation import validate_all
+from timm_depla.engine.world import run_command
 
 
 def main() -> None:
-    setup_default_logging()
-    try:
-        validate(create_validate_parser().parse_args())
-    except ConfigError as error:
-        sys.exit(f'validate.py: error: {error}')
+    validate_all(parse_args(create_validate_parser()))
 
 
 if __name__ == '__main__':
-    main()
+    run_command('validate.py', main)

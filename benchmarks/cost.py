@@ -4,8 +4,8 @@ import argparse
 from typing import Any, Dict
 
 import timm
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+
+from timm_depla.engine.plan import count_macs
 
 from .record import table
 
@@ -19,13 +19,10 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     for name in timm.list_models(args.model):
         base = name.split('_depla')[0]
         for model_name in (base, name) if timm.is_model(base) else (name,):
-            model = timm.create_model(model_name, device='meta').eval()
+            model = timm.create_model(model_name, device='meta')
             size = model.default_cfg['input_size']
-            counter = FlopCounterMode(display=False)
-            with counter, torch.no_grad():
-                model(torch.randn(1, *size, device='meta'))
             parameters = sum(p.numel() for p in model.parameters())
-            results[model_name] = dict(size=size[-1], macs=counter.get_total_flops() // 2, parameters=parameters)
+            results[model_name] = dict(size=size[-1], macs=count_macs(model, size), parameters=parameters)
     return results
 
 

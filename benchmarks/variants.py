@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Dict
 
 from timm_depla.engine.classification import train
-from timm_depla.engine.config import create_train_parser, parse_args
+from timm_depla.engine.config import parse_args
+from timm_depla.engine.flags import create_train_parser
 
 from .record import table
 

@@ -11,9 +11,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.data import digits_folder
+from timm_depla.engine.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).parent.parent
 FAST = ['--img-size', 32, '--epochs', 1, '--workers', 1]
@@ -111,7 +113,7 @@ def images(tmp_path):
 def test_bad_data(error, images, tmp_path):
     model = ['--model', 'test_resnet_depla']
     assert error('train.py', tmp_path / 'nowhere') == f"train.py: error: no data folder '{tmp_path / 'nowhere'}'"
-    assert 'a batch of 128 is larger than the training set of 4 images' in error('train.py', images, *model)
+    assert 'a batch of 32 is larger than the training set of 4 images' in error('train.py', images, *model)
     (tmp_path / 'empty').mkdir()
     assert "no classes with images for the split 'train'" in error('train.py', tmp_path / 'empty', *model)
     assert 'would both read' in error('train.py', images / 'train', *model)
@@ -141,7 +143,9 @@ def test_bad_option(error, images, tmp_path):
     assert 'timm cannot augment as asked' in error('train.py', *fast, '--aa', 'rand-x9')
     assert "cannot use device 'cuda:99'" in error('train.py', *fast, '--device', 'cuda:99')
     (tmp_path / 'out' / 'run').mkdir(parents=True)
-    assert 'exists: choose another --experiment' in error('train.py', *fast, '--experiment', 'run')
+    assert 'exists: go on with it by --resume auto, or choose another --experiment' in error(
+        'train.py', *fast, '--experiment', 'run'
+    )
     assert not list((tmp_path / 'out' / 'run').iterdir())
 
 
@@ -154,7 +158,11 @@ def test_digits_without_scikit_learn(error, monkeypatch, tmp_path):
 def test_diverging_loss(error, images, tmp_path):
     message = error('train.py', images, '--model', 'test_resnet_depla', '--batch-size', 2, *FAST, '--lr', 1e30,
                     '--warmup-epochs', 0, '--epochs', 20, '--output', tmp_path / 'out')  # fmt: skip
-    assert re.search(r'the loss is (nan|inf) at epoch \d+, step \d+, learning rate 1e\+30: lower --lr', message)
+    assert re.search(r'the loss is (nan|inf) at epoch \d+, step \d, learning rate 9\.98e\+29: lower --lr', message)
+    assert re.search(r'The batch begins with (cat|dog)/[01].png, (cat|dog)/[01].png', message)
+    for checkpoint in list_checkpoints(next((tmp_path / 'out').iterdir())):
+        weights = load_file(checkpoint / 'model.safetensors')
+        assert all(tensor.isfinite().all() for tensor in weights.values() if tensor.is_floating_point())
 
 
 def test_bad_checkpoint(error, folder, images, tmp_path):

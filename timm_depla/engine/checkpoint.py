@@ -1,96 +1,193 @@
-"""Checkpoints: folders that timm itself loads, `timm.create_model('local-dir:RUN/best', pretrained=True)`."""
+"""Checkpoints that survive: written whole or not at all, checked byte by byte, never replaced before the next is whole.
 
-import copy
+A run folder keeps them as `checkpoints/EPOCH-STEP`, the position where training goes on, each with the weights
+(`model.safetensors` and timm's `config.json`, so that timm itself loads the folder), the training state (`state.pt`),
+the metrics (`record.json`) and `checksums.json` over them all. `best` and `last` are links to two of them.
+"""
+
+import hashlib
 import json
+import logging
 import os
 import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 
-import timm
-import torch
-import torch.nn as nn
-from timm.models import save_for_hf
+from .errors import TrainingError
 
-from timm_depla.models import load_trunk
+__all__ = [
+    'BackgroundWriter',
+    'checkpoint_name',
+    'find_damage',
+    'link',
+    'list_checkpoints',
+    'newest_checkpoint',
+    'prune',
+    'write_checkpoint',
+    'write_file',
+]
 
-from .config import ConfigError, closest
+_logger = logging.getLogger(__name__)
 
-__all__ = ['create_model', 'load_model', 'save_checkpoint']
+_SUMS = 'checksums.json'
 
 
-def save_checkpoint(folder: Path, model: nn.Module, model_args: Dict[str, Any], record: Dict[str, Any]) -> None:
-    """Write weights (safetensors), timm's config.json and record.json, replacing an older checkpoint when all is there.
+def checkpoint_name(epoch: int, step: int) -> str:
+    """The folder's name; names sort by position."""
+    return f'{epoch:04d}-{step:06d}'
 
-    Args:
-        folder: The checkpoint's folder.
-        model: The model to save, with the `pretrained_cfg` of its own training.
-        model_args: Arguments that rebuild the model, beside its name.
-        record: What to remember: epoch, metrics.
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write into a TrainingError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write '{path}': {error.strerror or error}; earlier checkpoints are untouched. Make room, then "
+            'go on with --resume auto'
+        ) from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open('wb') as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Flush a folder's entries to the disk, where the system can."""
+    if os.name == 'posix':
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        TrainingError: If it cannot be written, as on a full disk.
     """
+    scratch = path.with_name(f'.{path.name}.part')
+    with writing(path):
+        try:
+            _write(scratch, data)
+            os.replace(scratch, path)
+        except OSError:
+            scratch.unlink(missing_ok=True)
+            raise
+
+
+def write_checkpoint(folder: Path, files: Dict[str, bytes]) -> None:
+    """Write a folder of files whole or not at all; one that is there and whole already stays.
+
+    Raises:
+        TrainingError: If it cannot be written.
+    """
+    if folder.exists() and find_damage(folder) is None:
+        return
     scratch = folder.with_name(f'.{folder.name}.part')
-    shutil.rmtree(scratch, ignore_errors=True)
-    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # safetensors takes no channels-last tensors
-    save_for_hf(model, scratch, model_args=model_args, safe_serialization=True)
-    (scratch / 'record.json').write_text(json.dumps(record, indent=2) + '\n')
-    old = folder.with_name(f'.{folder.name}.old')
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(scratch, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with writing(folder):
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            sums = {}
+            for name, data in files.items():
+                _write(scratch / name, data)
+                sums[name] = {'bytes': len(data), 'sha256': hashlib.sha256(data).hexdigest()}
+            _write(scratch / _SUMS, (json.dumps(sums, indent=2) + '\n').encode())
+            _sync(scratch)
+            if folder.exists():  # damaged
+                shutil.rmtree(folder)
+            os.replace(scratch, folder)
+            _sync(folder.parent)
+        except OSError:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
 
-def create_model(name: str, **kwargs) -> nn.Module:
-    """`timm.create_model`, with its errors as ConfigError.
-
-    Raises:
-        ConfigError: If there is no such model, it has no pretrained weights, or it does not take an argument.
-    """
-    if not name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(name):
-        raise ConfigError(f"no model '{name}'{closest(name, timm.list_models())}")
+def find_damage(folder: Path) -> Optional[str]:
+    """Say what is wrong with a checkpoint, or None if every byte is as it was written."""
     try:
-        return timm.create_model(name, **kwargs)
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"cannot create model '{name}': {error}") from error
+        sums = json.loads((folder / _SUMS).read_text())
+        for name, expected in sums.items():
+            data = (folder / name).read_bytes()
+            if len(data) != expected['bytes']:
+                return f'{name} has {len(data)} bytes, not {expected["bytes"]}'
+            if hashlib.sha256(data).hexdigest() != expected['sha256']:
+                return f'{name} was changed'
+        missing = {'model.safetensors', 'config.json', 'record.json', 'state.pt'} - sums.keys()
+        return f'{", ".join(sorted(missing))} missing' if missing else None
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        return f'{type(error).__name__}: {error}'
 
 
-def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
-    """Load a trained model from a run (its best checkpoint), a checkpoint's folder, a weights file, or timm by name.
-
-    Args:
-        target: A run folder, a checkpoint folder, a file of weights, or a model with pretrained weights.
-        model_name: The architecture of a weights file.
-        **kwargs: Model arguments.
-
-    Raises:
-        ConfigError: If nothing is there, or it does not fit the architecture.
-    """
-    path = Path(target)
-    if path.is_file() and not model_name and (path.parent / 'config.json').is_file():
-        path = path.parent
-    if path.is_dir():
-        folder = path if (path / 'config.json').is_file() else path / 'best'
-        if not (folder / 'model.safetensors').is_file():
-            raise ConfigError(f"'{target}' has no checkpoint: expected model.safetensors in it or in its folder best")
-        return create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
-    if path.is_file():
-        if not model_name:
-            raise ConfigError(f"'{target}' holds weights only: name the architecture with --model")
-        model = create_model(model_name, **kwargs)
-        load_weights(model, target)
-        return model
-    if timm.is_model(target) or target.startswith('hf-hub:'):
-        return create_model(target, pretrained=True, **kwargs)
-    raise ConfigError(f"'{target}' is no run folder, checkpoint or model{closest(target, timm.list_models())}")
+def list_checkpoints(run: Path) -> List[Path]:
+    """A run's checkpoints, newest first."""
+    return sorted((p for p in (run / 'checkpoints').glob('[0-9]*-[0-9]*') if p.is_dir()), reverse=True)
 
 
-def load_weights(model: nn.Module, path: str) -> str:
-    """Load a file of weights, of the model itself or of its trunk, and return what was loaded as a sentence.
+def newest_checkpoint(run: Path) -> Optional[Path]:
+    """The newest whole checkpoint of a run, if any; damaged ones are passed over with a warning."""
+    for folder in list_checkpoints(run):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        _logger.warning('%s is damaged (%s): going back to the checkpoint before it', folder, damage)
+    return None
+
+
+def link(path: Path, target: Path) -> None:
+    """Point a symbolic link at a sibling or a folder below one, at once.
 
     Raises:
-        ConfigError: If the file is missing, no checkpoint, or one of another architecture.
+        TrainingError: If it cannot be made.
     """
-    try:
-        return str(load_trunk(model, path))
-    except Exception as error:  # a file that is no checkpoint can make the unpickler raise anything
-        raise ConfigError(f"cannot load '{path}': {error}") from error
+    scratch = path.with_name(f'.{path.name}.part')
+    with writing(path):
+        scratch.unlink(missing_ok=True)
+        scratch.symlink_to(target.relative_to(path.parent), target_is_directory=True)
+        os.replace(scratch, path)
+
+
+def prune(run: Path, keep: Iterable[str]) -> None:
+    """Remove a run's checkpoints but the two newest and those named, and what an interrupted write left."""
+    kept = set(keep)
+    for folder in list_checkpoints(run)[2:]:
+        if folder.name not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+    for scratch in (run / 'checkpoints').glob('.*.part'):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class BackgroundWriter:
+    """Runs one job at a time in a thread; a job's error is raised at the next call."""
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
+        self._job: Optional[Future] = None
+        self.seconds = 0.0  # that jobs held training up
+
+    def submit(self, job: Callable[..., None], *args: Any) -> None:
+        """Start a job, after the one before it has ended."""
+        self.wait()
+        self._job = self._pool.submit(job, *args)
+
+    def poll(self) -> None:
+        """Raise the error of a job that has failed."""
+        if self._job is not None and self._job.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the job."""
+        if self._job is not None:
+            start, job, self._job = time.perf_counter(), self._job, None
+            job.result()
+            self.seconds += time.perf_counter() - start

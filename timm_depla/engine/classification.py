@@ -1,209 +1,43 @@
-"""Train and validate an image classifier: timm's data, optimizer, schedule, loss and weight average, and one loop."""
+"""Train an image classifier: timm's data, optimizer, schedule, loss, task and weight average, and one loop."""
 
 import logging
-import sys
+import math
+import os
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
 import yaml
-from timm.data import FastCollateMixup, create_dataset, create_loader, resolve_data_config
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
+from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import AverageMeter, ModelEmaV3, NativeScaler, accuracy, dispatch_clip_grad, random_seed, update_summary
-from tqdm import tqdm
+from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
+from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad, distribute_bn
 
-from timm_depla.data import digits_folder
+from timm_depla.data import Draw, UnreadableError, seed_position
 
-from .checkpoint import create_model, load_model, load_weights, save_checkpoint
-from .config import ConfigError
+from .checkpoint import checkpoint_name, newest_checkpoint, write_file
+from .errors import ConfigError, TrainingError
+from .evaluation import autocast, evaluate
+from .loaders import TrainLoader, count_classes, create_val_loader, find_data, mixes, open_splits
+from .models import create_model, load_model, load_weights, model_config
+from .plan import describe
+from .report import Report, UnreadableImages
+from .run import Losses, Run
+from .world import Interrupt, World, setup_world
 
-__all__ = ['evaluate', 'train', 'train_one_epoch', 'validate']
+__all__ = ['train', 'train_one_epoch']
 
 _logger = logging.getLogger(__name__)
 
 
-def find_data(args: Namespace) -> str:
-    """The data folder of a training run: the one given, or the embedded digits.
-
-    Raises:
-        ConfigError: If the digits cannot be written.
-    """
-    if args.data or args.data_dir:
-        return str(args.data or args.data_dir)
-    _logger.info('no data folder given: training on the embedded handwritten digits')
-    try:
-        return str(digits_folder())
-    except (ModuleNotFoundError, OSError, RuntimeError) as error:
-        raise ConfigError(str(error)) from error
-
-
-def check_device(args: Namespace) -> None:
-    """Raise ConfigError unless `args.device` is there."""
-    try:
-        torch.empty(0, device=args.device)
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(f"cannot use device '{args.device}': {str(error).splitlines()[0]}") from error
-
-
-def open_split(args: Namespace, split: str) -> Any:
-    """One split of the data folder.
-
-    Raises:
-        ConfigError: If the folder is missing, or has no class folders with images.
-    """
-    root = Path(args.data_dir)
-    if not root.is_dir():
-        raise ConfigError(f"no data folder '{root}'")
-    try:
-        return create_dataset('', root=str(root), split=split, class_map=args.class_map)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"no classes with images for the split '{split}' in '{root}': expected {root / split}/CLASS/IMAGE"
-        ) from error
-
-
-def open_splits(args: Namespace) -> Tuple[Any, Any]:
-    """The training and the validation split.
-
-    Raises:
-        ConfigError: If one cannot be opened, both are the same folder, or their classes differ.
-    """
-    train_set, val_set = open_split(args, args.train_split), open_split(args, args.val_split)
-    if train_set.reader.root == val_set.reader.root:
-        raise ConfigError(
-            f"training and validation would both read '{val_set.reader.root}': expected the folders "
-            f"'{args.train_split}' and '{args.val_split}' in '{args.data_dir}'"
-        )
-    if train_set.reader.class_to_idx != val_set.reader.class_to_idx:
-        differing = sorted(train_set.reader.class_to_idx.keys() ^ val_set.reader.class_to_idx.keys())
-        raise ConfigError(f"the splits of '{args.data_dir}' differ in the classes {', '.join(differing[:5])}")
-    return train_set, val_set
-
-
-def create_loaders(args: Namespace, train_set: Any, val_set: Any, data_config: Dict[str, Any]) -> Tuple[Any, Any]:
-    """Training and validation loaders, on the run's device.
-
-    Raises:
-        ConfigError: If a batch is larger than the training set, or timm does not know an augmentation.
-    """
-    if len(train_set) < args.batch_size:
-        raise ConfigError(
-            f'a batch of {args.batch_size} is larger than the training set of {len(train_set)} images: '
-            'lower --batch-size'
-        )
-    kwargs: Dict[str, Any] = {key: data_config[key] for key in ('interpolation', 'mean', 'std')}
-    kwargs.update(scale=args.scale, ratio=args.ratio, hflip=args.hflip, color_jitter=args.color_jitter)
-    kwargs.update(auto_augment=args.aa, re_prob=args.reprob)
-    if args.mixup > 0 or args.cutmix > 0:
-        kwargs['collate_fn'] = FastCollateMixup(
-            args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=args.num_classes
-        )
-    try:
-        train_loader = create_loader(
-            train_set,
-            data_config['input_size'],
-            args.batch_size,
-            is_training=True,
-            num_workers=args.workers,
-            device=torch.device(args.device),
-            **kwargs,
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(f'timm cannot augment as asked: {error!r}') from error
-    return train_loader, create_val_loader(args, val_set, data_config)
-
-
-def create_val_loader(args: Namespace, dataset: Any, data_config: Dict[str, Any]) -> Any:
-    """The loader that validation reads, here and in validate.py."""
-    kwargs = {key: data_config[key] for key in ('interpolation', 'mean', 'std', 'crop_pct')}
-    device = torch.device(args.device)
-    try:
-        return create_loader(
-            dataset, data_config['input_size'], args.batch_size, num_workers=args.workers, device=device, **kwargs
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(f'timm cannot prepare the images as asked: {error!r}') from error
-
-
-def _autocast(args: Namespace) -> torch.autocast:
-    return torch.autocast(torch.device(args.device).type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
-
-
-def _progress(loader: Any, description: str) -> tqdm:
-    """A progress bar on a terminal, nothing in a log."""
-    return tqdm(loader, desc=description, leave=False, disable=not sys.stderr.isatty())
-
-
-def train_one_epoch(
-    epoch: int,
-    model: nn.Module,
-    loader: Any,
-    loss_fn: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    args: Namespace,
-    scheduler: Any,
-    scaler: Optional[NativeScaler] = None,
-    ema: Optional[ModelEmaV3] = None,
-) -> Dict[str, float]:
-    """Train for one epoch and return its mean loss.
-
-    Raises:
-        ConfigError: If the loss is not finite.
-    """
-    model.train()
-    losses = AverageMeter()
-    num_steps = len(loader)
-    start = time.perf_counter()
-    bar = _progress(loader, f'epoch {epoch}')
-    for step, (images, targets) in enumerate(bar):
-        if args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with _autocast(args):
-            loss = loss_fn(model(images), targets)
-        if not torch.isfinite(loss):
-            raise ConfigError(
-                f'the loss is {loss.item()} at epoch {epoch}, step {step}, learning rate '
-                f'{optimizer.param_groups[0]["lr"]:.3g}: lower --lr or set --clip-grad'
-            )
-        optimizer.zero_grad()
-        if scaler is not None:
-            scaler(loss, optimizer, clip_grad=args.clip_grad, parameters=model.parameters())
-        else:
-            loss.backward()
-            if args.clip_grad is not None:
-                dispatch_clip_grad(model.parameters(), args.clip_grad)
-            optimizer.step()
-        update = epoch * num_steps + step + 1
-        if ema is not None:
-            ema.update(model, step=update)
-        scheduler.step_update(num_updates=update, metric=losses.avg)
-        losses.update(loss.item(), len(images))
-        bar.set_postfix(loss=f'{losses.avg:.3f}', lr=f'{optimizer.param_groups[0]["lr"]:.3g}', refresh=False)
-        if bar.disable and (step + 1) % args.log_interval == 0:
-            rate = losses.count / (time.perf_counter() - start)
-            _logger.info('epoch %d  step %d/%d  loss %.3f  %.0f images/s', epoch, step + 1, num_steps, losses.avg, rate)
-    return {'loss': losses.avg}
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, loader: Any, args: Namespace) -> Dict[str, float]:
-    """Mean cross-entropy and top-1 and top-5 accuracy in percent over a loader."""
-    model.eval()
-    losses, top1, top5 = AverageMeter(), AverageMeter(), AverageMeter()
-    for images, targets in _progress(loader, 'validation'):
-        if args.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with _autocast(args):
-            logits = model(images)
-        losses.update(nn.functional.cross_entropy(logits.float(), targets).item(), len(images))
-        for meter, value in zip((top1, top5), accuracy(logits, targets, topk=(1, 5)), strict=True):
-            meter.update(value.item(), len(images))
-    return {'loss': losses.avg, 'top1': top1.avg, 'top5': top5.avg}
+_UNLEARNT = ('pool_size', 'test_input_size', 'test_crop_pct')  # of a cfg: they do not hold for what is trained here
 
 
 def rebuild_args(args: Namespace) -> Dict[str, Any]:
@@ -211,133 +45,350 @@ def rebuild_args(args: Namespace) -> Dict[str, Any]:
     return {**({'global_pool': args.gp} if args.gp else {}), **args.model_kwargs}
 
 
-def build(args: Namespace) -> Tuple[nn.Module, Any, Any]:
-    """The model, on its device and with the run's data configuration in its `pretrained_cfg`, and its loaders."""
-    check_device(args)
-    train_set, val_set = open_splits(args)
-    args.num_classes = args.num_classes or len(train_set.reader.class_to_idx)
-    kwargs = dict(pretrained=args.pretrained, num_classes=args.num_classes, drop_rate=args.drop)
-    model = create_model(args.model, **{**kwargs, 'drop_path_rate': args.drop_path, **rebuild_args(args)})
-    if args.initial_checkpoint:
+def build_model(args: Namespace, world: World, is_fresh: bool) -> Tuple[nn.Module, Dict[str, Any]]:
+    """The model, on its device, with the run's data configuration in its `pretrained_cfg`; and that configuration."""
+    seed_position(args.seed, Draw.INIT)
+    kwargs = dict(pretrained=args.pretrained and is_fresh, num_classes=args.num_classes, drop_rate=args.drop)
+    kwargs.update(drop_path_rate=args.drop_path, in_chans=args.in_chans or (args.input_size or [None])[0])
+    if args.drop_block:
+        kwargs['drop_block_rate'] = args.drop_block
+    if args.pretrained_path and is_fresh:
+        overlay = dict(file=args.pretrained_path, num_classes=-1)
+        kwargs.update(pretrained=True, pretrained_cfg_overlay=overlay)
+    model = create_model(args.model, **{k: v for k, v in kwargs.items() if v is not None}, **rebuild_args(args))
+    if args.initial_checkpoint and is_fresh:
         _logger.info('%s: %s', args.initial_checkpoint, load_weights(model, args.initial_checkpoint))
+    with torch.no_grad():
+        if args.head_init_scale is not None:
+            for parameter in model.get_classifier().parameters():
+                parameter.mul_(args.head_init_scale)
+        if args.head_init_bias is not None:
+            model.get_classifier().bias.fill_(args.head_init_bias)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     data_config = resolve_data_config(vars(args), model=model)
-    model.pretrained_cfg = {**model.pretrained_cfg, **data_config, 'pool_size': None}
-    model.to(args.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    return model, *create_loaders(args, train_set, val_set, data_config)
+    model.pretrained_cfg = {**model.pretrained_cfg, **data_config, **dict.fromkeys(_UNLEARNT)}
+    model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    return model, data_config
 
 
-def create_optimizer(args: Namespace, model: nn.Module, num_steps: int) -> Tuple[torch.optim.Optimizer, Any, int]:
-    """Optimizer, schedule, and the number of epochs, for `num_steps` steps an epoch.
+def create_loss(args: Namespace) -> nn.Module:
+    """The training loss: with mixing, the targets are soft and smoothed already."""
+    if args.jsd_loss:
+        if args.aug_splits < 2:
+            raise ConfigError('--jsd-loss compares augmentation splits: give --aug-splits 2 or more')
+        return JsdCrossEntropy(num_splits=args.aug_splits, smoothing=args.smoothing)
+    smoothing = 0.0 if mixes(args) else args.smoothing
+    if args.bce_loss:
+        kwargs = dict(sum_classes=args.bce_sum, pos_weight=args.bce_pos_weight)
+        return BinaryCrossEntropy(smoothing, args.bce_target_thresh, **kwargs)
+    if mixes(args):
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+
+
+def create_task(args: Namespace, model: nn.Module, world: World) -> nn.Module:
+    """timm's task: classification, or distillation from a teacher.
+
+    Raises:
+        ConfigError: If the teacher does not load, or does not suit the model.
+    """
+    kwargs: Dict[str, Any] = dict(criterion=create_loss(args).to(world.device), device=world.device, verbose=False)
+    if args.kd_model_name is None:
+        return ClassificationTask(model, **kwargs)
+    teacher = load_model(args.kd_model_name).to(world.device)
+    if teacher.num_classes != args.num_classes:
+        raise ConfigError(f"teacher '{args.kd_model_name}' has {teacher.num_classes} classes, not {args.num_classes}")
+    teacher.requires_grad_(False)
+    kwargs.update(distill_loss_weight=args.distill_loss_weight, task_loss_weight=args.task_loss_weight)
+    if args.kd_distill_type == 'feature':
+        return FeatureDistillationTask(model, teacher, **kwargs).to(world.device)
+    return LogitDistillationTask(model, teacher, temperature=args.kd_temperature, **kwargs)
+
+
+def create_optimizer(
+    args: Namespace, trainable: nn.Module, world: World, num_updates: int
+) -> Tuple[torch.optim.Optimizer, Any, int]:
+    """Optimizer, schedule, and the number of epochs, for `num_updates` updates an epoch; sets `args.lr`.
 
     Raises:
         ConfigError: If there is no such optimizer or schedule, or it does not take an argument.
     """
+    if args.lr is None:
+        ratio = args.batch_size * world.size * args.grad_accum_steps / args.lr_base_size
+        adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
+        scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
+        args.lr = args.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
     try:
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
+        optimizer = create_optimizer_v2(trainable, **optimizer_kwargs(args), **args.opt_kwargs)
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f"cannot create optimizer '{args.opt}': {error}") from error
     try:
-        scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=num_steps)
+        scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=num_updates)
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"cannot create schedule '{args.sched}': {error}") from error
     if scheduler is None:
-        raise ConfigError(f"cannot create schedule '{args.sched}': use one of timm's, such as cosine or step")
+        raise ConfigError(f"cannot create schedule '{args.sched}': use one of timm's, such as cosine or constant")
+    if args.stop_epoch is not None and not 0 < args.stop_epoch <= num_epochs:
+        raise ConfigError(f'--stop-epoch {args.stop_epoch} is not within the {num_epochs} epochs of the schedule')
     return optimizer, scheduler, num_epochs
 
 
-def create_run_folder(args: Namespace) -> Path:
+def build(args: Namespace, world: World, is_fresh: bool = True) -> Tuple[Run, TrainLoader, Any, int]:
+    """The run at its start, its loaders, and its number of epochs; only a fresh run loads weights to start from."""
+    if args.seed < 0:
+        raise ConfigError(f'--seed must not be negative, got {args.seed}')
+    train_set, val_set = open_splits(args)
+    args.num_classes = count_classes(args, train_set)
+    model, data_config = build_model(args, world, is_fresh)
+    config = model_config(model, rebuild_args(args))
+    if args.sync_bn and world.size > 1:
+        model = convert_sync_batchnorm(model)
+    loader = TrainLoader(args, train_set, data_config, world)
+    task = create_task(args, model, world)
+    trainable = task.get_trainable_module()
+    num_updates = math.ceil(len(loader) / args.grad_accum_steps)
+    optimizer, scheduler, num_epochs = create_optimizer(args, trainable, world, num_updates)
+    ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+    scaler = NativeScaler(world.device.type) if args.amp and args.amp_dtype == 'float16' else None
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+    if world.size > 1:
+        device_ids = None if world.device.type == 'cpu' else [world.device]
+        task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
+    folder = Path(args.output) / (args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{args.model}')
+    run = Run(
+        args, world, world.share(folder), model, trainable, task, optimizer, scheduler, scaler, ema, config,
+        loader.num_images, num_updates,
+    )  # fmt: skip
+    return run, loader, create_val_loader(args, val_set, data_config, world), num_epochs
+
+
+def set_exactness(args: Namespace, world: World) -> None:
+    """Deterministic kernels, or the fastest ones; CPUs are exact as they are."""
+    if world.device.type == 'cuda':
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.backends.cudnn.benchmark = not args.deterministic
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def find_resume(args: Namespace, world: World) -> Optional[Path]:
+    """The checkpoint to go on from, if any; sets `args.output` and `args.experiment` to its run's folder.
+
+    Raises:
+        ConfigError: If there is none where one was named, or 'auto' does not know the run.
+    """
+    if not args.resume:
+        return None
+    path = Path(args.resume)
+    if args.resume == 'auto':
+        if not args.experiment:
+            raise ConfigError('--resume auto goes on with a run by name: add --experiment, or give its folder')
+        path = Path(args.output) / args.experiment
+    elif path.resolve().parent.name == 'checkpoints':
+        path = path.resolve()
+    checkpoint = world.share(newest_checkpoint(path) if path.parent.name != 'checkpoints' else path)
+    if checkpoint is None and args.resume != 'auto':
+        raise ConfigError(f"'{args.resume}' has no checkpoint to go on from: give a run's folder")
+    run = checkpoint.parent.parent if checkpoint is not None else path
+    args.output, args.experiment = str(run.parent), run.name
+    return checkpoint
+
+
+def open_folder(run: Run, resumed: bool) -> None:
     """Make the run's folder and write its configuration, args.yaml.
 
     Raises:
-        ConfigError: If it exists, or cannot be written.
+        ConfigError: If it holds another run already, or cannot be written.
     """
-    folder = Path(args.output) / (args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{args.model}')
+    args, folder = run.args, run.folder
+    if not run.world.is_primary:
+        return
     try:
-        folder.mkdir(parents=True)
-        (folder / 'args.yaml').write_text(yaml.safe_dump(vars(args), sort_keys=False))
+        folder.mkdir(parents=True, exist_ok=resumed or args.resume == 'auto')
+        (folder / 'checkpoints').mkdir(exist_ok=True)
     except FileExistsError as error:
-        raise ConfigError(f"run folder '{folder}' exists: choose another --experiment or --output") from error
+        raise ConfigError(
+            f"run folder '{folder}' exists: go on with it by --resume auto, or choose another --experiment or --output"
+        ) from error
     except OSError as error:
         raise ConfigError(f"cannot write run folder '{folder}': {error}") from error
-    return folder
+    write_file(folder / 'args.yaml', yaml.safe_dump(vars(args), sort_keys=False).encode())
 
 
-def train(args: Namespace) -> Dict[str, Any]:
-    """Train a classifier and return the record of its best epoch.
-
-    Writes to `args.output`/`args.experiment`: args.yaml (the effective configuration), summary.csv (a row an epoch),
-    and the checkpoints best/ and last/.
-    """
-    args.data_dir = find_data(args)
-    del args.data  # args.yaml keeps data_dir
-    random_seed(args.seed)
-    model, train_loader, val_loader = build(args)
-    optimizer, scheduler, num_epochs = create_optimizer(args, model, len(train_loader))
-    mixed = args.mixup > 0 or args.cutmix > 0
-    loss_fn = SoftTargetCrossEntropy() if mixed else LabelSmoothingCrossEntropy(args.smoothing)
-    ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
-    scaler = NativeScaler(torch.device(args.device).type) if args.amp and args.amp_dtype == 'float16' else None
-    folder = create_run_folder(args)
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    _logger.info('%s, %.2f M parameters; run folder %s', args.model, parameters, folder)
-    images = len(train_loader.dataset), len(val_loader.dataset), args.num_classes
-    _logger.info('%s: %d training and %d validation images of %d classes', args.data_dir, *images)
-
-    best: Dict[str, Any] = {}
-    for epoch in range(num_epochs):
-        start = time.perf_counter()
-        train_metrics = train_one_epoch(epoch, model, train_loader, loss_fn, optimizer, args, scheduler, scaler, ema)
-        lr = optimizer.param_groups[0]['lr']
-        evaluated = model if ema is None else ema.module
-        metrics = evaluate(evaluated, val_loader, args)
-        scheduler.step(epoch + 1, metrics['top1'])
-        update_summary(epoch, train_metrics, metrics, folder / 'summary.csv', lr=lr)
-        record = {'epoch': epoch, **metrics}
-        save_checkpoint(folder / 'last', evaluated, rebuild_args(args), record)
-        if not best or metrics['top1'] > best['top1']:
-            best = record
-            save_checkpoint(folder / 'best', evaluated, rebuild_args(args), record)
-        losses = train_metrics['loss'], metrics['loss']
-        line = 'epoch %d/%d  train loss %.3f  validation loss %.3f  top-1 %.2f  best %.2f  lr %.3g  %.1f s'
-        seconds = time.perf_counter() - start
-        _logger.info(line, epoch, num_epochs - 1, *losses, metrics['top1'], best['top1'], lr, seconds)
-    _logger.info('best top-1 %.2f at epoch %d: python validate.py %s', best['top1'], best['epoch'], folder)
-    return best
+def take_step(run: Run, images: torch.Tensor, targets: torch.Tensor, steps: int) -> torch.Tensor:
+    """Forward, backward and, at the end of an accumulation window, the update; returns the loss."""
+    args, accumulate = run.args, run.args.grad_accum_steps
+    first = run.step - run.step % accumulate
+    window = min(accumulate, steps - first)
+    is_update = run.step + 1 == first + window
+    seed_position(args.seed, run.epoch, run.step, Draw.MODEL, run.world.rank)
+    if args.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with nullcontext() if is_update else run.task.no_sync():
+        with autocast(args):
+            loss = run.task(images, targets)['loss']
+        parameters = run.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+        if run.scaler is not None:
+            clip = dict(clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=parameters)
+            run.scaler(loss / window, run.optimizer, need_update=is_update, **clip)
+        else:
+            (loss / window).backward()
+            if is_update:
+                if args.clip_grad is not None:
+                    dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
+                run.optimizer.step()
+    run.step += 1
+    if is_update:
+        run.optimizer.zero_grad()
+        updates = run.epoch * run.updates_per_epoch + first // accumulate + 1
+        if run.ema is not None:
+            run.ema.update(run.model, step=updates)
+        run.scheduler.step_update(num_updates=updates)
+    return loss
 
 
-def validate(args: Namespace) -> Dict[str, float]:
-    """Validate `args.checkpoint` on `args.data_dir`, by default on the data that its run was trained with.
+def train_one_epoch(
+    run: Run, loader: TrainLoader, interrupt: Interrupt, report: Report, unreadable: UnreadableImages
+) -> int:
+    """Train to the end of the epoch, or until a signal; returns the signal, 0 for none.
 
     Raises:
-        ConfigError: If the checkpoint does not load, the data is not to be found, or their classes do not match.
+        TrainingError: If a loss is not finite, too many images cannot be read, or a checkpoint cannot be written.
     """
-    run = Path(args.checkpoint)
-    run_args = next((f for f in (run / 'args.yaml', run.parent / 'args.yaml') if f.is_file()), None)
-    if args.data_dir is None:
-        if run_args is None:
-            raise ConfigError(
-                f"'{args.checkpoint}' is no run folder, which would tell its data: check the path, or "
-                'name the data with --data-dir'
+    args, steps = run.args, len(loader)
+    run.task.get_trainable_module().train()
+    saved = time.monotonic()
+    for images, targets in loader.epoch(run.epoch, run.step):
+        epoch, step, lr = run.epoch, run.step, run.optimizer.param_groups[0]['lr']
+
+        def where(epoch: int = epoch, step: int = step, lr: float = lr) -> str:
+            files = ', '.join(loader.files(epoch, step)[:8])
+            return (
+                f'at epoch {epoch}, step {step}, learning rate {lr:.3g}: lower --lr or set --clip-grad'
+                f'{f". The batch begins with {files}" if files else ""}'
             )
-        args.data_dir = yaml.safe_load(run_args.read_text())['data_dir']
-    check_device(args)
-    dataset = open_split(args, args.val_split)
-    num_classes = len(dataset.reader.class_to_idx)
-    kwargs = dict(num_classes=num_classes) if args.model and run.is_file() else {}  # other checkpoints know theirs
-    model = load_model(args.checkpoint, args.model, **{**kwargs, **args.model_kwargs})
-    if model.num_classes != num_classes:
-        raise ConfigError(f"'{args.checkpoint}' has {model.num_classes} classes, '{args.data_dir}' has {num_classes}")
-    model.to(args.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    metrics = evaluate(model, create_val_loader(args, dataset, resolve_data_config(vars(args), model=model)), args)
-    _logger.info(
-        '%s on %s, %d images: top-1 %.2f  top-5 %.2f  loss %.3f',
-        args.checkpoint,
-        args.data_dir,
-        len(dataset),
-        metrics['top1'],
-        metrics['top5'],
-        metrics['loss'],
-    )
-    return metrics
+
+        run.losses.add(take_step(run, images, targets, steps), len(images), where)
+        report.update(run.step, run.losses.mean, lr)
+        unreadable.collect()
+        run.writer.poll()
+        if run.step % args.grad_accum_steps and run.step < steps:
+            continue
+        late = args.checkpoint_minutes and time.monotonic() - saved > 60 * args.checkpoint_minutes
+        due = late or (args.recovery_interval and run.step % args.recovery_interval == 0)
+        wanted = run.world.highest(interrupt.signal or int(bool(due)))  # 1: save; above: a signal
+        if run.step == steps:
+            break
+        if wanted > 1:
+            return wanted
+        if wanted:
+            run.save()
+            saved = time.monotonic()
+    run.losses.settle()
+    if run.world.size > 1 and args.dist_bn:
+        distribute_bn(run.model, run.world.size, args.dist_bn == 'reduce')
+        if run.ema is not None:
+            distribute_bn(run.ema.module, run.world.size, args.dist_bn == 'reduce')
+    return run.world.highest(interrupt.signal)
+
+
+def end_epoch(run: Run, metrics: Dict[str, float]) -> None:
+    """Add the epoch's row to the history, set the schedule for the next epoch and move there."""
+    total, count = run.world.sum(run.losses.total, run.losses.count)
+    row = {'epoch': run.epoch, 'train_loss': total / max(count, 1)}
+    row.update({f'eval_{key}': value for key, value in metrics.items() if key != 'count'})
+    run.history.append({**row, 'lr': run.optimizer.param_groups[0]['lr']})
+    run.scheduler.step(run.epoch + 1, metrics.get(run.args.eval_metric))
+    run.epoch, run.step, run.losses = run.epoch + 1, 0, Losses()
+
+
+def run_epochs(
+    run: Run, loader: TrainLoader, val_loader: Any, num_epochs: int, interrupt: Interrupt, report: Report
+) -> int:
+    """Train, validate and save, epoch after epoch; returns the signal that ended it, 0 for none."""
+    args, evaluated = run.args, run.evaluated
+    if args.torchcompile:
+        evaluated = torch.compile(evaluated, backend=args.torchcompile, mode=args.torchcompile_mode)
+    unreadable = UnreadableImages(getattr(loader.dataset, 'unreadable', None), loader.num_images, args.train_split)
+    val_images = len(val_loader.dataset) * run.world.size
+    val_unreadable = UnreadableImages(val_loader.unreadable, val_images, args.val_split)
+    while run.epoch < num_epochs:
+        report.start(run.epoch, run.step)
+        signal = 0
+        if run.step < len(loader):
+            signal = train_one_epoch(run, loader, interrupt, report, unreadable)
+        report.stop()
+        metrics: Dict[str, float] = {}
+        is_last = run.epoch + 1 == num_epochs
+        if not signal and ((run.epoch + 1) % args.val_interval == 0 or is_last or run.epoch + 1 in args.save_epochs):
+            metrics = evaluate(evaluated, val_loader, args, run.world, val_unreadable, interrupt)
+            val_unreadable.collect(wait=True)
+            signal = run.world.highest(interrupt.signal)
+        unreadable.collect(wait=True)
+        if signal:
+            run.save()
+            return signal
+        end_epoch(run, metrics)
+        report.epoch_ended(run.history, (run.ranked(run.history) or [{}])[0])
+        run.save()
+    return 0
+
+
+def train(args: Namespace) -> int:
+    """Train a classifier; returns the exit code: 0, or 128 + the signal that interrupted it.
+
+    Writes to `args.output`/`args.experiment`: args.yaml (the effective configuration), checkpoints/ with the links best
+    and last, summary.csv (a row an epoch) and curves.png.
+
+    Raises:
+        ConfigError: If something asked for cannot be had.
+        TrainingError: If training cannot go on.
+    """
+    world = setup_world(args.device)
+    args.data_dir = find_data(args)
+    del args.data  # args.yaml keeps data_dir
+    set_exactness(args, world)
+    checkpoint = find_resume(args, world)
+    run, loader, val_loader, num_epochs = build(args, world, checkpoint is None)
+    if world.is_primary:
+        print(describe(run, loader, val_loader, num_epochs), flush=True)
+    if args.dry_run:
+        return 0
+    if checkpoint is not None:
+        run.load(checkpoint)
+        _logger.info('going on from %s: epoch %d, step %d', checkpoint, run.epoch, run.step)
+    num_epochs = args.stop_epoch or num_epochs
+    open_folder(run, checkpoint is not None)
+    images_per_step = args.batch_size * world.size
+    report = Report(args, run.folder, len(loader), num_epochs, images_per_step, world.is_primary)
+    if checkpoint is not None and world.is_primary:
+        run.publish(checkpoint.name, run.history)
+    with Interrupt(world) as interrupt:
+        try:
+            signal = run_epochs(run, loader, val_loader, num_epochs, interrupt, report)
+        except Exception as error:
+            report.stop()
+            if isinstance(error, UnreadableError) or 'DataLoader worker' in str(error):
+                raise TrainingError(explain_worker(error)) from error
+            raise
+        finally:
+            run.writer.wait()
+    best = (run.ranked(run.history) or [{}])[0]
+    if signal:
+        _logger.info('saved %s; go on with --resume %s', checkpoint_name(run.epoch, run.step), run.folder)
+        return 128 + signal
+    if best:
+        text = 'best top-1 %.2f at epoch %d: python validate.py %s'
+        _logger.info(text, best['eval_top1'], best['epoch'], run.folder)
+    return 0
+
+
+def explain_worker(error: Exception) -> str:
+    """What ended data loading, in a sentence."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    cause = lines[-1] if isinstance(error, UnreadableError) or 'Traceback' in str(error) else lines[0]
+    hint = 'If it was killed, memory may have run out: lower --workers' if 'killed' in cause else 'Mend the data'
+    return f'loading data failed: {cause}. {hint}, and go on with --resume auto'

@@ -1,0 +1,160 @@
+"""Training that is killed again and again ends bit for bit like training that was not.
+
+The digits recipe in a short form with everything that draws or has a state: AutoAugment, random erasing, mixup, cutmix,
+stochastic depth, an average of the weights. Each run is killed (SIGKILL) at random moments, every third time while a
+checkpoint is being written, and resumed with `--resume auto` and another number of workers until it ends; then its
+weights, its optimizer's and every other state and its summary are compared with the uninterrupted run's.
+"""
+
+import argparse
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Dict, List
+
+import torch
+
+from timm_depla.data import digits_folder
+from timm_depla.engine.checkpoint import find_damage
+
+from .record import table
+
+TRAIN = Path(__file__).parent.parent / 'train.py'
+FLAGS = (
+    '--recipe digits --epochs 4 --img-size 32 --batch-size 32 --recovery-interval 3 --aa original --reprob 0.3 '
+    '--mixup 0.2 --cutmix 0.5 --drop-path 0.2 --model-ema --model-ema-decay 0.9 --log-interval 1 --resume auto'
+)
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--kills', type=int, default=30, help='kills in all')
+    parser.add_argument('--processes', type=int, default=1, help='processes that train together, by torchrun')
+    parser.add_argument('--max-workers', type=int, default=4, help='runs take 0 to this many loading processes in turn')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the first kill; the next ones count on')
+
+
+def start(args: argparse.Namespace, output: Path, name: str, workers: int) -> subprocess.Popen:
+    """Start training in a process group of its own, its log beside the run."""
+    command = [sys.executable, str(TRAIN)]
+    if args.processes > 1:
+        launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(args.processes)]
+        command = [sys.executable, *launcher, str(TRAIN)]
+    command += [str(digits_folder()), *FLAGS.split(), '--workers', str(workers)]
+    command += ['--output', str(output), '--experiment', name]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    with (output / f'{name}.log').open('w') as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def end(process: subprocess.Popen, processes: List[int]) -> None:
+    """Kill what is left of a run: torchrun's children have sessions of their own."""
+    for pid in processes:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def trainers(process: subprocess.Popen, count: int) -> List[int]:
+    """The training processes: the one started, or torchrun's children, by rank."""
+    if count == 1:
+        return [process.pid]
+    return [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
+
+
+def kill(process: subprocess.Popen, count: int, run: Path, seed: int) -> str:
+    """Wait for the seed's moment and kill; returns what was hit, or '' if the run ended before."""
+    draw = random.Random(seed)
+    log, scratch = run.with_suffix('.log'), run / 'checkpoints'
+    while process.poll() is None and 'epoch' not in log.read_text():  # the first line of training
+        time.sleep(0.02)
+    moment = time.monotonic() + draw.uniform(0, 5)
+    while process.poll() is None and time.monotonic() < moment:
+        time.sleep(0.005)
+    during_write = seed % 3 == 0
+    while process.poll() is None and during_write and not list(scratch.glob('.*.part')):
+        pass
+    if process.poll() is not None:
+        return ''
+    ranks = trainers(process, count)
+    hit = [ranks, ranks[:1], ranks[1:] or ranks][seed // 3 % 3]
+    for pid in hit:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.2)  # what a surviving rank does meanwhile
+    end(process, ranks)
+    name = 'all ranks' if len(hit) == len(ranks) else f'rank {ranks.index(hit[0])}'
+    return f'{name} {"during a write" if during_write else "at any moment"}'
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two states are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+def differences(run: Path, reference: Path) -> List[str]:
+    """What differs between the ends of two runs."""
+    found = [str(folder) for folder in (run / 'last').resolve().parent.iterdir() if find_damage(folder)]
+    for name in ('summary.csv', 'last/model.safetensors', 'best/model.safetensors'):
+        if (run / name).read_bytes() != (reference / name).read_bytes():
+            found.append(name)
+    a, b = (torch.load(folder / 'last' / 'state.pt', weights_only=True) for folder in (run, reference))
+    return found + [key for key in a.keys() | b.keys() if not same(a.get(key), b.get(key))]
+
+
+def run(args: argparse.Namespace) -> Dict[str, Any]:
+    """Count the kills by what they hit, the runs, and those that ended differently."""
+    hits: Dict[str, int] = {}
+    positions: List[str] = []
+    different: List[str] = []
+    runs, kills = 0, 0
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch)
+        if start(args, output, 'reference', args.max_workers).wait():
+            raise RuntimeError((output / 'reference.log').read_text())
+        while kills < args.kills:
+            name, ended = f'run{runs}', False
+            while not ended:
+                seed = args.seed + kills
+                process = start(args, output, name, seed % (args.max_workers + 1))
+                hit = kill(process, args.processes, output / name, seed) if kills < args.kills else ''
+                if hit:
+                    kills += 1
+                    hits[hit] = hits.get(hit, 0) + 1
+                ended = process.wait() == 0
+                log = (output / f'{name}.log').read_text()
+                if not (hit or ended):
+                    raise RuntimeError(log)
+                found = re.search(r'going on from .*: epoch (\d+), step (\d+)', log)
+                positions.append(f'{found[1]}:{found[2]}' if found else 'start')
+                print(f'{kills:3} kills  {name} from {positions[-1]}  {hit or "ended"}', flush=True)
+            runs += 1
+            wrong = differences(output / name, output / 'reference')
+            different += [f'{name}: {", ".join(wrong)}'] if wrong else []
+    return dict(
+        processes=args.processes, kills=kills, hits=hits, runs=runs, starts=positions, identical=runs - len(different),
+        different=different,
+    )  # fmt: skip
+
+
+def render(results: Dict[str, Any]) -> str:
+    rows = [[name, count] for name, count in sorted(results['hits'].items())]
+    return (
+        f'{results["kills"]} kills of {results["processes"]} process{"es" if results["processes"] > 1 else ""} over '
+        f'{results["runs"]} runs: {results["identical"]} of {results["runs"]} runs ended bit for bit like the '
+        f'uninterrupted one{"".join(f"; {text}" for text in results["different"])}.\n\n'
+        + table(['killed', 'times'], rows)
+    )

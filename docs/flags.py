@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Write docs/flags.md from the parsers: `python docs/flags.py`."""
+
+import argparse
+from pathlib import Path
+from typing import Dict, List
+
+from timm_depla.engine.flags import (
+    LEFT_OUT,
+    LEFT_OUT_OF_VALIDATION,
+    OWN_FLAGS,
+    create_train_parser,
+    create_validate_parser,
+)
+
+HEADER = """# Flags
+
+Flags have the names and the meaning of timm's `train.py` and `validate.py` (1.0), with timm's defaults but for
+the model and the number of loading processes. A flag of timm's that is not here is refused with the reason given below,
+not ignored. Every switch has a `--no-` form. In a recipe, write flags without dashes: `batch_size: 64`.
+
+`validate.py` takes what to validate as its arguments, any number of runs, checkpoints and models; timm's
+`--checkpoint`, `--model` and positional data folder work too.
+"""
+
+
+def flag_rows(parser: argparse.ArgumentParser, own: bool) -> List[str]:
+    rows = []
+    for action in parser._actions:
+        is_switch = isinstance(action, argparse.BooleanOptionalAction)
+        names = action.option_strings[:1] if is_switch else action.option_strings
+        if not names or '--help' in names or bool(OWN_FLAGS & set(names)) != own:
+            continue
+        default = '' if action.default in (None, '', False, {}, []) else f'`{action.default}`'
+        if '--workers' in names:
+            default = 'at most 4'
+        elif '--device' in names:
+            default = 'the GPU, if any'
+        elif isinstance(action.default, list):
+            default = f'`{" ".join(f"{value:.4g}" for value in action.default)}`' if action.default else ''
+        rows.append(f'| {", ".join(f"`{name}`" for name in names)} | {action.help} | {default} |')
+    return rows
+
+
+def section(title: str, parser: argparse.ArgumentParser, left_out: Dict[str, str]) -> str:
+    lines = [f'## {title}', '', '| flag | meaning | default |', '|---|---|---|', *flag_rows(parser, own=False), '']
+    own = flag_rows(parser, own=True)
+    if own:
+        lines += ['Ours alone:', '', '| flag | meaning | default |', '|---|---|---|', *own, '']
+    lines += ["timm's that are not here:", '', '| flag | reason |', '|---|---|']
+    lines += [f'| `{flag}` | {reason} |' for flag, reason in sorted(left_out.items())]
+    return '\n'.join(lines) + '\n'
+
+
+def render() -> str:
+    return '\n'.join(
+        [
+            HEADER,
+            section('train.py', create_train_parser(), LEFT_OUT),
+            section('validate.py', create_validate_parser(), LEFT_OUT_OF_VALIDATION),
+        ]
+    )
+
+
+if __name__ == '__main__':
+    (Path(__file__).parent / 'flags.md').write_text(render())

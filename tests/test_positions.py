@@ -1,0 +1,97 @@
+"""Random numbers follow from the position alone."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from timm.data import FastCollateMixup
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from timm_depla.data import PositionedBatches, SeededBatches, seed_position
+
+
+class Noise(Dataset):
+    """Samples drawn from all three generators."""
+
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        pixels = np.random.randint(0, 200, (3, 4, 4)) + random.randint(0, 20) + torch.randint(0, 20, ()).item()
+        return pixels.astype(np.uint8), index % 10
+
+
+def load(num_workers=0, epoch=0, step=0, rank=0, world_size=1, seed=3, batch_size=4, mix_epochs=None):
+    sampler = DistributedSampler(Noise(), num_replicas=world_size, rank=rank, seed=seed)
+    batches = PositionedBatches(sampler, batch_size, rank, world_size)
+    batches.set_position(epoch, step)
+    dataset = SeededBatches(Noise(), FastCollateMixup(0.4, num_classes=10), seed, mix_epochs)
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=lambda batch: batch, num_workers=num_workers)
+    return list(loader)
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for s, t in zip(a, b, strict=True) for x, y in zip(s, t, strict=True)
+    )
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def test_seed_position():
+    seed_position(1, 2, 3)
+    first = draws()
+    seed_position(1, 2, 4)
+    assert all(a != b for a, b in zip(first, draws(), strict=True))
+    seed_position(1, 2, 3)
+    assert draws() == first
+
+
+@pytest.mark.parametrize('num_workers', [1, 3])
+def test_batches_do_not_depend_on_the_workers(num_workers):
+    assert equal(load(0), load(num_workers))
+
+
+def test_any_step_can_be_the_first():
+    whole = load()
+    assert len(whole) == 12  # of 50 samples, whole batches only
+    for step in range(13):
+        assert equal(load(step=step), whole[step:])
+
+
+def test_epochs_and_seeds_differ():
+    assert not equal(load(epoch=0), load(epoch=1))
+    assert not equal(load(seed=3), load(seed=4))
+
+
+def test_processes_share_the_epoch():
+    """Two processes together draw what one does: the same samples, augmented alike."""
+    collate = torch.utils.data.default_collate
+    places = []
+    for rank in range(2):
+        sampler = DistributedSampler(Noise(), num_replicas=2, rank=rank, seed=3)
+        places += [place for batch in PositionedBatches(sampler, 5, rank, 2) for place in batch]
+    single = [p for batch in PositionedBatches(DistributedSampler(Noise(), 1, 0, seed=3), 10) for p in batch]
+    assert sorted(places) == sorted(single)
+    dataset = SeededBatches(Noise(), collate, seed=3)
+    assert torch.equal(dataset.__getitems__(sorted(places))[0], dataset.__getitems__(sorted(single))[0])
+
+
+def test_repeated_samples_are_augmented_anew():
+    batches = PositionedBatches(RepeatAugSampler(Noise(), 1, 0, num_repeats=3), 6)
+    (images, targets) = SeededBatches(Noise(), torch.utils.data.default_collate, 0).__getitems__(next(iter(batches)))
+    assert targets[0] == targets[1] == targets[2]
+    assert not torch.equal(images[0], images[1])
+    assert not torch.equal(images[1], images[2])
+
+
+def test_mixing_ends():
+    def is_mixed(batches):
+        return any(((targets > 0.05) & (targets < 0.9)).any() for _, targets in batches)
+
+    assert is_mixed(load(epoch=1, mix_epochs=2, num_workers=1))
+    assert not is_mixed(load(epoch=2, mix_epochs=2, num_workers=1))

@@ -1,0 +1,280 @@
+"""Interrupted training ends bit for bit like training that was not."""
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import timm_depla  # noqa: F401  (registers the models)
+from benchmarks.crash import differences
+from timm_depla.engine import checkpoint, run
+from timm_depla.engine.checkpoint import list_checkpoints
+from timm_depla.engine.classification import train
+from timm_depla.engine.config import parse_args
+from timm_depla.engine.errors import ConfigError, TrainingError
+from timm_depla.engine.flags import create_train_parser
+
+ROOT = Path(__file__).parent.parent
+FAST = ['--recipe', 'digits', '--img-size', 32, '--batch-size', 8, '--epochs', 2, '--recovery-interval', 1,
+        '--warmup-epochs', 1, '--lr', 0.1, '--workers', 0]  # fmt: skip
+VARIANTS = {
+    'mixing': ['--mixup', 0.2, '--cutmix', 0.5, '--mixup-off-epoch', 1, '--aa', 'original', '--reprob', 0.5,
+               '--drop', 0.1, '--drop-path', 0.2, '--model-ema', '--model-ema-decay', 0.9, '--workers', 2],
+    'adaptive': ['--opt', 'adamw', '--sched', 'plateau', '--no-sched-on-updates', '--patience-epochs', 0, '--grad-accum-steps', 2, '--amp',
+                 '--clip-grad', 1, '--channels-last', '--warmup-epochs', 0],
+    'splits': ['--aug-splits', 2, '--jsd-loss', '--aa', 'augmix-m5', '--aug-repeats', 2, '--resplit', '--reprob', 0.9,
+               '--sched', 'step', '--decay-epochs', 1, '--lr-noise', 0, 1, '--opt', 'lookahead_momentum'],
+    'binary': ['--bce-loss', '--bce-target-thresh', 0.2, '--cutmix', 1, '--sched-on-updates', '--grad-checkpointing',
+               '--layer-decay', 0.8, '--clip-grad', 0.1, '--clip-mode', 'agc', '--head-init-scale', 0.1,
+               '--vflip', 0.5],
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Two classes, 24 training and 10 validation images each."""
+    folder = tmp_path_factory.mktemp('images')
+    for split, count in (('train', 24), ('validation', 10)):
+        for label in range(2):
+            (folder / split / f'class{label}').mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 128, (20, 20, 3), generator=torch.Generator().manual_seed(i)) + 127 * label
+                Image.fromarray(pixels.byte().numpy()).save(folder / split / f'class{label}' / f'{i:02}.png')
+    return folder
+
+
+def fit(*argv):
+    return train(parse_args(create_train_parser(), [str(a) for a in argv]))
+
+
+@pytest.fixture
+def keep_all(monkeypatch):
+    """Every checkpoint stays."""
+    monkeypatch.setattr(run, 'prune', lambda *_: None)
+
+
+def go_back(folder, copy, name):
+    """Copy a run without the checkpoints after the one named."""
+    shutil.copytree(folder, copy, symlinks=True)
+    for newer in list_checkpoints(copy):
+        if newer.name > name:
+            shutil.rmtree(newer)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_resumes_exactly_from_any_step(variant, images, tmp_path, keep_all):
+    args = [images, *FAST, *VARIANTS[variant], '--output', tmp_path]
+    assert fit(*args, '--experiment', 'whole') == 0
+    names = [folder.name for folder in list_checkpoints(tmp_path / 'whole')]
+    steps = len({name for name in names if name.startswith('0000-')}) + 1
+    assert len(names) == 2 * steps
+    for name in (names[-1], names[steps + 1], names[steps], names[1], names[0]):
+        go_back(tmp_path / 'whole', tmp_path / name, name)
+        assert fit(*args, '--experiment', name, '--resume', 'auto', '--workers', 1) == 0
+        assert differences(tmp_path / name, tmp_path / 'whole') == []
+
+
+def test_distillation_resumes_exactly(images, tmp_path, keep_all):
+    fit(images, *FAST, '--epochs', 1, '--output', tmp_path, '--experiment', 'teacher')
+    for kind in ('logit', 'feature'):
+        args = [images, *FAST, '--kd-model-name', tmp_path / 'teacher', '--kd-distill-type', kind, '--output', tmp_path]
+        fit(*args, '--experiment', kind)
+        go_back(tmp_path / kind, tmp_path / f'{kind}-back', '0001-000002')
+        fit(*args, '--experiment', f'{kind}-back', '--resume', 'auto')
+        assert differences(tmp_path / f'{kind}-back', tmp_path / kind) == []
+    assert load_file(tmp_path / 'feature' / 'last' / 'model.safetensors').keys() == load_file(
+        tmp_path / 'teacher' / 'last' / 'model.safetensors').keys()  # fmt: skip
+
+
+def test_stop_epoch_and_going_on(images, tmp_path):
+    """A run in two parts is the run in one; a finished run stays as it is; other lengths of keeping change nothing."""
+    args = [images, *FAST, '--epochs', 3, '--output', tmp_path]
+    fit(*args, '--experiment', 'whole')
+    fit(*args, '--experiment', 'parts', '--stop-epoch', 1, '--save-epochs', 1)
+    fit(*args, '--resume', tmp_path / 'parts', '--checkpoint-hist', 1, '--val-interval', 1)
+    assert differences(tmp_path / 'parts', tmp_path / 'whole') == []
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'parts').glob('checkpoints/*/*')}
+    fit(*args, '--resume', tmp_path / 'parts' / 'last')
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / 'parts').glob('checkpoints/*/*')}
+
+
+def test_args_yaml_is_a_recipe(images, tmp_path):
+    fit(images, *FAST, '--epochs', 1, '--output', tmp_path, '--experiment', 'one')
+    fit('--recipe', tmp_path / 'one' / 'args.yaml', '--experiment', 'two')
+    assert differences(tmp_path / 'one', tmp_path / 'two') == []
+    a, b = (yaml.safe_load((tmp_path / name / 'args.yaml').read_text()) for name in ('one', 'two'))
+    assert {key for key in a if a[key] != b[key]} == {'experiment', 'recipe'}
+
+
+def test_resume_refuses_another_training(images, tmp_path, caplog):
+    args = [images, *FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
+    fit(*args, '--stop-epoch', 1)
+    with pytest.raises(ConfigError, match=r'other arguments: batch size 8 -> 4; seed 42 -> 1\. Give .*--resume-with'):
+        fit(*args, '--batch-size', 4, '--seed', 1)
+    with pytest.raises(ConfigError, match='with other arguments: epochs 2 -> 3'):
+        fit(*args, '--epochs', 3)
+    with pytest.raises(ConfigError, match=r'cannot go on from .*size mismatch'):
+        fit(*args, '--model', 'test_resnet_depla', '--model-kwargs', "depla={'num_groups': 8}", '--resume-with-changes')
+    assert fit(*args, '--batch-size', 4, '--weight-decay', 0.1, '--resume-with-changes') == 0
+    assert 'going on with changes: batch size 8 -> 4; weight decay 2e-05 -> 0.1' in caplog.text
+    state = torch.load(tmp_path / 'run' / 'last' / 'state.pt', weights_only=True)
+    assert state['optimizer']['param_groups'][-1]['weight_decay'] == 0.1
+    assert state['position'] == (2, 0)
+
+
+def test_changed_batch_keeps_the_images_seen(images, tmp_path, keep_all):
+    args = [images, *FAST, '--output', tmp_path]
+    fit(*args, '--experiment', 'run')
+    go_back(tmp_path / 'run', tmp_path / 'back', '0001-000003')  # 24 images into the epoch
+    fit(*args, '--experiment', 'back', '--resume', 'auto', '--batch-size', 4, '--resume-with-changes')
+    names = [folder.name for folder in list_checkpoints(tmp_path / 'back')]
+    assert '0001-000007' in names and '0001-000006' not in names
+
+
+def test_resume_without_checkpoints(images, tmp_path):
+    args = [images, *FAST, '--epochs', 1, '--output', tmp_path]
+    with pytest.raises(ConfigError, match='--resume auto goes on with a run by name: add --experiment'):
+        fit(*args, '--resume', 'auto')
+    with pytest.raises(ConfigError, match="nowhere' has no checkpoint to go on from"):
+        fit(*args, '--resume', tmp_path / 'nowhere')
+    assert fit(*args, '--experiment', 'new', '--resume', 'auto') == 0  # starts fresh
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_damage_is_passed_over(seed, images, tmp_path, keep_all, caplog):
+    """The newest checkpoint is truncated or changed: the one before it is used, and said so."""
+    args = [images, *FAST, '--output', tmp_path]
+    fit(*args, '--experiment', 'whole')
+    go_back(tmp_path / 'whole', tmp_path / 'back', '0001-000002')
+    file = tmp_path / 'back' / 'checkpoints' / '0001-000002' / ('state.pt', 'model.safetensors')[seed % 2]
+    data = bytearray(file.read_bytes())
+    data[len(data) * seed // 4] ^= 8
+    file.write_bytes(data if seed < 2 else data[: len(data) // 2])
+    fit(*args, '--experiment', 'back', '--resume', 'auto')
+    assert '0001-000002 is damaged' in caplog.text
+    assert differences(tmp_path / 'back', tmp_path / 'whole') == []
+
+
+def test_full_disk(images, tmp_path, monkeypatch):
+    """A limit on the size of files stands for a full disk: the run stops with a message, the old checkpoint stays."""
+    args = [images, *FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
+    fit(*args, '--stop-epoch', 1)
+    before = {p: p.read_bytes() for p in (tmp_path / 'run' / 'checkpoints').glob('*/*')}
+    command = [sys.executable, str(ROOT / 'train.py'), *map(str, args)]
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (500_000, 500_000))
+    result = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1
+    assert re.search(
+        r"error: cannot write '.*checkpoints/0001-\d+': File too large; earlier checkpoints", result.stderr
+    )
+    assert 'Traceback' not in result.stderr
+    assert before == {p: p.read_bytes() for p in (tmp_path / 'run' / 'checkpoints').glob('*/*')}
+    fit(*args)
+    fit(images, *FAST, '--output', tmp_path, '--experiment', 'whole')
+    assert differences(tmp_path / 'run', tmp_path / 'whole') == []
+
+
+def start(*argv):
+    command = [sys.executable, ROOT / 'train.py', *argv]
+    return subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def read_until(process, text):
+    """What a process prints up to a line with this text."""
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(''.join(lines))
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signals(number, images, tmp_path):
+    """A signal to the whole process group, workers too: the step ends, a checkpoint is saved, the exit code tells."""
+    args = [
+        images,
+        *FAST,
+        '--epochs',
+        60,
+        '--workers',
+        2,
+        '--log-interval',
+        1,
+        '--recovery-interval',
+        0,
+        '--output',
+        tmp_path,
+    ]
+    process = start(*args, '--experiment', 'run')
+    lines = read_until(process, 'step 3/6')
+    os.killpg(process.pid, number)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 128 + number, ''.join(lines) + rest
+    assert f'{number.name}: finishing the step and saving' in rest
+    saved = re.search(r'saved (\d+)-(\d+); go on with --resume', rest)
+    steps = 6 * int(saved[1]) + int(saved[2])
+    logged = (
+        6 * len(re.findall(r'epoch \d+/59', ''.join(lines) + rest)) + rest.split('finishing')[0].count('images/s') + 3
+    )
+    assert steps <= logged + 2
+    stop = int(saved[1]) + 1
+    fit(*args, '--experiment', 'run', '--resume', 'auto', '--stop-epoch', stop)
+    fit(*args, '--experiment', 'whole', '--stop-epoch', stop)
+    assert differences(tmp_path / 'run', tmp_path / 'whole') == []
+
+
+def test_second_interrupt_exits_at_once(images, tmp_path):
+    process = start(images, *FAST, '--epochs', 60, '--img-size', 256, '--log-interval', 1, '--output', tmp_path)
+    read_until(process, 'step 1/6')
+    process.send_signal(signal.SIGINT)
+    read_until(process, 'finishing the step')
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    assert process.wait(timeout=30) == 130
+    assert time.monotonic() - sent < 2 or 'saved' in process.stderr.read()
+
+
+def test_dead_worker(images, tmp_path):
+    process = start(images, *FAST, '--epochs', 600, '--workers', 1, '--log-interval', 1, '--output', tmp_path)
+    read_until(process, 'epoch 1/')
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    assert re.search(
+        r'error: loading data failed: DataLoader worker .*killed.*lower --workers, and go on with', rest
+    ), rest
+    assert 'Traceback' not in rest
+    assert checkpoint.newest_checkpoint(next(tmp_path.iterdir())) is not None
+
+
+def test_unreadable_images(images, tmp_path, caplog):
+    shutil.copytree(images, tmp_path / 'data')
+    for i in range(24, 120):
+        shutil.copy(images / 'train' / 'class0' / '00.png', tmp_path / 'data' / 'train' / 'class0' / f'{i}.png')
+    bad = tmp_path / 'data' / 'train' / 'class1' / '05.png'
+    bad.write_bytes(bad.read_bytes()[:200])
+    args = [tmp_path / 'data', *FAST, '--epochs', 1, '--workers', 2, '--recovery-interval', 0, '--output', tmp_path]
+    assert fit(*args, '--experiment', 'few') == 0
+    assert 'skipped an unreadable image, 1 so far: class1/05.png: image file is truncated' in caplog.text
+    for name in ('01.png', '02.png', '03.png'):
+        (bad.parent / name).write_bytes(b'no image')
+    with pytest.raises(TrainingError, match=r"\d of the 144 images of the split 'train' cannot be read, more than 1%"):
+        fit(*args, '--experiment', 'many')
+    shutil.copytree(images / 'train' / 'class1', bad.parent, dirs_exist_ok=True)
+    (tmp_path / 'data' / 'validation' / 'class0' / '03.png').write_bytes(b'')
+    with pytest.raises(TrainingError, match=r"1 of the 20 images of the split 'validation' cannot be read"):
+        fit(*args, '--experiment', 'validation')

@@ -1,0 +1,134 @@
+"""Randomness by position: what training draws follows from the seed and the place in training, and from nothing else.
+
+Augmentation draws for (seed, epoch, place in the epoch's order), mixing for (seed, epoch, place of the batch's first
+sample), the model for (seed, epoch, step, rank). A run that stops anywhere therefore goes on from two integers, epoch
+and step, with the samples and the random numbers that it would have had, whatever the number of workers.
+"""
+
+import random
+from typing import Any, Callable, Iterator, List, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+
+__all__ = ['Draw', 'PositionedBatches', 'SeededBatches', 'SeededStream', 'seed_position']
+
+Place = Tuple[int, int, int]  # epoch, place in the epoch's order over all processes, index into the data set
+
+
+class Draw:
+    """What draws at a position: one more integer that keeps the sequences of random numbers apart."""
+
+    SAMPLE, BATCH, ERASE, MODEL, INIT = range(5)
+
+
+def seed_position(*position: int) -> None:
+    """Seed Python's, NumPy's and torch's generators (every device's) from non-negative integers."""
+    words = [int(word) for word in np.random.SeedSequence(position).generate_state(4)]
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.manual_seed((words[2] << 32) + words[3])
+
+
+class PositionedBatches(Sampler[List[Place]]):
+    """The batches of an epoch from any step on, whole batches only.
+
+    Args:
+        sampler: Draws an epoch's indices for this process, after `set_epoch(epoch)`: torch's `DistributedSampler` or
+            timm's `RepeatAugSampler`.
+        batch_size: Images a batch in this process.
+        rank: This process, and
+        world_size: the number of processes that train together; they take the epoch's samples in turn.
+    """
+
+    def __init__(self, sampler: Any, batch_size: int, rank: int = 0, world_size: int = 1):
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.position = (0, 0)
+
+    def set_position(self, epoch: int, step: int) -> None:
+        """Begin the next iteration at this step of this epoch."""
+        self.position = (epoch, step)
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return len(self.sampler) // self.batch_size
+
+    def __iter__(self) -> Iterator[List[Place]]:
+        epoch, start = self.position
+        self.sampler.set_epoch(epoch)
+        indices = list(self.sampler)
+        for first in range(start * self.batch_size, len(self) * self.batch_size, self.batch_size):
+            yield [(epoch, i * self.world_size + self.rank, indices[i]) for i in range(first, first + self.batch_size)]
+
+
+class SeededBatches(Dataset):
+    """Loads and collates the batches of `PositionedBatches`, every sample and batch with random numbers of its own.
+
+    Args:
+        dataset: A map-style data set with its transform.
+        collate: Makes (images, targets) of a list of samples; may draw (mixup).
+        seed: The run's seed.
+        mix_epochs: Epochs in which a `collate` that mixes does so; all when None.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable, seed: int, mix_epochs: Any = None):
+        self.dataset = dataset
+        self.collate = collate
+        self.seed = seed
+        self.mix_epochs = mix_epochs
+
+    def __getitems__(self, places: Sequence[Place]) -> Tuple[torch.Tensor, torch.Tensor]:
+        samples = []
+        for epoch, place, index in places:
+            seed_position(self.seed, epoch, place, Draw.SAMPLE)
+            samples.append(self.dataset[index])
+        epoch, first, _ = places[0]
+        seed_position(self.seed, epoch, first, Draw.BATCH)
+        if self.mix_epochs is not None:
+            self.collate.mixup_enabled = epoch < self.mix_epochs
+        return self.collate(samples)
+
+
+class SeededStream(IterableDataset):
+    """One epoch of a streaming data set, every sample with random numbers of its own; samples before `start` are empty.
+
+    The order is the reader's, which must follow from its seed and epoch. What was trained already is read again, but
+    neither transformed nor collated.
+
+    Args:
+        dataset: timm's iterable data set, its epoch set, with its transform.
+        collate: Makes (images, targets) of a list of samples.
+        position: Seed, epoch, rank.
+        batch_size: Images a batch; a worker's samples fill whole batches.
+        start: The first step to load.
+    """
+
+    def __init__(
+        self, dataset: Any, collate: Callable, position: Tuple[int, int, int], batch_size: int, start: int = 0
+    ):
+        self.dataset = dataset
+        self._collate = collate
+        self.position = position
+        self.batch_size = batch_size
+        self.start = start
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        seed, epoch, rank = self.position
+        for i, (image, target) in enumerate(self.dataset.reader):
+            if i // self.batch_size * num_workers + worker < self.start:  # workers take the steps in turn
+                yield None
+                continue
+            seed_position(seed, epoch, i, Draw.SAMPLE, rank, worker)
+            yield self.dataset.transform(image), target
+
+    def collate(self, samples: List[Any]) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The loader's collate function: a batch, or an empty one for a step before the start."""
+        if samples[0] is None:
+            return torch.empty(0, dtype=torch.uint8), torch.empty(0)
+        return self._collate(samples)

@@ -1,0 +1,363 @@
+"""Data sets and their loaders: timm's data sets, transforms, mixing and prefetcher, in an order that can be resumed."""
+
+import dataclasses
+import logging
+import tarfile
+from argparse import Namespace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from timm.data import AugMixDataset, FastCollateMixup, IterableImageDataset, create_dataset, create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+
+from timm_depla.data import (
+    CheckedImages,
+    Draw,
+    PositionedBatches,
+    SeededBatches,
+    SeededStream,
+    digits_folder,
+    seed_position,
+)
+
+from .errors import ConfigError
+from .world import World, shield_worker
+
+__all__ = ['TrainLoader', 'create_val_loader', 'find_data', 'mixes', 'open_split', 'open_splits']
+
+_logger = logging.getLogger(__name__)
+
+_STREAMS = ('wds/', 'hfids/')
+
+
+def find_data(args: Namespace) -> str:
+    """The data folder of a training run: the one given, or the embedded digits.
+
+    Raises:
+        ConfigError: If the digits cannot be written.
+    """
+    if args.data or args.data_dir or args.dataset:
+        return args.data or args.data_dir
+    _logger.info('no data folder given: training on the embedded handwritten digits')
+    try:
+        return str(digits_folder())
+    except (ModuleNotFoundError, OSError, RuntimeError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def open_split(args: Namespace, split: str, is_training: bool = False, epoch: int = 0) -> Any:
+    """One split of the data: a folder or tar of images, or a data set that timm names.
+
+    Args:
+        args: The run's arguments.
+        split: The split's name.
+        is_training: Whether a stream is shuffled.
+        epoch: The epoch of a stream.
+
+    Raises:
+        ConfigError: If it cannot be opened.
+    """
+    kind = args.dataset.partition('/')[0].lower()
+    if kind == 'tfds':
+        raise ConfigError('tfds/ reads by TensorFlow, whose order cannot be restored: convert to WebDataset')
+    if kind in ('', 'wds') and not Path(args.data_dir or '').exists() and '://' not in str(args.data_dir):
+        raise ConfigError(f"no data folder '{args.data_dir}'")
+    number = args.train_num_samples if is_training else args.val_num_samples
+    options: Dict[str, Any] = {}
+    if args.dataset.lower().startswith(_STREAMS):
+        options = dict(input_key=args.input_key, target_key=args.target_key, num_samples=number)
+        options.update(seed=args.seed + epoch, batch_size=args.batch_size, is_training=is_training)
+        options['repeats'] = getattr(args, 'epoch_repeats', 0)
+    elif kind == 'hfds':
+        options = dict(input_key=args.input_key, target_key=args.target_key)
+    if kind in ('hfds', 'hfids'):
+        options['trust_remote_code'] = args.dataset_trust_remote_code
+    if kind != 'torch':
+        options['input_img_mode'] = args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB')
+    if args.class_map:
+        options['class_map'] = args.class_map
+    try:
+        options.update({'download': True} if args.dataset_download else {})
+        return create_dataset(args.dataset, root=args.data_dir, split=split, **options)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'data set \'{args.dataset}\': {error}; pip install "timm-depla[stream]"') from error
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if kind:
+            raise ConfigError(f"cannot open the split '{split}' of '{args.dataset}': {error}") from error
+        raise ConfigError(
+            f"no classes with images for the split '{split}' in '{args.data_dir}': "
+            f'expected {Path(args.data_dir) / split}/CLASS/IMAGE'
+        ) from error
+
+
+def count_samples(args: Namespace, split: str) -> int:
+    """Count the images of a stream that does not tell: of local shards by their names, else by reading the stream.
+
+    Raises:
+        ConfigError: If its shards are not local files.
+    """
+    if not args.dataset.lower().startswith('wds/'):
+        import datasets
+
+        builder = datasets.load_dataset_builder(args.dataset.partition('/')[2], cache_dir=args.data_dir)
+        return sum(1 for _ in builder.as_streaming_dataset(split=split))
+    reader = open_split(args, split).reader
+    suffixes = tuple(f'.{key}' for key in reader.input_key.split(';'))
+    total = 0
+    for name in reader.split_info.filenames:
+        path = Path(args.data_dir, name)
+        if not path.is_file():
+            raise ConfigError(f"the length of '{path}' is not known: give --train-num-samples")
+        with tarfile.open(path) as shard:
+            total += sum(member.name.lower().endswith(suffixes) for member in shard)
+    return total
+
+
+def open_splits(args: Namespace) -> Tuple[Any, Any]:
+    """The training and the validation split.
+
+    Raises:
+        ConfigError: If one cannot be opened, both are the same folder, or their classes differ.
+    """
+    if args.dataset.lower().startswith(_STREAMS) and not args.train_num_samples:
+        try:
+            open_split(args, args.train_split, is_training=True)
+        except ConfigError as error:
+            if 'num_samples' not in str(error):
+                raise
+            args.train_num_samples = count_samples(args, args.train_split)
+            _logger.info('counted %d training images: --train-num-samples saves the counting', args.train_num_samples)
+    train_set, val_set = open_split(args, args.train_split, is_training=True), open_split(args, args.val_split)
+    train_reader, val_reader = getattr(train_set, 'reader', None), getattr(val_set, 'reader', None)
+    if not args.dataset and getattr(train_reader, 'root', 0) == getattr(val_reader, 'root', 1):
+        raise ConfigError(
+            f"training and validation would both read '{val_reader.root}': expected the folders "
+            f"'{args.train_split}' and '{args.val_split}' in '{args.data_dir}'"
+        )
+    classes = [set(getattr(reader, 'class_to_idx', None) or ()) for reader in (train_reader, val_reader)]
+    if classes[0] != classes[1]:
+        differing = map(str, sorted(classes[0] ^ classes[1], key=str))
+        raise ConfigError(f"the splits of '{args.data_dir}' differ in the classes {', '.join(islice(differing, 5))}")
+    return train_set, val_set
+
+
+def count_classes(args: Namespace, dataset: Any) -> int:
+    """The number of classes of a data set.
+
+    Raises:
+        ConfigError: If neither the data nor `args.num_classes` tells.
+    """
+    known = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or getattr(dataset, 'classes', None)
+    if not (args.num_classes or known):
+        raise ConfigError(f"'{args.dataset}' does not say how many classes it has: give --num-classes")
+    return args.num_classes or len(known)
+
+
+def mixes(args: Namespace) -> bool:
+    """Whether training mixes images, by mixup or cutmix."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def _train_transform(args: Namespace, data_config: Dict[str, Any]) -> Any:
+    kwargs = {key: data_config[key] for key in ('mean', 'std')}
+    interpolation = data_config['interpolation'] if args.no_aug else args.train_interpolation
+    kwargs['interpolation'] = interpolation or data_config['interpolation']
+    names = ['no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob']
+    kwargs.update({name: getattr(args, name) for name in (*names, 'grayscale_prob', 'gaussian_blur_prob')})
+    try:
+        return create_transform(
+            data_config['input_size'],
+            is_training=True,
+            auto_augment=args.aa,
+            use_prefetcher=True,
+            separate=args.aug_splits > 0,
+            **kwargs,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(f'timm cannot augment as asked: {error!r}') from error
+
+
+def _collate(args: Namespace) -> Any:
+    if not mixes(args):
+        return fast_collate
+    if args.batch_size % 2:
+        raise ConfigError(f'mixing takes an even batch, not {args.batch_size}: change --batch-size')
+    if args.aug_splits:
+        raise ConfigError('--aug-splits does not go with mixup and cutmix: drop one of them')
+    return FastCollateMixup(
+        args.mixup,
+        args.cutmix,
+        args.cutmix_minmax,
+        args.mixup_prob,
+        args.mixup_switch_prob,
+        args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.num_classes,
+    )
+
+
+def _prefetch(loader: DataLoader, data_config: Dict[str, Any], device: torch.device) -> PrefetchLoader:
+    return PrefetchLoader(
+        loader, data_config['mean'], data_config['std'], channels=data_config['input_size'][0], device=device
+    )
+
+
+def _loader_kwargs(args: Namespace, world: World) -> Dict[str, Any]:
+    init = partial(shield_worker, world.busy)
+    return dict(num_workers=args.workers, pin_memory=args.pin_mem, worker_init_fn=init)
+
+
+class TrainLoader:
+    """The training batches of any epoch from any step on, on the run's device.
+
+    Args:
+        args: The run's arguments.
+        dataset: The training split, a map-style data set or a stream of timm.
+        data_config: timm's data configuration.
+        world: The processes that share the samples.
+
+    Attributes:
+        dataset: The data set that is read.
+
+    Raises:
+        ConfigError: If the batch does not suit the data or the mixing, or timm does not know an augmentation.
+    """
+
+    def __init__(self, args: Namespace, dataset: Any, data_config: Dict[str, Any], world: World):
+        self.args = args
+        self.data_config = data_config
+        self.world = world
+        self.transform = _train_transform(args, data_config)
+        self.collate = _collate(args)
+        self.is_stream = isinstance(dataset, IterableImageDataset)
+        self.dataset = dataset if self.is_stream or not hasattr(dataset, 'reader') else CheckedImages(dataset, True)
+        self.num_images = len(dataset)
+        if self.is_stream:
+            if args.aug_repeats or args.aug_splits:
+                raise ConfigError('--aug-repeats and --aug-splits need a data set with random access, not a stream')
+            self.dataset.set_loader_cfg(num_workers=args.workers)
+            self._steps = len(self.dataset) // args.batch_size
+        else:
+            self._open_map()
+            self._steps = len(self.batches)
+        if not self._steps:
+            raise ConfigError(
+                f'a batch of {args.batch_size} is larger than the training set of {self.num_images} images'
+                f'{f" for each of {world.size} processes" if world.size > 1 else ""}: lower --batch-size'
+            )
+        self.erasing = None
+        if args.reprob > 0 and not args.no_aug:
+            splits = (args.aug_splits or 2) if args.resplit else 0
+            kwargs = dict(mode=args.remode, max_count=args.recount, num_splits=splits, device=world.device)
+            self.erasing = RandomErasing(args.reprob, **kwargs)
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+        return self._steps
+
+    def _open_map(self) -> None:
+        args, world = self.args, self.world
+        replicas = dict(num_replicas=world.size, rank=world.rank)
+        if args.aug_repeats:
+            sampler = RepeatAugSampler(self.dataset, num_repeats=args.aug_repeats, **replicas)
+        else:
+            sampler = DistributedSampler(self.dataset, seed=args.seed, **replicas)
+        self.batches = PositionedBatches(sampler, args.batch_size, world.rank, world.size)
+        self.dataset.transform = self.transform
+        augmented = AugMixDataset(self.dataset, args.aug_splits) if args.aug_splits > 1 else self.dataset
+        mix_epochs = args.mixup_off_epoch if mixes(args) and args.mixup_off_epoch else None
+        loader = DataLoader(
+            SeededBatches(augmented, self.collate, args.seed, mix_epochs),
+            batch_sampler=self.batches,
+            collate_fn=_as_it_is,
+            persistent_workers=args.workers > 0,
+            **_loader_kwargs(args, world),
+        )
+        self.loader = _prefetch(loader, self.data_config, world.device)
+
+    def _open_stream(self, epoch: int, start: int) -> Iterator[Any]:
+        """A reader's shuffling has a state of its own, so each epoch gets a new one, seeded by the epoch."""
+        args, world = self.args, self.world
+        dataset = open_split(args, args.train_split, is_training=True, epoch=epoch)
+        dataset.transform = self.transform
+        dataset.set_loader_cfg(num_workers=args.workers)
+        dataset.set_epoch(epoch)
+        if mixes(args) and args.mixup_off_epoch:
+            self.collate.mixup_enabled = epoch < args.mixup_off_epoch
+        stream = SeededStream(dataset, self.collate, (args.seed, epoch, world.rank), args.batch_size, start)
+        loader = DataLoader(
+            stream,
+            args.batch_size,
+            collate_fn=stream.collate,
+            drop_last=True,
+            generator=torch.Generator().manual_seed(args.seed + epoch),
+            **_loader_kwargs(args, world),
+        )
+        return islice(_prefetch(loader, self.data_config, world.device), start, self._steps)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        """Images (B, C, H, W), normalised, and targets (B,), or (B, classes) where they are mixed."""
+        if self.is_stream:
+            loaded = self._open_stream(epoch, start)
+        else:
+            self.batches.set_position(epoch, start)
+            loaded = iter(self.loader)
+        for step, (images, targets) in enumerate(loaded, start):
+            if self.erasing is not None:
+                seed_position(self.args.seed, epoch, step, Draw.ERASE, self.world.rank)
+                images = self.erasing(images)
+            yield images, targets
+
+    def files(self, epoch: int, step: int) -> List[str]:
+        """The files of a batch, where the data set knows them."""
+        if self.is_stream or not hasattr(self.dataset, 'filename'):
+            return []
+        self.batches.set_position(epoch, step)
+        return [str(self.dataset.filename(index)) for _, _, index in next(iter(self.batches))]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def create_val_loader(
+    args: Namespace, dataset: Any, data_config: Dict[str, Any], world: Optional[World] = None
+) -> PrefetchLoader:
+    """The loader that validation reads, here and in validate.py: each image once, over all processes together.
+
+    Its attribute `unreadable` is the queue of the images that cannot be read, if the data set has one.
+
+    Raises:
+        ConfigError: If timm cannot prepare the images as asked.
+    """
+    world = world or World(torch.device(args.device))
+    kwargs = {key: data_config[key] for key in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}
+    try:
+        transform = create_transform(data_config['input_size'], use_prefetcher=True, **kwargs)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(f'timm cannot prepare the images as asked: {error!r}') from error
+    batch_size = getattr(args, 'validation_batch_size', None) or args.batch_size
+    load = partial(DataLoader, batch_size=batch_size, collate_fn=fast_collate, **_loader_kwargs(args, world))
+    if isinstance(dataset, IterableImageDataset):
+        dataset.transform = transform
+        if args.dataset.lower().startswith('wds/'):  # timm's split repeats and misses samples; each shard once does not
+            reader = dataset.reader
+            shards = tuple(reader.split_info.filenames)[world.rank :: world.size]
+            reader.split_info = dataclasses.replace(reader.split_info, filenames=shards)
+            reader.dist_rank, reader.dist_num_replicas = 0, 1
+        dataset.set_loader_cfg(num_workers=args.workers)
+        loader = _prefetch(load(dataset), data_config, world.device)
+    else:
+        if hasattr(dataset, 'reader'):
+            dataset = CheckedImages(dataset, False)
+        dataset.transform = transform
+        share = Subset(dataset, range(world.rank, len(dataset), world.size))
+        loader = _prefetch(load(share, persistent_workers=args.workers > 0), data_config, world.device)
+    loader.unreadable = getattr(dataset, 'unreadable', None)
+    return loader

@@ -1,0 +1,85 @@
+"""Models by name, and from what training left."""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Dict
+
+import timm
+import torch.nn as nn
+from timm.models._hub import save_config_for_hf
+
+from timm_depla.models import load_trunk
+
+from .config import closest
+from .errors import ConfigError
+
+__all__ = ['create_model', 'load_model', 'load_weights', 'model_config']
+
+
+def model_config(model: nn.Module, model_args: Dict[str, Any]) -> bytes:
+    """timm's config.json, which rebuilds the model beside its weights.
+
+    Args:
+        model: The model, with the `pretrained_cfg` of its own training.
+        model_args: Arguments that rebuild the model, beside its name.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / 'config.json'
+        save_config_for_hf(model, path, model_args=model_args)
+        return path.read_bytes()
+
+
+def create_model(name: str, **kwargs) -> nn.Module:
+    """`timm.create_model`, with its errors as ConfigError.
+
+    Raises:
+        ConfigError: If there is no such model, it has no pretrained weights, or it does not take an argument.
+    """
+    if not name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(name):
+        raise ConfigError(f"no model '{name}'{closest(name, timm.list_models())}")
+    try:
+        return timm.create_model(name, **kwargs)
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"cannot create model '{name}': {error}") from error
+
+
+def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
+    """Load a trained model from a run (its best checkpoint), a checkpoint's folder, a weights file, or timm by name.
+
+    Args:
+        target: A run folder, a checkpoint folder, a file of weights, or a model with pretrained weights.
+        model_name: The architecture of a weights file.
+        **kwargs: Model arguments.
+
+    Raises:
+        ConfigError: If nothing is there, or it does not fit the architecture.
+    """
+    path = Path(target)
+    if path.is_file() and not model_name and (path.parent / 'config.json').is_file():
+        path = path.parent
+    if path.is_dir():
+        folder = path if (path / 'config.json').is_file() else path / 'best'
+        if not (folder / 'model.safetensors').is_file():
+            raise ConfigError(f"'{target}' has no checkpoint: expected model.safetensors in it or in its folder best")
+        return create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
+    if path.is_file():
+        if not model_name:
+            raise ConfigError(f"'{target}' holds weights only: name the architecture with --model")
+        model = create_model(model_name, **kwargs)
+        load_weights(model, target)
+        return model
+    if timm.is_model(target) or target.startswith('hf-hub:'):
+        return create_model(target, pretrained=True, **kwargs)
+    raise ConfigError(f"'{target}' is no run folder, checkpoint or model{closest(target, timm.list_models())}")
+
+
+def load_weights(model: nn.Module, path: str) -> str:
+    """Load a file of weights, of the model itself or of its trunk, and return what was loaded as a sentence.
+
+    Raises:
+        ConfigError: If the file is missing, no checkpoint, or one of another architecture.
+    """
+    try:
+        return str(load_trunk(model, path))
+    except Exception as error:  # a file that is no checkpoint can make the unpickler raise anything
+        raise ConfigError(f"cannot load '{path}': {error}") from error

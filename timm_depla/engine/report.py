@@ -1,0 +1,200 @@
+"""What a run tells: a progress bar or plain lines, curves.png, TensorBoard, Weights & Biases, unreadable images."""
+
+import io
+import logging
+import queue
+import sys
+import time
+from argparse import Namespace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Dict, List
+
+from tqdm import tqdm
+
+from .checkpoint import write_file
+from .errors import ConfigError, TrainingError
+
+__all__ = ['Report', 'UnreadableImages', 'progress']
+
+_logger = logging.getLogger(__name__)
+
+_MAX_UNREADABLE = 0.01  # of the images
+
+
+def progress(description: str, **kwargs: Any) -> tqdm:
+    """A progress bar on a terminal, nothing in a log."""
+    return tqdm(desc=description, leave=False, disable=not sys.stderr.isatty(), unit=' images', **kwargs)
+
+
+class UnreadableImages:
+    """Names and counts the images that were skipped.
+
+    Args:
+        names: The queue of (file, cause), or None where the data does not tell.
+        num_images: Images of the split.
+        split: Its name.
+    """
+
+    def __init__(self, names: Any, num_images: int, split: str):
+        self.names = names
+        self.num_images = num_images
+        self.split = split
+        self.files: Dict[str, str] = {}
+
+    def collect(self, wait: bool = False) -> None:
+        """Log what was skipped since the last call.
+
+        Raises:
+            TrainingError: If more than 1% of the split cannot be read.
+        """
+        while self.names is not None:
+            try:
+                file, cause = self.names.get(timeout=0.05) if wait else self.names.get_nowait()
+            except queue.Empty:
+                break
+            if file not in self.files:
+                self.files[file] = cause
+                _logger.warning('skipped an unreadable image, %d so far: %s: %s', len(self.files), file, cause)
+        if len(self.files) > _MAX_UNREADABLE * self.num_images:
+            named = '; '.join(f'{file}: {cause}' for file, cause in list(self.files.items())[:5])
+            raise TrainingError(
+                f"{len(self.files)} of the {self.num_images} images of the split '{self.split}' cannot be read, more "
+                f'than {_MAX_UNREADABLE:.0%}: {named}. Replace or remove them'
+            )
+
+
+class Report:
+    """Tells how a run goes; silent but for warnings in all processes but the primary one.
+
+    Args:
+        args: The run's arguments.
+        folder: Its folder.
+        steps: Steps an epoch.
+        num_epochs: Epochs in all.
+        images_per_step: The global batch.
+        is_primary: Whether this process reports.
+
+    Raises:
+        ConfigError: If a logger that was asked for is not installed.
+    """
+
+    def __init__(
+        self, args: Namespace, folder: Path, steps: int, num_epochs: int, images_per_step: int, is_primary: bool
+    ):
+        self.args = args
+        self.folder = folder
+        self.steps = steps
+        self.num_epochs = num_epochs
+        self.images_per_step = images_per_step
+        self.is_primary = is_primary
+        self._loggers = _create_loggers(args, folder) if is_primary else []
+        self._can_draw = is_primary and _has_matplotlib()
+
+    def start(self, epoch: int, step: int) -> None:
+        """Begin to train at this position."""
+        self.epoch, self.first, self.start_time = epoch, step, time.perf_counter()
+        total, done = self.steps * self.images_per_step, step * self.images_per_step
+        self.bar = progress(f'epoch {epoch}', total=total, initial=done) if self.is_primary else None
+
+    def update(self, step: int, loss: float, lr: float) -> None:
+        """`step` steps of the epoch are done."""
+        if self.bar is None:
+            return
+        if not self.bar.disable:
+            self.bar.update(step * self.images_per_step - self.bar.n)
+            self.bar.set_postfix(loss=f'{loss:.3f}', lr=f'{lr:.3g}', refresh=False)
+        elif step % self.args.log_interval == 0 and step < self.steps:
+            seconds = (time.perf_counter() - self.start_time) / max(step - self.first, 1)
+            left = timedelta(seconds=round(seconds * ((self.num_epochs - self.epoch) * self.steps - step)))
+            line = 'epoch %d  step %d/%d  loss %.3f  lr %.3g  %.0f images/s  %s left'
+            _logger.info(line, self.epoch, step, self.steps, loss, lr, self.images_per_step / seconds, left)
+
+    def stop(self) -> None:
+        """Training pauses: an epoch has ended, or the run is interrupted."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def epoch_ended(self, history: List[Dict[str, Any]], best: Dict[str, Any]) -> None:
+        """Report the last row of the history."""
+        if not self.is_primary:
+            return
+        row = history[-1]
+        text = f'epoch {row["epoch"]}/{self.num_epochs - 1}  train loss {row["train_loss"]:.3f}'
+        if 'eval_top1' in row:
+            key = f'eval_{self.args.eval_metric}'
+            text += f'  validation loss {row["eval_loss"]:.3f}  top-1 {row["eval_top1"]:.2f}'
+            text += f'  best {best["eval_top1"]:.2f}' if key == 'eval_top1' else f'  best {key[5:]} {best[key]:.3f}'
+        _logger.info('%s  lr %.3g  %.1f s', text, row['lr'], time.perf_counter() - self.start_time)
+        for log in self._loggers:
+            log(row)
+        if self._can_draw:
+            write_file(self.folder / 'curves.png', draw_curves(history))
+
+
+def _has_matplotlib() -> bool:
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        _logger.info('no curves.png without matplotlib: pip install "timm-depla[plot]"')
+        return False
+    return True
+
+
+def draw_curves(history: List[Dict[str, Any]]) -> bytes:
+    """Loss, accuracy and learning rate by epoch, as a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.5), layout='constrained')
+    FigureCanvasAgg(figure)
+    panels = {
+        'loss': {'train_loss': 'training', 'eval_loss': 'validation'},
+        'accuracy (%)': {'eval_top1': 'top-1', 'eval_top5': 'top-5'},
+        'learning rate': {'lr': None},
+    }
+    for axes, (title, columns) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for column, label in columns.items():
+            rows = [row for row in history if column in row]
+            axes.plot([row['epoch'] for row in rows], [row[column] for row in rows], '.-', label=label)
+        axes.set(xlabel='epoch', ylabel=title)
+        axes.grid(alpha=0.3)
+        if len(columns) > 1:
+            axes.legend(frameon=False)
+    data = io.BytesIO()
+    figure.savefig(data, format='png', dpi=100)
+    return data.getvalue()
+
+
+def _create_loggers(args: Namespace, folder: Path) -> List[Any]:
+    """Functions that each take a row of the summary."""
+    loggers = []
+    if args.log_tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ConfigError('--log-tensorboard needs tensorboard: pip install "timm-depla[log]"') from error
+        events = SummaryWriter(str(folder / 'tensorboard'))
+
+        def log_events(row: Dict[str, Any]) -> None:
+            for key, value in row.items():
+                events.add_scalar(key, value, row['epoch'])
+            events.flush()
+
+        loggers.append(log_events)
+    if args.log_wandb:
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise ConfigError('--log-wandb needs wandb: pip install "timm-depla[log]"') from error
+        wandb.init(
+            project=args.wandb_project,
+            name=folder.name,
+            config=vars(args),
+            tags=args.wandb_tags,
+            dir=str(folder),
+            id=args.wandb_resume_id or None,
+            resume='must' if args.wandb_resume_id else None,
+        )
+        loggers.append(wandb.log)
+    return loggers

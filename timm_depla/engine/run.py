@@ -1,0 +1,279 @@
+"""A training run: what it is made of, what a checkpoint remembers of it, and how it goes on from one."""
+
+import csv
+import io
+import json
+import logging
+import math
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import safetensors.torch
+import torch
+import torch.nn as nn
+from timm.utils import ModelEmaV3, NativeScaler
+
+from .checkpoint import BackgroundWriter, checkpoint_name, link, prune, write_checkpoint, write_file
+from .errors import ConfigError, TrainingError
+from .world import World
+
+__all__ = ['Losses', 'Run']
+
+_logger = logging.getLogger(__name__)
+
+_COLUMNS = ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
+_CHANGE_NOTHING = {
+    'checkpoint_hist', 'checkpoint_minutes', 'data', 'data_dir', 'dataset_download', 'dry_run', 'experiment',
+    'initial_checkpoint', 'log_interval', 'log_tensorboard', 'log_wandb', 'no_resume_opt', 'output', 'pin_mem',
+    'pretrained', 'pretrained_path', 'recipe', 'recovery_interval', 'resume', 'resume_with_changes', 'save_epochs',
+    'stop_epoch', 'validation_batch_size', 'wandb_project', 'wandb_resume_id', 'wandb_tags', 'workers',
+}  # fmt: skip
+"""Arguments that a resumed run may change and stay the training that it was."""
+
+
+@dataclass
+class Losses:
+    """The mean loss of an epoch in this process, read one step late so that the device need not wait.
+
+    Raises:
+        TrainingError: From `add` and `settle`, if a loss is not finite.
+    """
+
+    total: float = 0.0
+    count: int = 0
+    _pending: Any = None
+
+    def add(self, loss: torch.Tensor, count: int, where: Any) -> None:
+        """Remember a step's loss, and read the one before.
+
+        Args:
+            loss: The mean over the step's images, a scalar.
+            count: The number of images.
+            where: Called for a description of the step if the loss is not finite.
+        """
+        self.settle()
+        self._pending = (loss.detach(), count, where)
+
+    def settle(self) -> None:
+        """Read the loss that is still out."""
+        if self._pending is None:
+            return
+        loss, count, where = self._pending
+        self._pending = None
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(f'the loss is {value} {where()}')
+        self.total += value * count
+        self.count += count
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(self.count, 1)
+
+
+@dataclass
+class Run:
+    """A run between two steps.
+
+    Attributes:
+        model: The network itself, not wrapped, with the data configuration of its training in its `pretrained_cfg`.
+        trainable: What the optimizer trains: the model, or with feature distillation a module around it.
+        task: timm's training task, with the modules that are called: distributed, compiled.
+        config: timm's config.json.
+        num_images: Images of the training set.
+        updates_per_epoch: Updates of the weights an epoch.
+        epoch, step: The position: the next step to take. At `step` = steps an epoch, validation is next.
+        history: A row of summary.csv for each epoch.
+    """
+
+    args: Namespace
+    world: World
+    folder: Path
+    model: nn.Module
+    trainable: nn.Module
+    task: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: Optional[NativeScaler]
+    ema: Optional[ModelEmaV3]
+    config: bytes
+    num_images: int
+    updates_per_epoch: int
+    epoch: int = 0
+    step: int = 0
+    losses: Losses = field(default_factory=Losses)
+    history: List[Dict[str, Any]] = field(default_factory=list)
+    writer: BackgroundWriter = field(default_factory=BackgroundWriter)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is validated and kept: the average of the weights where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    @property
+    def updates(self) -> int:
+        """Updates of the weights so far."""
+        return self.epoch * self.updates_per_epoch + self.step // self.args.grad_accum_steps
+
+    def ranked(self, history: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        """The validated epochs' rows, best first."""
+        key = f'eval_{self.args.eval_metric}'
+        sign = 1 if key == 'eval_loss' else -1
+        return sorted((row for row in history if key in row), key=lambda row: sign * row[key])
+
+    def arguments(self) -> Dict[str, Any]:
+        """What makes this training and no other."""
+        kept = {key: value for key, value in vars(self.args).items() if key not in _CHANGE_NOTHING}
+        return {
+            **kept,
+            'device': self.world.device.type,
+            'world_size': self.world.size,
+            'training_images': self.num_images,
+        }
+
+    def _rank_state(self) -> Dict[str, Any]:
+        """What differs between processes: the running loss, and batch statistics."""
+        self.losses.settle()
+        state: Dict[str, Any] = {'loss': (self.losses.total, self.losses.count)}
+        if self.world.size > 1:
+            modules = [self.model] if self.ema is None else [self.model, self.ema.module]
+            state['buffers'] = [{name: b.cpu() for name, b in module.named_buffers()} for module in modules]
+        return state
+
+    def save(self) -> None:
+        """Write a checkpoint at this position in the background. Every process must call this.
+
+        Raises:
+            TrainingError: If the loss is not finite, or the checkpoint before could not be written.
+        """
+        ranks = self.world.gather(self._rank_state())
+        if not self.world.is_primary:
+            return
+        state = {
+            'position': (self.epoch, self.step),
+            'arguments': self.arguments(),
+            'history': [dict(row) for row in self.history],
+            'ranks': ranks,
+            'optimizer': _copy(self.optimizer.state_dict()),
+            'scheduler': scheduler_state(self.scheduler),
+            'scaler': self.scaler.state_dict() if self.scaler is not None else None,
+        }
+        if self.trainable is not self.evaluated:
+            state['trainable'] = _copy(self.trainable.state_dict())
+        weights = _copy(self.evaluated.state_dict(), torch.contiguous_format)  # safetensors has no channels last
+        self.writer.submit(self._write, checkpoint_name(self.epoch, self.step), state, weights)
+
+    def _write(self, name: str, state: Dict[str, Any], weights: Dict[str, torch.Tensor]) -> None:
+        history = state['history']
+        record = {**(history[-1] if history else {}), **dict(zip(('epoch', 'step'), state['position'], strict=True))}
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        files = {
+            'model.safetensors': safetensors.torch.save(weights, metadata={'format': 'pt'}),
+            'config.json': self.config,
+            'record.json': (json.dumps(record, indent=2) + '\n').encode(),
+            'state.pt': buffer.getvalue(),
+        }
+        write_checkpoint(self.folder / 'checkpoints' / name, files)
+        self.publish(name, history)
+
+    def publish(self, name: str, history: List[Dict[str, Any]]) -> None:
+        """Make summary.csv, `last` and `best` agree with the newest checkpoint, and drop those not needed any more."""
+        folder = self.folder / 'checkpoints'
+        text = io.StringIO()
+        writer = csv.DictWriter(text, _COLUMNS, restval='', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(history)
+        write_file(self.folder / 'summary.csv', text.getvalue().encode())
+        link(self.folder / 'last', folder / name)
+        ranked = [checkpoint_name(row['epoch'] + 1, 0) for row in self.ranked(history)]
+        if ranked and (folder / ranked[0]).is_dir():
+            link(self.folder / 'best', folder / ranked[0])
+        kept = ranked[: max(self.args.checkpoint_hist, 1)]
+        prune(self.folder, [*kept, *(checkpoint_name(epoch, 0) for epoch in self.args.save_epochs)])
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint that is whole.
+
+        Raises:
+            ConfigError: If the run differs from the one that wrote it and changes were not asked for.
+        """
+        state = torch.load(checkpoint / 'state.pt', map_location='cpu', weights_only=True)
+        changes = self._changes(state['arguments'])
+        if changes and not self.args.resume_with_changes:
+            raise ConfigError(
+                f"'{checkpoint}' belongs to a training with other arguments: {'; '.join(changes)}. Give the old "
+                'ones, or go on with the new ones by --resume-with-changes'
+            )
+        try:
+            weights = safetensors.torch.load_file(checkpoint / 'model.safetensors')
+            self.evaluated.load_state_dict(weights)
+            if self.trainable is not self.evaluated:
+                self.trainable.load_state_dict(state.get('trainable', weights))
+            if not self.args.no_resume_opt:
+                options = [{k: v for k, v in group.items() if k != 'params'} for group in self.optimizer.param_groups]
+                self.optimizer.load_state_dict(state['optimizer'])
+                for group, option in zip(self.optimizer.param_groups, options if changes else [], strict=False):
+                    group.update(option)
+                if self.scaler is not None and state['scaler']:
+                    self.scaler.load_state_dict(state['scaler'])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"cannot go on from '{checkpoint}': {error}") from error
+        load_scheduler_state(self.scheduler, state['scheduler'])
+        self.epoch, self.step = state['position']
+        self.history = state['history']
+        if changes:
+            _logger.warning('going on with changes: %s', '; '.join(changes))
+            self._adapt(state['arguments'])
+        else:
+            self._load_rank_state(state['ranks'][self.world.rank])
+
+    def _load_rank_state(self, state: Dict[str, Any]) -> None:
+        self.losses = Losses(*state['loss'])
+        modules = [self.model] if self.ema is None else [self.model, self.ema.module]
+        for module, buffers in zip(modules, state.get('buffers', []), strict=False):
+            for name, buffer in module.named_buffers():
+                buffer.copy_(buffers[name])
+
+    def _changes(self, old: Dict[str, Any]) -> List[str]:
+        new = self.arguments()
+        differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        return [f'{key.replace("_", " ")} {old.get(key)!r} -> {new.get(key)!r}' for key in differing]
+
+    def _adapt(self, old: Dict[str, Any]) -> None:
+        """Move the position and the schedule to where the images seen so far are under the new arguments."""
+        new = self.arguments()
+        self.step = self.step * old['batch_size'] * old['world_size'] // (new['batch_size'] * new['world_size'])
+        self.step -= self.step % self.args.grad_accum_steps
+        self.scheduler.step(self.epoch)
+        self.scheduler.step_update(self.updates)
+
+
+def _copy(value: Any, memory_format: torch.memory_format = torch.preserve_format) -> Any:
+    """A copy of a state on the CPU, which training can no longer change."""
+    if isinstance(value, torch.Tensor):
+        copy = value.detach().to('cpu', copy=True, memory_format=memory_format)
+        return copy.contiguous() if memory_format == torch.contiguous_format else copy
+    if isinstance(value, dict):
+        return {key: _copy(item, memory_format) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copy(item, memory_format) for item in value)
+    return value
+
+
+def scheduler_state(scheduler: Any) -> Dict[str, Any]:
+    """timm's schedules follow from the position, but for plateau, which remembers the metric."""
+    if not hasattr(scheduler, 'lr_scheduler'):
+        return {}
+    plain = (bool, float, int, list, str, type(None))
+    state = {k: v for k, v in scheduler.lr_scheduler.state_dict().items() if isinstance(v, plain)}
+    return {'plateau': state, 'restore_lr': scheduler.restore_lr}
+
+
+def load_scheduler_state(scheduler: Any, state: Dict[str, Any]) -> None:
+    """Undo `scheduler_state`."""
+    if state:
+        scheduler.lr_scheduler.load_state_dict(state['plateau'])
+        scheduler.restore_lr = state['restore_lr']

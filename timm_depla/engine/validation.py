@@ -1,0 +1,197 @@
+"""Validate classifiers: what `validate.py` does, for one model or a table of many."""
+
+import csv
+import io
+import json
+import logging
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional
+
+import timm
+import torch
+import yaml
+from timm.data import RealLabelsImagenet, resolve_data_config
+from timm.layers import apply_test_time_pool
+from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
+
+from .checkpoint import write_file
+from .errors import ConfigError, UserError
+from .evaluation import evaluate
+from .loaders import count_classes, create_val_loader, open_split
+from .models import load_model
+from .report import UnreadableImages
+from .world import World, setup_world
+
+__all__ = ['validate', 'validate_all']
+
+_logger = logging.getLogger(__name__)
+
+
+def run_arguments(target: str) -> Dict[str, Any]:
+    """The arguments of the run that a target is, or is in; none for other targets."""
+    path = Path(target).resolve()
+    found = [folder / 'args.yaml' for folder in (path, *list(path.parents)[:3]) if (folder / 'args.yaml').is_file()]
+    return yaml.safe_load(found[0].read_text()) if found else {}
+
+
+def find_targets(args: Namespace) -> List[str]:
+    """What to validate, wildcards spelt out.
+
+    Raises:
+        ConfigError: If nothing is named, or a wildcard fits no model with pretrained weights.
+    """
+    targets = [*args.targets, *([args.checkpoint] if args.checkpoint else [])]
+    is_data = args.model and len(targets) == 1 and Path(targets[0]).is_dir() and not run_arguments(targets[0])
+    if is_data and not args.data_dir and not (Path(targets[0]) / 'config.json').is_file():
+        args.data_dir = targets.pop()  # timm's `validate.py DIR --model NAME`
+    if not targets and args.model:
+        targets = [args.model]
+    if not targets:
+        raise ConfigError('name what to validate: a run, a checkpoint or a model with pretrained weights')
+    found: List[str] = []
+    for target in targets:
+        is_pattern = any(character in target for character in '*?') and not Path(target).exists()
+        names = timm.list_models(target, pretrained=True) if is_pattern else [target]
+        if not names:
+            raise ConfigError(f"no model with pretrained weights fits '{target}'")
+        found += names
+    return found
+
+
+def _scoring(args: Namespace, dataset: Any) -> Optional[Callable[[torch.Tensor], torch.Tensor]]:
+    """What to do with each batch's logits before they are scored."""
+    if args.valid_labels:
+        try:
+            valid = [int(line) for line in Path(args.valid_labels).read_text().split()]
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read --valid-labels '{args.valid_labels}': {error}") from error
+        return lambda logits: logits[:, valid]
+    if args.real_labels:
+        try:
+            args.real = RealLabelsImagenet(dataset.filenames(basename=True), real_json=args.real_labels)
+        except (AssertionError, AttributeError, OSError, ValueError) as error:
+            message = f"--real-labels '{args.real_labels}' does not fit the images: {error or 'another number of them'}"
+            raise ConfigError(message) from error
+
+        def observe(logits: torch.Tensor) -> torch.Tensor:
+            args.real.add_result(logits)
+            return logits
+
+        return observe
+    return None
+
+
+def validate(args: Namespace, target: str, world: Optional[World] = None) -> Dict[str, Any]:
+    """Validate a run, a checkpoint or a model on `args.data_dir`, by default on the data that its run was trained with.
+
+    Returns:
+        A row of timm's table of results, with the images per second.
+
+    Raises:
+        ConfigError: If the target does not load, the data is not to be found, or their classes do not match.
+    """
+    args = Namespace(**vars(args))
+    world = world or setup_world(args.device)
+    trained = run_arguments(target)
+    if args.data_dir is None and not args.dataset:
+        if not trained:
+            raise ConfigError(
+                f"'{target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
+            )
+        for key in ('dataset', 'data_dir', 'class_map', 'input_key', 'target_key', 'input_img_mode'):
+            setattr(args, key, getattr(args, key) or trained.get(key))
+    options = dict(num_classes=args.num_classes, in_chans=args.in_chans, global_pool=args.gp)
+    options = {key: value for key, value in options.items() if value is not None}
+    args.train_num_samples, args.seed = None, 0
+    dataset = open_split(args, args.val_split)
+    if args.model and Path(target).is_file() and 'num_classes' not in options:
+        options['num_classes'] = count_classes(args, dataset)
+    model = load_model(target, args.model, **{**options, **args.model_kwargs})
+    args.num_classes = None
+    if not args.valid_labels and getattr(getattr(dataset, 'reader', None), 'class_to_idx', None):
+        num_classes = count_classes(args, dataset)
+        if model.num_classes != num_classes:
+            raise ConfigError(
+                f"'{target}' has {model.num_classes} classes, '{args.data_dir or args.dataset}' has {num_classes}"
+            )
+    data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
+    if args.test_pool:
+        model, pools = apply_test_time_pool(model, data_config)
+        data_config['crop_pct'] = 1.0 if pools else data_config['crop_pct']
+    parameters = sum(p.numel() for p in model.parameters())
+    model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    if args.torchcompile:
+        model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+    observe = _scoring(args, dataset)
+    loader = create_val_loader(args, dataset, data_config, world)
+    unreadable = UnreadableImages(loader.unreadable, len(dataset), args.val_split)
+    start = time.perf_counter()
+    metrics = evaluate(model, loader, args, world, unreadable, observe=observe)
+    seconds = time.perf_counter() - start
+    unreadable.collect(wait=True)
+    if args.real_labels:
+        metrics.update(top1=args.real.get_accuracy(k=1), top5=args.real.get_accuracy(k=5))
+    _logger.info(
+        '%s on %s, %d images: top-1 %.2f  top-5 %.2f  loss %.3f  %.0f images/s',
+        *(target, args.data_dir or args.dataset, metrics['count'], metrics['top1'], metrics['top5'], metrics['loss']),
+        metrics['count'] / seconds,
+    )
+    return dict(
+        model=target,
+        top1=round(metrics['top1'], 4),
+        top1_err=round(100 - metrics['top1'], 4),
+        top5=round(metrics['top5'], 4),
+        top5_err=round(100 - metrics['top5'], 4),
+        param_count=round(parameters / 1e6, 2),
+        img_size=data_config['input_size'][-1],
+        crop_pct=data_config['crop_pct'],
+        interpolation=data_config['interpolation'],
+        images_per_second=round(metrics['count'] / seconds, 1),
+    )
+
+
+def _validate_with_retry(args: Namespace, target: str, world: World) -> Dict[str, Any]:
+    """As `validate`, with a smaller batch where memory runs out and `args.retry` allows."""
+    batch_size = args.batch_size
+    while True:
+        try:
+            return validate(Namespace(**{**vars(args), 'batch_size': batch_size}), target, world)
+        except torch.OutOfMemoryError as error:
+            smaller = decay_batch_step(batch_size)
+            if not (args.retry and smaller and check_batch_size_retry(str(error))):
+                raise ConfigError(
+                    f"'{target}': memory ran out with --batch-size {batch_size}; lower it or add --retry"
+                ) from error
+            _logger.warning("'%s': memory ran out with a batch of %d, trying %d", target, batch_size, smaller)
+            batch_size = smaller
+
+
+def validate_all(args: Namespace) -> List[Dict[str, Any]]:
+    """Validate every target; several make a table, best first, in which one's failure does not stop the others.
+
+    Raises:
+        ConfigError: If a single target fails, or all do.
+    """
+    targets, world, rows = find_targets(args), setup_world(args.device), []
+    for target in targets:
+        try:
+            rows.append(_validate_with_retry(args, target, world))
+        except UserError as error:
+            if len(targets) == 1:
+                raise
+            _logger.error('%s: %s', target, error)
+    if not rows:
+        raise ConfigError(f'none of the {len(targets)} models could be validated')
+    rows.sort(key=lambda row: row['top1'], reverse=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    if len(targets) > 1:
+        print(text.getvalue(), end='', flush=True)
+    if args.results_file:
+        table = text.getvalue() if args.results_format == 'csv' else json.dumps(rows, indent=4) + '\n'
+        write_file(Path(args.results_file), table.encode())
+    return rows

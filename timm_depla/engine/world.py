@@ -1,0 +1,151 @@
+"""The processes that train together, and the signals that interrupt them."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from typing import Any, List, Optional
+
+import torch
+import torch.distributed as dist
+from timm.utils import setup_default_logging
+from timm.utils.distributed import init_distributed_device_so
+
+from .errors import ConfigError, UserError
+
+__all__ = ['Interrupt', 'World', 'run_command', 'setup_world', 'shield_worker']
+
+
+@dataclass
+class World:
+    """This process among those that train together.
+
+    Attributes:
+        device: Its device.
+        rank: Its number, 0 to size - 1; the process of rank 0 writes and reports.
+        size: How many there are.
+        control: A process group for small objects, on CPUs; None for a single process.
+        busy: Shared with the data loading workers: set while this process answers signals to the whole process group.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    control: Any = None
+    busy: Any = field(default_factory=lambda: multiprocessing.RawValue('b', 0))
+
+    @property
+    def is_primary(self) -> bool:
+        return self.rank == 0
+
+    def highest(self, value: int) -> int:
+        """The highest of all processes' values."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return int(tensor)
+
+    def sum(self, *values: float) -> List[float]:
+        """Each value's sum over all processes, in double precision."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> Optional[List[Any]]:
+        """All processes' values by rank, in the primary process; None in the others."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_primary else None
+        dist.gather_object(value, values, group=self.control)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """The primary process's value."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self.control)
+        return values[0]
+
+
+def setup_world(device: str) -> World:
+    """Join the processes that torchrun or Slurm started together, if any, and set up this one's device and log.
+
+    Raises:
+        ConfigError: If the device is not there.
+    """
+    try:
+        torch.empty(0, device=device)
+        found = init_distributed_device_so(device)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"cannot use device '{device}': {str(error).splitlines()[0]}") from error
+    control = dist.new_group(backend='gloo') if found['distributed'] else None
+    world = World(torch.device(found['device']), found['global_rank'], found['world_size'], control)
+    if not world.is_primary:
+        logging.getLogger().setLevel(logging.ERROR)
+    return world
+
+
+class Interrupt:
+    """Remembers SIGTERM and SIGINT, so that training can end after a step; a second SIGINT ends the process at once.
+
+    Args:
+        world: This process and its workers, which leave those signals to it.
+
+    Attributes:
+        signal: The signal received, 0 for none. A process that ends for it exits with 128 + signal, as shells do.
+    """
+
+    def __init__(self, world: World):
+        self.world = world
+        self.signal = 0
+
+    def __enter__(self) -> 'Interrupt':
+        self.world.busy.value = 1
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.world.busy.value = 0
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            os.write(2, b'\ninterrupted again: exiting without saving\n')
+            os._exit(128 + number)
+        os.write(2, f'\n{signal.Signals(number).name}: finishing the step and saving\n'.encode())
+        self.signal = number
+
+
+def shield_worker(busy: Any, _: int) -> None:
+    """Set up a data loading worker, as its `worker_init_fn` after `partial(shield_worker, world.busy)`.
+
+    A signal to the whole process group is the main process's to answer, which needs its workers meanwhile; afterwards
+    SIGTERM is the main process's way to end them.
+    """
+
+    def end(number: int, _: Any) -> None:
+        if not busy.value:
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)
+
+
+def run_command(name: str, main: Any) -> None:
+    """Run a command's main function; a UserError ends it with its message, an interrupt with 128 + signal."""
+    setup_default_logging()
+    try:
+        code = main()
+    except UserError as error:
+        rank = os.environ.get('RANK')
+        sys.exit(f'{name}{f" (rank {rank})" if rank else ""}: error: {error}')
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code or 0)
