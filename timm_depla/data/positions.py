@@ -104,16 +104,24 @@ class SeededStream(IterableDataset):
         collate: Makes (images, targets) of a list of samples.
         position: Seed, epoch, rank.
         batch_size: Images a batch; a worker's samples fill whole batches.
+        channels: Channels of an image.
         start: The first step to load.
     """
 
     def __init__(
-        self, dataset: Any, collate: Callable, position: Tuple[int, int, int], batch_size: int, start: int = 0
+        self,
+        dataset: Any,
+        collate: Callable,
+        position: Tuple[int, int, int],
+        batch_size: int,
+        channels: int = 3,
+        start: int = 0,
     ):
         self.dataset = dataset
         self._collate = collate
         self.position = position
         self.batch_size = batch_size
+        self.channels = channels
         self.start = start
 
     def __iter__(self) -> Iterator[Any]:
@@ -130,5 +138,5 @@ class SeededStream(IterableDataset):
     def collate(self, samples: List[Any]) -> Tuple[torch.Tensor, torch.Tensor]:
         """The loader's collate function: a batch, or an empty one for a step before the start."""
         if samples[0] is None:
-            return torch.empty(0, dtype=torch.uint8), torch.empty(0)
+            return torch.empty(0, self.channels, 1, 1, dtype=torch.uint8), torch.empty(0)
         return self._collate(samples)

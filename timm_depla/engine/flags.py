@@ -185,7 +185,7 @@ def _add_schedule_args(parser: argparse.ArgumentParser) -> None:
 def _add_augmentation_args(parser: argparse.ArgumentParser) -> None:
     add = _group(parser, 'augmentation and loss')
     number = partial(add, type=float, metavar='X')
-    add('--no-aug', help='no augmentation')
+    add('--no-aug', action='store_true', help='no augmentation')
     add('--train-crop-mode', type=str, metavar='MODE', help='training crop: rrc, rkrc or rkrr (default: rrc)')
     number('--scale', nargs=2, default=[0.08, 1.0], help='random crop, area')
     number('--ratio', nargs=2, default=[3 / 4, 4 / 3], help='random crop, aspect')

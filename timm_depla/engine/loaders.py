@@ -290,7 +290,8 @@ class TrainLoader:
         dataset.set_epoch(epoch)
         if mixes(args) and args.mixup_off_epoch:
             self.collate.mixup_enabled = epoch < args.mixup_off_epoch
-        stream = SeededStream(dataset, self.collate, (args.seed, epoch, world.rank), args.batch_size, start)
+        position, channels = (args.seed, epoch, world.rank), self.data_config['input_size'][0]
+        stream = SeededStream(dataset, self.collate, position, args.batch_size, channels, start)
         loader = DataLoader(
             stream,
             args.batch_size,
@@ -346,8 +347,9 @@ def create_val_loader(
     load = partial(DataLoader, batch_size=batch_size, collate_fn=fast_collate, **_loader_kwargs(args, world))
     if isinstance(dataset, IterableImageDataset):
         dataset.transform = transform
+        reader = dataset.reader
+        reader.dist_rank, reader.dist_num_replicas = world.rank, world.size
         if args.dataset.lower().startswith('wds/'):  # timm's split repeats and misses samples; each shard once does not
-            reader = dataset.reader
             shards = tuple(reader.split_info.filenames)[world.rank :: world.size]
             reader.split_info = dataclasses.replace(reader.split_info, filenames=shards)
             reader.dist_rank, reader.dist_num_replicas = 0, 1

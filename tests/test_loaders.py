@@ -1,0 +1,182 @@
+"""Every kind of data set that timm reads, resumed from any step and shared by processes."""
+
+import io
+import shutil
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+from timm.data import resolve_data_config
+
+from timm_depla.engine.config import parse_args
+from timm_depla.engine.errors import ConfigError
+from timm_depla.engine.flags import create_train_parser
+from timm_depla.engine.loaders import TrainLoader, count_classes, create_val_loader, open_splits
+from timm_depla.engine.world import World
+
+CPU = torch.device('cpu')
+LABELS = [i % 3 for i in range(40)]
+
+
+def image(index):
+    """An image whose pixels tell its index."""
+    return Image.new('RGB', (16, 16), (6 * index, 6 * index, 6 * index))
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """The same 40 images of three classes as a folder, as tar files, as WebDataset shards and as parquet files."""
+    root = tmp_path_factory.mktemp('data')
+    for split in ('train', 'validation'):
+        for index, label in enumerate(LABELS):
+            folder = root / 'folder' / split / f'class{label}'
+            folder.mkdir(parents=True, exist_ok=True)
+            image(index).save(folder / f'{index:02}.png')
+        with tarfile.open(root / f'{split}.tar', 'w') as tar:
+            tar.add(root / 'folder' / split, '.')
+    (root / 'shards').mkdir()
+    for shard in range(4):
+        with tarfile.open(root / 'shards' / f'data-{shard}.tar', 'w') as tar:
+            for index in range(10 * shard, 10 * shard + 10):
+                png = io.BytesIO()
+                image(index).save(png, format='png')
+                for suffix, content in (('png', png.getvalue()), ('cls', str(LABELS[index]).encode())):
+                    member = tarfile.TarInfo(f'{index:02}.{suffix}')
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    datasets = pytest.importorskip('datasets')
+    features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(3)})
+    (root / 'parquet').mkdir()
+    for split in ('train', 'validation'):
+        for shard in range(4):
+            indices = range(10 * shard, 10 * shard + 10)
+            columns = {'image': [image(i) for i in indices], 'label': [LABELS[i] for i in indices]}
+            table = datasets.Dataset.from_dict(columns, features=features)
+            table.to_parquet(str(root / 'parquet' / f'{split}-{shard}.parquet'))
+    return root
+
+
+@pytest.fixture
+def flags(data):
+    shards = ['--train-split', 'data-{0..3}.tar', '--val-split', 'data-{0..3}.tar', '--num-classes', 3]
+    return {
+        'folder': ['--data-dir', data / 'folder'],
+        'torch': ['--data-dir', data / 'folder', '--dataset', 'torch/image_folder'],
+        'hfds': ['--dataset', f'hfds/{data / "parquet"}'],
+        'hfids': ['--dataset', f'hfids/{data / "parquet"}', '--num-classes', 3],
+        'wds': ['--data-dir', data / 'shards', '--dataset', 'wds/', *shards],
+    }
+
+
+def arguments(*argv):
+    return parse_args(create_train_parser(), [str(a) for a in ['--img-size', 8, '--batch-size', 4, *argv]])
+
+
+def load(args, rank=0, size=1):
+    world = World(CPU, rank, size)
+    train_set, val_set = open_splits(args)
+    args.num_classes = count_classes(args, train_set)
+    config = resolve_data_config(vars(args))
+    return TrainLoader(args, train_set, config, world), create_val_loader(args, val_set, config, world)
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for s, t in zip(a, b, strict=True) for x, y in zip(s, t, strict=True)
+    )
+
+
+@pytest.mark.parametrize('kind', ['folder', 'torch', 'hfds', 'hfids', 'wds'])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_any_step_of_any_epoch(kind, workers, flags):
+    args = arguments(*flags[kind], '--workers', workers, '--mixup', 0.2, '--reprob', 0.5)
+    whole = [list(load(args)[0].epoch(epoch)) for epoch in range(2)]
+    assert not equal(whole[0], whole[1])
+    loader = load(args)[0]
+    assert len(loader) == len(whole[1]) == 10
+    for start in (0, 3, 10):
+        assert equal(list(loader.epoch(1, start)), whole[1][start:])
+    assert equal(list(loader.epoch(0)), whole[0])
+
+
+@pytest.mark.parametrize('kind', ['folder', 'hfds', 'hfids', 'wds'])
+def test_epoch_has_each_image_once(kind, flags):
+    loader, _ = load(arguments(*flags[kind], '--no-aug', '--workers', 2))
+    seen = sorted(value for images, _ in loader.epoch(0) for value in images[:, 0, 0, 0].tolist())
+    assert len(set(seen)) == 40
+
+
+@pytest.mark.parametrize('kind', ['folder', 'torch', 'hfds', 'hfids', 'wds'])
+@pytest.mark.parametrize('size', [1, 2, 3])
+def test_validation_counts_each_image_once(kind, size, flags):
+    seen = []
+    for rank in range(size):
+        args = arguments(*flags[kind], '--workers', 1)
+        for images, targets in load(args, rank, size)[1]:
+            seen += zip(images[:, 0, 0, 0].tolist(), targets.tolist(), strict=True)
+    assert len(seen) == len(set(seen)) == 40
+    assert sorted(label for _, label in seen) == sorted(LABELS)
+
+
+def test_stream_of_unknown_length_is_counted(flags, caplog):
+    caplog.set_level('INFO')
+    args = arguments(*flags['wds'], '--workers', 1)
+    assert len(load(args)[0]) == 10
+    assert args.train_num_samples == 40
+    assert 'counted 40 training images' in caplog.text
+    with pytest.raises(ConfigError, match=r'the length of .*data-4.tar. is not known: give --train-num-samples'):
+        load(arguments(*flags['wds'], '--train-split', 'data-{0..4}.tar'))
+
+
+def test_tar(data):
+    """timm reads a tar as a whole: the splits are two data sets."""
+    args = arguments('--data-dir', data / 'train.tar')
+    with pytest.raises(ConfigError, match='would both read'):
+        load(args)
+
+
+def test_processes_share_an_epoch(flags):
+    """Two processes with half the batch see what one sees, augmented alike."""
+    single = [batch for batch in load(arguments(*flags['folder']))[0].epoch(1)]
+    ranks = [list(load(arguments(*flags['folder'], '-b', 2), rank, 2)[0].epoch(1)) for rank in range(2)]
+    for whole, *halves in zip(single, *ranks, strict=True):
+        assert torch.equal(whole[0], torch.stack([half[0] for half in halves], 1).flatten(0, 1))
+
+
+def test_files_of_a_batch(flags, data):
+    loader, _ = load(arguments(*flags['folder'], '--no-aug', '--train-interpolation', 'nearest'))
+    images, _ = list(loader.epoch(1))[2]
+    for pixels, name in zip(images, loader.files(1, 2), strict=True):
+        value = (pixels[0, 0, 0] * 0.229 + 0.485) * 255
+        assert round(value.item()) == Image.open(data / 'folder' / 'train' / name).getpixel((0, 0))[0]
+
+
+def test_unreadable_validation_image_is_left_out(flags, data, tmp_path):
+    shutil.copytree(data / 'folder', tmp_path / 'folder')
+    (tmp_path / 'folder' / 'validation' / 'class0' / '00.png').write_bytes(b'')
+    _, loader = load(arguments('--data-dir', tmp_path / 'folder'))
+    targets = torch.cat([targets for _, targets in loader])
+    assert len(targets) == 40
+    assert (targets == -1).sum() == 1
+
+
+@pytest.mark.parametrize(
+    'argv,message',
+    [
+        (['--dataset', 'tfds/mnist'], 'tfds/ reads by TensorFlow'),
+        (['--dataset', 'hfds//dev'], "cannot open the split 'train' of 'hfds//dev'"),
+        (['--mixup', 0.2, '-b', 5], 'mixing takes an even batch, not 5'),
+        (['--mixup', 0.2, '--aug-splits', 2], '--aug-splits does not go with mixup'),
+        (['-b', 41], 'a batch of 41 is larger than the training set of 40 images'),
+    ],
+)
+def test_bad_data_arguments(argv, message, flags):
+    base = flags['folder'] if '--dataset' not in argv else []
+    with pytest.raises(ConfigError, match=message):
+        load(arguments(*base, *argv))
+
+
+def test_stream_refuses_what_needs_random_access(flags):
+    with pytest.raises(ConfigError, match='need a data set with random access'):
+        load(arguments(*flags['hfids'], '--aug-repeats', 2))
