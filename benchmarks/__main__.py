@@ -7,9 +7,9 @@ from pathlib import Path
 
 from timm.utils import setup_default_logging
 
-from . import cost, crash, init, record, speed, variants
+from . import cost, crash, init, record, speed, throughput, variants
 
-BENCHMARKS = {'cost': cost, 'crash': crash, 'speed': speed, 'init': init, 'variants': variants}
+BENCHMARKS = {module.__name__.split('.')[-1]: module for module in (cost, crash, init, speed, throughput, variants)}
 DOCS = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
 
 

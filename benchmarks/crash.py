@@ -90,7 +90,7 @@ def kill(process: subprocess.Popen, count: int, run: Path, seed: int) -> str:
         os.kill(pid, signal.SIGKILL)
     time.sleep(0.2)  # what a surviving rank does meanwhile
     end(process, ranks)
-    name = 'all ranks' if len(hit) == len(ranks) else f'rank {ranks.index(hit[0])}'
+    name = f'rank {ranks.index(hit[0])}' if len(hit) < count else 'all ranks' if count > 1 else 'the process'
     return f'{name} {"during a write" if during_write else "at any moment"}'
 
 

@@ -37,9 +37,6 @@ __all__ = ['train', 'train_one_epoch']
 _logger = logging.getLogger(__name__)
 
 
-_UNLEARNT = ('pool_size', 'test_input_size', 'test_crop_pct')  # of a cfg: they do not hold for what is trained here
-
-
 def rebuild_args(args: Namespace) -> Dict[str, Any]:
     """Model arguments that a checkpoint must remember to be loaded as it was trained."""
     return {**({'global_pool': args.gp} if args.gp else {}), **args.model_kwargs}
@@ -67,7 +64,10 @@ def build_model(args: Namespace, world: World, is_fresh: bool) -> Tuple[nn.Modul
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     data_config = resolve_data_config(vars(args), model=model)
-    model.pretrained_cfg = {**model.pretrained_cfg, **data_config, **dict.fromkeys(_UNLEARNT)}
+    reduction = model.feature_info[-1]['reduction']
+    pool_size = tuple(math.ceil(size / reduction) for size in data_config['input_size'][1:])
+    changes = dict(data_config, pool_size=pool_size, test_input_size=None, test_crop_pct=None)
+    model.pretrained_cfg = {**model.pretrained_cfg, **changes}
     model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     return model, data_config
 
@@ -142,6 +142,8 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Tuple[Run, Tr
     args.num_classes = count_classes(args, train_set)
     model, data_config = build_model(args, world, is_fresh)
     config = model_config(model, rebuild_args(args))
+    if args.sync_bn and world.device.type == 'cpu':
+        raise ConfigError('--sync-bn works on GPUs only')
     if args.sync_bn and world.size > 1:
         model = convert_sync_batchnorm(model)
     loader = TrainLoader(args, train_set, data_config, world)

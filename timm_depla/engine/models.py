@@ -15,6 +15,8 @@ from .errors import ConfigError
 
 __all__ = ['create_model', 'load_model', 'load_weights', 'model_config']
 
+_SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # timm's prefixes of a model's name
+
 
 def model_config(model: nn.Module, model_args: Dict[str, Any]) -> bytes:
     """timm's config.json, which rebuilds the model beside its weights.
@@ -35,7 +37,7 @@ def create_model(name: str, **kwargs) -> nn.Module:
     Raises:
         ConfigError: If there is no such model, it has no pretrained weights, or it does not take an argument.
     """
-    if not name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(name):
+    if not name.startswith(_SOURCES) and not timm.is_model(name):
         raise ConfigError(f"no model '{name}'{closest(name, timm.list_models())}")
     try:
         return timm.create_model(name, **kwargs)
@@ -68,7 +70,7 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
         model = create_model(model_name, **kwargs)
         load_weights(model, target)
         return model
-    if timm.is_model(target) or target.startswith('hf-hub:'):
+    if timm.is_model(target) or target.startswith(_SOURCES):
         return create_model(target, pretrained=True, **kwargs)
     raise ConfigError(f"'{target}' is no run folder, checkpoint or model{closest(target, timm.list_models())}")
 

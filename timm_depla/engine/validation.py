@@ -7,10 +7,11 @@ import logging
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import timm
 import torch
+import torch.nn as nn
 import yaml
 from timm.data import RealLabelsImagenet, resolve_data_config
 from timm.layers import apply_test_time_pool
@@ -83,6 +84,30 @@ def _scoring(args: Namespace, dataset: Any) -> Optional[Callable[[torch.Tensor],
     return None
 
 
+def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
+    """The data set and the model; without data of their own, the arguments take the data of the target's run."""
+    if args.data_dir is None and not args.dataset:
+        trained = run_arguments(target)
+        if not trained:
+            raise ConfigError(
+                f"'{target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
+            )
+        for key in ('dataset', 'data_dir', 'class_map', 'input_key', 'target_key', 'input_img_mode'):
+            setattr(args, key, getattr(args, key) or trained.get(key))
+    dataset = open_split(args, args.val_split)
+    options = dict(num_classes=args.num_classes, in_chans=args.in_chans, global_pool=args.gp)
+    options = {key: value for key, value in options.items() if value is not None}
+    if args.model and Path(target).is_file() and 'num_classes' not in options:
+        options['num_classes'] = count_classes(args, dataset)
+    model = load_model(target, args.model, **{**options, **args.model_kwargs})
+    classes = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    if classes and len(classes) != model.num_classes and not args.valid_labels:
+        raise ConfigError(
+            f"'{target}' has {model.num_classes} classes, '{args.data_dir or args.dataset}' has {len(classes)}"
+        )
+    return dataset, model
+
+
 def validate(args: Namespace, target: str, world: Optional[World] = None) -> Dict[str, Any]:
     """Validate a run, a checkpoint or a model on `args.data_dir`, by default on the data that its run was trained with.
 
@@ -92,35 +117,14 @@ def validate(args: Namespace, target: str, world: Optional[World] = None) -> Dic
     Raises:
         ConfigError: If the target does not load, the data is not to be found, or their classes do not match.
     """
-    args = Namespace(**vars(args))
+    args = Namespace(**{**vars(args), 'train_num_samples': None, 'seed': 0})
     world = world or setup_world(args.device)
-    trained = run_arguments(target)
-    if args.data_dir is None and not args.dataset:
-        if not trained:
-            raise ConfigError(
-                f"'{target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
-            )
-        for key in ('dataset', 'data_dir', 'class_map', 'input_key', 'target_key', 'input_img_mode'):
-            setattr(args, key, getattr(args, key) or trained.get(key))
-    options = dict(num_classes=args.num_classes, in_chans=args.in_chans, global_pool=args.gp)
-    options = {key: value for key, value in options.items() if value is not None}
-    args.train_num_samples, args.seed = None, 0
-    dataset = open_split(args, args.val_split)
-    if args.model and Path(target).is_file() and 'num_classes' not in options:
-        options['num_classes'] = count_classes(args, dataset)
-    model = load_model(target, args.model, **{**options, **args.model_kwargs})
-    args.num_classes = None
-    if not args.valid_labels and getattr(getattr(dataset, 'reader', None), 'class_to_idx', None):
-        num_classes = count_classes(args, dataset)
-        if model.num_classes != num_classes:
-            raise ConfigError(
-                f"'{target}' has {model.num_classes} classes, '{args.data_dir or args.dataset}' has {num_classes}"
-            )
+    dataset, model = _open(args, target)
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
+    parameters = sum(p.numel() for p in model.parameters())
     if args.test_pool:
         model, pools = apply_test_time_pool(model, data_config)
         data_config['crop_pct'] = 1.0 if pools else data_config['crop_pct']
-    parameters = sum(p.numel() for p in model.parameters())
     model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
@@ -129,15 +133,13 @@ def validate(args: Namespace, target: str, world: Optional[World] = None) -> Dic
     unreadable = UnreadableImages(loader.unreadable, len(dataset), args.val_split)
     start = time.perf_counter()
     metrics = evaluate(model, loader, args, world, unreadable, observe=observe)
-    seconds = time.perf_counter() - start
+    rate = metrics['count'] / (time.perf_counter() - start)
     unreadable.collect(wait=True)
     if args.real_labels:
         metrics.update(top1=args.real.get_accuracy(k=1), top5=args.real.get_accuracy(k=5))
-    _logger.info(
-        '%s on %s, %d images: top-1 %.2f  top-5 %.2f  loss %.3f  %.0f images/s',
-        *(target, args.data_dir or args.dataset, metrics['count'], metrics['top1'], metrics['top5'], metrics['loss']),
-        metrics['count'] / seconds,
-    )
+    scores = f'top-1 {metrics["top1"]:.2f}  top-5 {metrics["top5"]:.2f}  loss {metrics["loss"]:.3f}'
+    data = args.data_dir or args.dataset
+    _logger.info('%s on %s, %d images: %s  %.0f images/s', target, data, metrics['count'], scores, rate)
     return dict(
         model=target,
         top1=round(metrics['top1'], 4),
@@ -148,7 +150,7 @@ def validate(args: Namespace, target: str, world: Optional[World] = None) -> Dic
         img_size=data_config['input_size'][-1],
         crop_pct=data_config['crop_pct'],
         interpolation=data_config['interpolation'],
-        images_per_second=round(metrics['count'] / seconds, 1),
+        images_per_second=round(rate, 1),
     )
 
 

@@ -1,0 +1,60 @@
+"""The paper's strategies, as planned."""
+
+import math
+
+import pytest
+
+from timm_depla.data import digits_folder
+from timm_depla.engine.classification import train
+from timm_depla.engine.config import parse_args
+from timm_depla.engine.flags import create_train_parser
+from timm_depla.engine.plan import learning_rates
+
+STEPS = 5004  # of 256 images an epoch of ImageNet
+
+
+def closed_form(epoch, epochs, start):
+    """Linear warm-up to 0.2 over 5 epochs, within a half period of the cosine."""
+    return start + (0.2 - start) * epoch / 5 if epoch < 5 else 0.1 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+@pytest.mark.parametrize(
+    'recipe,epochs,start,points',
+    [('better', 400, 0.0, [0, 2.5, 5, 200, 400]), ('standard', 100, 0.02, [0, 2.5, 5, *range(10, 101, 10)])],
+)
+def test_learning_rate(recipe, epochs, start, points):
+    args = parse_args(create_train_parser(), ['--recipe', recipe])
+    assert args.epochs == epochs
+    args.lr = args.lr_base
+    expected = [closed_form(point, epochs, start) for point in points]
+    assert learning_rates(args, STEPS, points) == pytest.approx(expected, abs=1e-12)
+
+
+def plan(capsys, *argv):
+    args = parse_args(create_train_parser(), [str(a) for a in [digits_folder(), *argv, '--dry-run']])
+    assert train(args) == 0
+    return capsys.readouterr().out
+
+
+def test_plan_of_the_better_strategy(capsys, tmp_path):
+    text = plan(capsys, '--recipe', 'better', '--batch-size', 256, '--output', tmp_path / 'out')
+    for part in (
+        'resnet50_depla, 23.98 M parameters, 4.18 G multiply-adds at 224 x 224',
+        '1,438 training and 359 validation images of 10 classes',
+        '1 process x 256 images = 256 images an update',
+        '400 epochs x 5 steps = 2,000 steps',
+        'rate    0 at epoch 0, ', '0.1999 at epoch 5, 0.1707 at epoch 100, 0.1 at epoch 200, 0.02929 at epoch 300',
+        "aa='original'", 'mixup=0.2', 'smoothing=0.1', 'momentum=0.9', 'weight_decay=5e-05', 'warmup_epochs=5',
+        "sched='cosine'", "opt='sgd'", 'hflip=0.5', 'color_jitter=0.0', f'folder  {tmp_path / "out"}',
+    ):  # fmt: skip
+        assert part in text
+    assert not (tmp_path / 'out').exists()
+
+
+def test_plan_of_the_standard_strategy(capsys):
+    text = plan(capsys, '--recipe', 'standard', '--grad-accum-steps', 4)
+    assert '1 process x 32 images x 4 steps accumulated = 128 images an update' in text
+    assert 'rate    0.02 at epoch 0, ' in text
+    assert '0.09938 at epoch 5, 0.08536 at epoch 25' in text  # the rate grows with the batch: 0.1 for 128
+    assert "aa='" not in text
+    assert 'mixup=0.0' in text

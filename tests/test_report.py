@@ -1,0 +1,70 @@
+"""What a run tells."""
+
+import csv
+import queue
+
+import pytest
+from PIL import Image
+
+from timm_depla.engine.classification import train
+from timm_depla.engine.config import parse_args
+from timm_depla.engine.errors import ConfigError, TrainingError
+from timm_depla.engine.flags import create_train_parser
+from timm_depla.engine.report import UnreadableImages
+
+FAST = ['--recipe', 'digits', '--epochs', '2', '--img-size', '32', '--workers', '0', '--experiment', 'run']
+
+
+def fit(output, *argv):
+    train(parse_args(create_train_parser(), [*FAST, '--output', str(output), *argv]))
+    return output / 'run'
+
+
+def test_loggers_and_curves(tmp_path, monkeypatch):
+    """TensorBoard's and Weights & Biases' own writers, the latter offline."""
+    pytest.importorskip('wandb')
+    events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    folder = fit(tmp_path, '--log-tensorboard', '--log-wandb', '--wandb-project', 'test', '--wandb-tags', 'a', 'b')
+    rows = list(csv.DictReader((folder / 'summary.csv').open()))
+    logged = events.EventAccumulator(str(folder / 'tensorboard'))
+    logged.Reload()
+    assert [e.value for e in logged.Scalars('eval_top1')] == pytest.approx([float(row['eval_top1']) for row in rows])
+    assert list((folder / 'wandb').glob('offline-run-*/run-*.wandb'))
+    image = Image.open(folder / 'curves.png')
+    image.load()
+    assert image.size == (1200, 350)
+    assert len(image.convert('RGB').getcolors(100_000)) > 20
+
+
+def test_missing_logger(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'wandb', None)
+    with pytest.raises(ConfigError, match='pip install "timm-depla\\[log\\]"'):
+        fit(tmp_path, '--log-wandb')
+
+
+def test_val_interval_and_plain_lines(tmp_path, caplog):
+    caplog.set_level('INFO')
+    folder = fit(tmp_path, '--val-interval', '2', '--log-interval', '10', '--epochs', '3')
+    rows = list(csv.DictReader((folder / 'summary.csv').open()))
+    assert [bool(row['eval_top1']) for row in rows] == [False, True, True]
+    assert [bool(row['train_loss']) for row in rows] == [True] * 3
+    lines = [record.message for record in caplog.records if 'images/s' in record.message]
+    assert [line.split('  ')[1] for line in lines] == ['step 10/22', 'step 20/22'] * 3
+    assert all('lr ' in line and 'loss ' in line and line.endswith(' left') for line in lines)
+
+
+def test_unreadable_images_are_counted_once(caplog):
+    names = queue.Queue()
+    images = UnreadableImages(names, 200, 'train')
+    for file in ('a', 'a', 'b'):
+        names.put((file, 'cause'))
+    images.collect()
+    assert [record.message for record in caplog.records] == [
+        'skipped an unreadable image, 1 so far: a: cause',
+        'skipped an unreadable image, 2 so far: b: cause',
+    ]
+    names.put(('c', 'cause'))
+    with pytest.raises(TrainingError, match="3 of the 200 images of the split 'train' cannot be read, more than 1%"):
+        images.collect()

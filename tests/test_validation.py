@@ -1,0 +1,159 @@
+"""validate.py: what it takes, and its table."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import timm_depla  # noqa: F401  (registers the models)
+from timm_depla.data import digits_folder
+from timm_depla.engine.classification import train
+from timm_depla.engine.config import parse_args
+from timm_depla.engine.errors import ConfigError
+from timm_depla.engine.flags import create_train_parser, create_validate_parser
+from timm_depla.engine.validation import validate_all
+
+MODEL = 'test_resnet_depla'
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    output = tmp_path_factory.mktemp('output')
+    argv = ['--recipe', 'digits', '--epochs', '3', '--img-size', '32', '--workers', '0', '--output', str(output)]
+    train(parse_args(create_train_parser(), [*argv, '--experiment', 'run']))
+    return output / 'run'
+
+
+def validate(*argv):
+    return validate_all(parse_args(create_validate_parser(), [str(a) for a in ['--workers', 0, *argv]]))
+
+
+def scores(row):
+    return {key: value for key, value in row.items() if key not in ('model', 'images_per_second')}
+
+
+def test_targets(run, tmp_path):
+    """A run, its links, a checkpoint, a file of weights, timm's name for a folder, and timm's own ways to say them."""
+    data = ['--data-dir', digits_folder()]
+    (expected,) = validate(run)
+    assert expected['top1'] > 15
+    assert expected['top1'] + expected['top1_err'] == pytest.approx(100)
+    assert (expected['img_size'], expected['crop_pct'], expected['param_count']) == (32, 1.0, 0.43)
+    weights = tmp_path / 'weights.safetensors'
+    shutil.copy(run / 'best' / 'model.safetensors', weights)
+    sizes = ['--img-size', 32, '--crop-pct', 1]
+    for argv in (
+        [run / 'best'],
+        [(run / 'best').resolve()],
+        [f'local-dir:{run / "best"}', *data],
+        [weights, '--model', MODEL, *data, *sizes],
+        ['--checkpoint', weights, '-m', MODEL, *data, *sizes],
+        ['--checkpoint', run / 'best'],
+        [digits_folder(), '--model', f'local-dir:{run / "best"}'],
+    ):
+        (row,) = validate(*argv)
+        assert scores(row) == scores(expected), argv
+
+
+def test_is_the_same_each_time(run):
+    rows = [validate(run, '--batch-size', 50, *extra)[0] for extra in ([], [], ['--workers', 2])]
+    assert scores(rows[0]) == scores(rows[1]) == scores(rows[2])
+
+
+def test_options_run(run):
+    (expected,) = validate(run)
+    for argv in (['--channels-last'], ['--amp', '--amp-dtype', 'bfloat16'], ['--crop-mode', 'squash']):
+        assert abs(validate(run, *argv)[0]['top1'] - expected['top1']) < 5
+    (row,) = validate(run, '--img-size', 64, '--test-pool')
+    assert (row['img_size'], row['crop_pct']) == (64, 1.0)
+    pooled = [validate(run, '--img-size', 48, '--gp', pool)[0]['top1'] for pool in ('avg', 'max')]
+    assert pooled[0] != pooled[1]
+
+
+def test_table_of_several(run, tmp_path, capsys, caplog):
+    first = sorted((run / 'checkpoints').iterdir())[0]
+    file = tmp_path / 'table'
+    rows = validate(first, tmp_path, run, '--results-file', file)
+    assert len(rows) == 2
+    assert rows[0]['top1'] >= rows[1]['top1']
+    assert 'is no run folder' in caplog.text  # one that fails does not stop the others
+    assert capsys.readouterr().out == file.read_text()
+    table = list(csv.DictReader(file.open()))
+    assert [float(row['top1']) for row in table] == [row['top1'] for row in rows]
+    validate(run, '--results-file', file, '--results-format', 'json')
+    assert json.loads(file.read_text())[0]['model'] == str(run)
+
+
+def test_wildcards(monkeypatch, tmp_path):
+    """Models with pretrained weights, which here are a file of ours."""
+    with pytest.raises(ConfigError, match=r"no model with pretrained weights fits 'resnet\*_depla'"):
+        validate('resnet*_depla', '--data-dir', digits_folder())
+    model = timm.create_model('resnet10t', num_classes=1000)
+    save_file(model.state_dict(), tmp_path / 'weights.safetensors')
+    (tmp_path / 'labels').write_text('\n'.join(map(str, range(10))))
+    overlay = f"pretrained_cfg_overlay={{'file': '{tmp_path / 'weights.safetensors'}'}}"
+    (row,) = validate('resnet10t*', '--data-dir', digits_folder(), '--img-size', 32, '--model-kwargs', overlay,
+                      '--valid-labels', tmp_path / 'labels')  # fmt: skip
+    assert row['model'] == 'resnet10t.c3_in1k'
+    assert 0 < row['top1'] < 60
+
+
+def test_real_labels(run, tmp_path):
+    """Labels as ImageNet's reassessment has them: a list of right classes for each image, by the number in its name."""
+    data = tmp_path / 'data'
+    names = sorted((digits_folder() / 'validation').glob('*/*.png'))[::9]
+    for i, path in enumerate(names):
+        target = data / 'validation' / path.parent.name / f'ILSVRC2012_val_{i + 1:08d}.JPEG'
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    file = tmp_path / 'real.json'
+    file.write_text(json.dumps([list(range(10))] * len(names)))
+    assert validate(run, '--data-dir', data, '--real-labels', file)[0]['top1'] == 100
+    file.write_text(json.dumps([[int(path.parent.name)] for path in names]))
+    rows = [validate(run, '--data-dir', data, *extra)[0] for extra in ([], ['--real-labels', file])]
+    assert rows[0]['top1'] == rows[1]['top1']
+    file.write_text('[[1]]')
+    with pytest.raises(ConfigError, match=r'--real-labels .* does not fit the images'):
+        validate(run, '--data-dir', data, '--real-labels', file)
+
+
+def test_valid_labels(run, tmp_path):
+    labels = tmp_path / 'labels'
+    labels.write_text('\n'.join(map(str, range(10))))
+    assert scores(validate(run, '--valid-labels', labels)[0]) == scores(validate(run)[0])
+    labels.write_text('one')
+    with pytest.raises(ConfigError, match='cannot read --valid-labels'):
+        validate(run, '--valid-labels', labels)
+
+
+def test_memory_runs_out(run, monkeypatch, caplog):
+    """--retry halves the batch; without it the message says so."""
+    from timm_depla.engine import validation
+
+    evaluate = validation.evaluate
+
+    def small_memory(model, loader, *args, **kwargs):
+        if loader.loader.batch_size > 40:
+            raise torch.OutOfMemoryError('CUDA out of memory')
+        return evaluate(model, loader, *args, **kwargs)
+
+    (expected,) = validate(run)
+    monkeypatch.setattr(validation, 'evaluate', small_memory)
+    with pytest.raises(ConfigError, match='memory ran out with --batch-size 64; lower it or add --retry'):
+        validate(run, '-b', 64)
+    (row,) = validate(run, '-b', 64, '--retry')
+    assert row['top1'] == expected['top1']
+    assert 'memory ran out with a batch of 64, trying 48' in caplog.text
+
+
+def test_bad_arguments(run, tmp_path):
+    with pytest.raises(ConfigError, match='name what to validate'):
+        validate()
+    with pytest.raises(ConfigError, match='none of the 2 models'):
+        validate(tmp_path, tmp_path / 'nowhere', '--data-dir', digits_folder())
+    with pytest.raises(ConfigError, match="'--tf-preprocessing' of timm is not here"):
+        validate(run, '--tf-preprocessing')
