@@ -1,8 +1,8 @@
-"""Our training against a plain loop around timm's loader: samples, schedule, accuracy, and images a second.
+"""Our training against a plain loop of timm's parts: samples, schedule, accuracy, and images a second.
 
-Both train the digits recipe from the same weights, an epoch of one and then an epoch of the other. The plain loop is
-the least that trains: timm's loader, model, optimizer, schedule and loss, the loss read at every step as timm's own
-train.py does, and neither exact resume nor checks.
+Both train the digits recipe from the same weights, epochs of one and of the other in turn; an epoch is training,
+validation and the checkpoint. The plain loop is the least that does what timm's own train.py does: timm's loaders,
+model, optimizer, schedule, loss, accuracy and checkpoint saver, with neither exact resume nor checks.
 """
 
 import argparse
@@ -10,21 +10,20 @@ import copy
 import statistics
 import tempfile
 import time
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
 import torch
 from timm.data import create_dataset, create_loader
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import AverageMeter
+from timm.utils import AverageMeter, CheckpointSaver, accuracy
 
-from timm_depla.engine.classification import build, end_epoch, train_one_epoch
+from timm_depla.engine.classification import build, run_epoch
 from timm_depla.engine.config import parse_args
-from timm_depla.engine.evaluation import evaluate
 from timm_depla.engine.flags import create_train_parser
 from timm_depla.engine.loaders import find_data
-from timm_depla.engine.report import Report, UnreadableImages
+from timm_depla.engine.report import Report
 from timm_depla.engine.world import Interrupt, setup_world
 
 from .record import table
@@ -38,91 +37,127 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 class PlainLoop:
     """The least that trains the digits recipe with timm."""
 
-    def __init__(self, args: argparse.Namespace, model: torch.nn.Module):
+    def __init__(self, args: argparse.Namespace, model: torch.nn.Module, folder: str):
         self.model = model
-        kwargs = dict(interpolation=args.train_interpolation, scale=args.scale, ratio=args.ratio, hflip=args.hflip)
+        self.images = 0
+        self.rates: List[float] = []
+        self.training_seconds: List[float] = []
+        size, cpu = model.pretrained_cfg['input_size'], torch.device('cpu')
+        kwargs = dict(batch_size=args.batch_size, num_workers=args.workers, device=cpu)
         self.loader = create_loader(
             create_dataset('', root=args.data_dir, split='train'),
-            model.pretrained_cfg['input_size'],
-            args.batch_size,
+            size,
             is_training=True,
+            interpolation=args.train_interpolation,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
             color_jitter=args.color_jitter,
-            num_workers=args.workers,
-            device=torch.device('cpu'),
             **kwargs,
         )
+        val_set = create_dataset('', root=args.data_dir, split='validation')
+        self.val_loader = create_loader(val_set, size, crop_pct=args.crop_pct, **kwargs)
         self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
         steps = len(self.loader)
         self.scheduler, _ = create_scheduler_v2(self.optimizer, **scheduler_kwargs(args), updates_per_epoch=steps)
         self.loss_fn = LabelSmoothingCrossEntropy(args.smoothing)
+        self.saver = CheckpointSaver(model, self.optimizer, args=args, checkpoint_dir=folder, max_history=10)
 
-    def train_epoch(self, epoch: int) -> Tuple[int, List[float]]:
-        """Train for an epoch; returns the number of images and the learning rate of each step."""
+    def run_epoch(self, epoch: int) -> float:
+        """Train, validate and save; returns the top-1 accuracy in percent."""
+        start = time.perf_counter()
         self.model.train()
-        losses, rates = AverageMeter(), []
+        losses = AverageMeter()
         for step, (images, targets) in enumerate(self.loader):
-            rates.append(self.optimizer.param_groups[0]['lr'])
+            self.rates.append(self.optimizer.param_groups[0]['lr'])
+            self.images += len(images)
             loss = self.loss_fn(self.model(images), targets)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             losses.update(loss.item(), len(images))
             self.scheduler.step_update(epoch * len(self.loader) + step + 1)
-        return losses.count, rates
+        self.training_seconds.append(time.perf_counter() - start)
+        self.model.eval()
+        losses, top1 = AverageMeter(), AverageMeter()
+        with torch.no_grad():
+            for images, targets in self.val_loader:
+                logits = self.model(images)
+                losses.update(torch.nn.functional.cross_entropy(logits, targets).item(), len(images))
+                top1.update(accuracy(logits, targets)[0].item(), len(images))
+        self.saver.save_checkpoint(epoch, metric=top1.avg)
+        return top1.avg
+
+
+class TimedReport(Report):
+    """Remembers how long the training of each epoch took."""
+
+    training_seconds: List[float] = []
+
+    def stop(self) -> None:
+        super().stop()
+        self.training_seconds.append(time.perf_counter() - self.start_time)
+
+
+def compare(plain: List[float], ours: List[float]) -> Dict[str, Any]:
+    """Ratios of two lists of times without their first ones: over 1 where ours are shorter."""
+    pairs = [a / b for a, b in zip(plain[1:], ours[1:], strict=True)]
+    medians = [statistics.median(times[1:]) for times in (plain, ours)]
+    ratios = dict(by_pair=statistics.median(pairs), of_medians=medians[0] / medians[1])
+    return dict(plain=plain, ours=ours, medians=medians, **ratios)
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     """Times of each epoch, and whether both saw as many samples at the same learning rates."""
-    with tempfile.TemporaryDirectory() as output:
+    seconds: Dict[str, List[float]] = {'plain': [], 'ours': []}
+    top1: Dict[str, List[float]] = {'plain': [], 'ours': []}
+    images, rates = [], []
+    with tempfile.TemporaryDirectory() as output, tempfile.TemporaryDirectory() as plain_output:
         flags = ['--recipe', 'digits', '--epochs', str(args.epochs), '--img-size', str(args.img_size)]
-        train_args = parse_args(create_train_parser(), [*flags, '--device', 'cpu', '--output', output])
+        flags += ['--device', 'cpu', '--output', output, '--experiment', 'run']
+        train_args = parse_args(create_train_parser(), flags)
         train_args.data_dir = find_data(train_args)
         world = setup_world('cpu')
         ours, loader, val_loader, _ = build(train_args, world)
-        plain = PlainLoop(train_args, copy.deepcopy(ours.model))
-        report = Report(train_args, ours.folder, len(loader), args.epochs, train_args.batch_size, True)
-        unreadable = UnreadableImages(loader.dataset.unreadable, loader.num_images, 'train')
-        rates: List[float] = []
+        plain = PlainLoop(train_args, copy.deepcopy(ours.model), plain_output)
+        ours.model.register_forward_pre_hook(lambda model, x: images.append(len(x[0]) if model.training else 0))
         ours.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]['lr']))
-        seconds: Dict[str, List[float]] = {'plain': [], 'ours': []}
-        same = True
+        (ours.folder / 'checkpoints').mkdir(parents=True)
+        report = TimedReport(train_args, ours.folder, len(loader), args.epochs, train_args.batch_size, True)
         for epoch in range(args.epochs):
-            start = time.perf_counter()
-            count, plain_rates = plain.train_epoch(epoch)
-            seconds['plain'].append(time.perf_counter() - start)
-            rates.clear()
-            start = time.perf_counter()
-            report.start(epoch, 0)
-            with Interrupt(world) as interrupt:
-                train_one_epoch(ours, loader, interrupt, report, unreadable)
-            seconds['ours'].append(time.perf_counter() - start)
-            same = same and ours.losses.count == count and rates == plain_rates
-            end_epoch(ours, {})
-            print(epoch, *(f'{times[-1]:.2f} s' for times in seconds.values()), same, flush=True)
-        top1 = {
-            name: evaluate(model, val_loader, train_args, world)['top1']
-            for name, model in (('plain', plain.model), ('ours', ours.model))
-        }
-    pairs = [plain / own for plain, own in zip(seconds['plain'][1:], seconds['ours'][1:], strict=True)]
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    ratios = dict(by_pair=statistics.median(pairs), of_medians=medians['plain'] / medians['ours'])
-    return dict(images=count, same_samples_and_rates=same, top1=top1, ratios=ratios, seconds=seconds)
+            for name in ('plain', 'ours') if epoch % 2 else ('ours', 'plain'):
+                start = time.perf_counter()
+                if name == 'plain':
+                    top1[name].append(plain.run_epoch(epoch))
+                else:
+                    with Interrupt(world) as interrupt:
+                        run_epoch(ours, loader, val_loader, interrupt, report, epoch + 1 == args.epochs)
+                    ours.writer.wait()
+                    top1[name].append(ours.history[-1]['eval_top1'])
+                seconds[name].append(time.perf_counter() - start)
+            print(epoch, *(f'{times[-1]:.2f} s' for times in seconds.values()), flush=True)
+    return dict(
+        images={'plain': plain.images, 'ours': sum(images)},
+        same_rates=rates == plain.rates,
+        steps=len(rates),
+        top1=top1,
+        training=compare(plain.training_seconds, report.training_seconds),
+        epoch=compare(seconds['plain'], seconds['ours']),
+    )
 
 
 def render(results: Dict[str, Any]) -> str:
-    rows = [
-        [
-            name,
-            results['images'],
-            f'{statistics.median(results["seconds"][name][1:]):.2f}',
-            f'{results["top1"][name]:.2f}',
-        ]
-        for name in ('plain', 'ours')
+    rows = []
+    for number, name in enumerate(('plain', 'ours')):
+        medians = [f'{results[part]["medians"][number]:.2f}' for part in ('training', 'epoch')]
+        rows.append([name, results['images'][name], *medians, f'{results["top1"][name][-1]:.2f}'])
+    same = 'the same' if results['same_rates'] else 'NOT the same'
+    ratios = [
+        f'{results[part]["by_pair"]:.3f} {text} (by pairs of epochs; of the medians {results[part]["of_medians"]:.3f})'
+        for part, text in (('training', 'in training'), ('epoch', 'with validation and checkpoint'))
     ]
-    same = 'the same' if results['same_samples_and_rates'] else 'NOT the same'
+    header = ['loop', 'training images', 'training, s an epoch', 'with validation and checkpoint', 'last top-1']
     return (
-        table(['loop', 'images an epoch', 'seconds an epoch, median', 'top-1 at the end'], rows)
-        + f'\n\nNumber of samples and learning rate of every step: {same}. Throughput, ours over plain: '
-        f'{results["ratios"]["by_pair"]:.3f} (median over the pairs of epochs), '
-        f'{results["ratios"]["of_medians"]:.3f} (ratio of the medians); the first epoch of each is not counted.'
+        table(header, rows) + f'\n\nLearning rates of the {results["steps"]} steps: {same}. '
+        f'Throughput, ours over plain: {", ".join(ratios)}. Times are medians; the first epoch of each is not counted.'
     )

@@ -87,8 +87,9 @@ def equal(a, b):
     )
 
 
-@pytest.mark.parametrize('kind', ['folder', 'torch', 'hfds', 'hfids', 'wds'])
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize(
+    'kind,workers', [('folder', 0), ('folder', 2), ('torch', 2), ('hfds', 2), ('hfids', 2), ('wds', 0), ('wds', 2)]
+)
 def test_any_step_of_any_epoch(kind, workers, flags):
     args = arguments(*flags[kind], '--workers', workers, '--mixup', 0.2, '--reprob', 0.5)
     whole = [list(load(args)[0].epoch(epoch)) for epoch in range(2)]
@@ -100,7 +101,7 @@ def test_any_step_of_any_epoch(kind, workers, flags):
     assert equal(list(loader.epoch(0)), whole[0])
 
 
-@pytest.mark.parametrize('kind', ['folder', 'hfds', 'hfids', 'wds'])
+@pytest.mark.parametrize('kind', ['folder', 'hfds', 'wds'])
 def test_epoch_has_each_image_once(kind, flags):
     loader, _ = load(arguments(*flags[kind], '--no-aug', '--workers', 2))
     seen = sorted(value for images, _ in loader.epoch(0) for value in images[:, 0, 0, 0].tolist())

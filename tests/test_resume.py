@@ -126,7 +126,7 @@ def test_resume_refuses_another_training(images, tmp_path, caplog):
         fit(*args, '--batch-size', 4, '--seed', 1)
     with pytest.raises(ConfigError, match='with other arguments: epochs 2 -> 3'):
         fit(*args, '--epochs', 3)
-    with pytest.raises(ConfigError, match=r'cannot go on from .*size mismatch'):
+    with pytest.raises(ConfigError, match=r'(?s)cannot go on from .*size mismatch'):
         fit(*args, '--model', 'test_resnet_depla', '--model-kwargs', "depla={'num_groups': 8}", '--resume-with-changes')
     assert fit(*args, '--batch-size', 4, '--weight-decay', 0.1, '--resume-with-changes') == 0
     assert 'going on with changes: batch size 8 -> 4; weight decay 2e-05 -> 0.1' in caplog.text

@@ -28,7 +28,7 @@ from .evaluation import autocast, evaluate
 from .loaders import TrainLoader, count_classes, create_val_loader, find_data, mixes, open_splits
 from .models import create_model, load_model, load_weights, model_config
 from .plan import describe
-from .report import Report, UnreadableImages
+from .report import Report
 from .run import Losses, Run
 from .world import Interrupt, World, setup_world
 
@@ -136,8 +136,6 @@ def create_optimizer(
 
 def build(args: Namespace, world: World, is_fresh: bool = True) -> Tuple[Run, TrainLoader, Any, int]:
     """The run at its start, its loaders, and its number of epochs; only a fresh run loads weights to start from."""
-    if args.seed < 0:
-        raise ConfigError(f'--seed must not be negative, got {args.seed}')
     train_set, val_set = open_splits(args)
     args.num_classes = count_classes(args, train_set)
     model, data_config = build_model(args, world, is_fresh)
@@ -163,6 +161,8 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Tuple[Run, Tr
         args, world, world.share(folder), model, trainable, task, optimizer, scheduler, scaler, ema, config,
         loader.num_images, num_updates,
     )  # fmt: skip
+    if args.torchcompile:
+        run.eval_model = torch.compile(run.evaluated, backend=args.torchcompile, mode=args.torchcompile_mode)
     return run, loader, create_val_loader(args, val_set, data_config, world), num_epochs
 
 
@@ -252,9 +252,7 @@ def take_step(run: Run, images: torch.Tensor, targets: torch.Tensor, steps: int)
     return loss
 
 
-def train_one_epoch(
-    run: Run, loader: TrainLoader, interrupt: Interrupt, report: Report, unreadable: UnreadableImages
-) -> int:
+def train_one_epoch(run: Run, loader: TrainLoader, interrupt: Interrupt, report: Report) -> int:
     """Train to the end of the epoch, or until a signal; returns the signal, 0 for none.
 
     Raises:
@@ -275,7 +273,7 @@ def train_one_epoch(
 
         run.losses.add(take_step(run, images, targets, steps), len(images), where)
         report.update(run.step, run.losses.mean, lr)
-        unreadable.collect()
+        loader.unreadable.collect()
         run.writer.poll()
         if run.step % args.grad_accum_steps and run.step < steps:
             continue
@@ -307,36 +305,27 @@ def end_epoch(run: Run, metrics: Dict[str, float]) -> None:
     run.epoch, run.step, run.losses = run.epoch + 1, 0, Losses()
 
 
-def run_epochs(
-    run: Run, loader: TrainLoader, val_loader: Any, num_epochs: int, interrupt: Interrupt, report: Report
+def run_epoch(
+    run: Run, loader: TrainLoader, val_loader: Any, interrupt: Interrupt, report: Report, is_last: bool = False
 ) -> int:
-    """Train, validate and save, epoch after epoch; returns the signal that ended it, 0 for none."""
-    args, evaluated = run.args, run.evaluated
-    if args.torchcompile:
-        evaluated = torch.compile(evaluated, backend=args.torchcompile, mode=args.torchcompile_mode)
-    unreadable = UnreadableImages(getattr(loader.dataset, 'unreadable', None), loader.num_images, args.train_split)
-    val_images = len(val_loader.dataset) * run.world.size
-    val_unreadable = UnreadableImages(val_loader.unreadable, val_images, args.val_split)
-    while run.epoch < num_epochs:
-        report.start(run.epoch, run.step)
-        signal = 0
-        if run.step < len(loader):
-            signal = train_one_epoch(run, loader, interrupt, report, unreadable)
-        report.stop()
-        metrics: Dict[str, float] = {}
-        is_last = run.epoch + 1 == num_epochs
-        if not signal and ((run.epoch + 1) % args.val_interval == 0 or is_last or run.epoch + 1 in args.save_epochs):
-            metrics = evaluate(evaluated, val_loader, args, run.world, val_unreadable, interrupt)
-            val_unreadable.collect(wait=True)
-            signal = run.world.highest(interrupt.signal)
-        unreadable.collect(wait=True)
-        if signal:
-            run.save()
-            return signal
+    """Train to the end of the epoch, validate and save; returns the signal that ended it before, 0 for none."""
+    args, done = run.args, run.epoch + 1
+    report.start(run.epoch, run.step)
+    signal = 0
+    if run.step < len(loader):
+        signal = train_one_epoch(run, loader, interrupt, report)
+    report.stop()
+    metrics: Dict[str, float] = {}
+    if not signal and not is_last:
+        loader.prepare(done)
+    if not signal and (done % args.val_interval == 0 or is_last or done in args.save_epochs):
+        metrics = evaluate(run.eval_model, val_loader, args, run.world, interrupt)
+        signal = run.world.highest(interrupt.signal)
+    if not signal:
         end_epoch(run, metrics)
         report.epoch_ended(run.history, (run.ranked(run.history) or [{}])[0])
-        run.save()
-    return 0
+    run.save()
+    return signal
 
 
 def train(args: Namespace) -> int:
@@ -368,9 +357,13 @@ def train(args: Namespace) -> int:
     report = Report(args, run.folder, len(loader), num_epochs, images_per_step, world.is_primary)
     if checkpoint is not None and world.is_primary:
         run.publish(checkpoint.name, run.history)
+    signal = 0
     with Interrupt(world) as interrupt:
         try:
-            signal = run_epochs(run, loader, val_loader, num_epochs, interrupt, report)
+            while run.epoch < num_epochs and not signal:
+                signal = run_epoch(run, loader, val_loader, interrupt, report, run.epoch + 1 == num_epochs)
+            loader.unreadable.collect(wait=True)
+            val_loader.unreadable.collect(wait=True)
         except Exception as error:
             report.stop()
             if isinstance(error, UnreadableError) or 'DataLoader worker' in str(error):

@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional
 import torch
 import torch.nn as nn
 
-from .report import UnreadableImages, progress
+from .report import progress
 from .world import Interrupt, World
 
 __all__ = ['autocast', 'evaluate']
@@ -23,7 +23,6 @@ def evaluate(
     loader: Any,
     args: Namespace,
     world: World,
-    unreadable: Optional[UnreadableImages] = None,
     interrupt: Optional[Interrupt] = None,
     observe: Any = None,
 ) -> Dict[str, float]:
@@ -31,10 +30,9 @@ def evaluate(
 
     Args:
         model: The classifier, on the run's device.
-        loader: Batches of images (B, C, H, W) and targets (B,); a target of -1 leaves its image out.
+        loader: Of `create_val_loader`: batches of images (B, C, H, W) and targets (B,); -1 leaves an image out.
         args: Arguments: `device`, `amp`, `amp_dtype`, `channels_last`.
         world: The processes that share the images.
-        unreadable: Collects the images that cannot be read.
         interrupt: Ends the evaluation early, with what it has.
         observe: Maps each batch's logits to those to be scored.
 
@@ -54,8 +52,7 @@ def evaluate(
         top1 += correct[:, 0].sum().cpu()
         top5 += correct.any(1).sum().cpu()
         count += (targets >= 0).sum().cpu()
-        if unreadable is not None:
-            unreadable.collect()
+        loader.unreadable.collect()
         if interrupt is not None and interrupt.signal:
             break
     total = world.sum(*(value.item() for value in (loss, top1, top5, count)))

@@ -14,7 +14,7 @@ from timm.data import AugMixDataset, FastCollateMixup, IterableImageDataset, cre
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset, default_collate
 
 from timm_depla.data import (
     CheckedImages,
@@ -27,6 +27,7 @@ from timm_depla.data import (
 )
 
 from .errors import ConfigError
+from .report import UnreadableImages
 from .world import World, shield_worker
 
 __all__ = ['TrainLoader', 'create_val_loader', 'find_data', 'mixes', 'open_split', 'open_splits']
@@ -184,8 +185,10 @@ def _train_transform(args: Namespace, data_config: Dict[str, Any]) -> Any:
 
 
 def _collate(args: Namespace) -> Any:
-    if not mixes(args):
+    if args.aug_splits and not mixes(args):
         return fast_collate
+    if not mixes(args):
+        return default_collate  # as fast_collate, straight into shared memory
     if args.batch_size % 2:
         raise ConfigError(f'mixing takes an even batch, not {args.batch_size}: change --batch-size')
     if args.aug_splits:
@@ -202,7 +205,7 @@ def _collate(args: Namespace) -> Any:
     )
 
 
-def _prefetch(loader: DataLoader, data_config: Dict[str, Any], device: torch.device) -> PrefetchLoader:
+def _prefetch(loader: Any, data_config: Dict[str, Any], device: torch.device) -> PrefetchLoader:
     return PrefetchLoader(
         loader, data_config['mean'], data_config['std'], channels=data_config['input_size'][0], device=device
     )
@@ -224,6 +227,7 @@ class TrainLoader:
 
     Attributes:
         dataset: The data set that is read.
+        unreadable: Collects the images that cannot be read.
 
     Raises:
         ConfigError: If the batch does not suit the data or the mixing, or timm does not know an augmentation.
@@ -238,6 +242,8 @@ class TrainLoader:
         self.is_stream = isinstance(dataset, IterableImageDataset)
         self.dataset = dataset if self.is_stream or not hasattr(dataset, 'reader') else CheckedImages(dataset, True)
         self.num_images = len(dataset)
+        names = getattr(self.dataset, 'unreadable', None)
+        self.unreadable = UnreadableImages(names, self.num_images, args.train_split)
         if self.is_stream:
             if args.aug_repeats or args.aug_splits:
                 raise ConfigError('--aug-repeats and --aug-splits need a data set with random access, not a stream')
@@ -279,7 +285,8 @@ class TrainLoader:
             persistent_workers=args.workers > 0,
             **_loader_kwargs(args, world),
         )
-        self.loader = _prefetch(loader, self.data_config, world.device)
+        self.ahead = _Ahead(loader)
+        self.loader = _prefetch(self.ahead, self.data_config, world.device)
 
     def _open_stream(self, epoch: int, start: int) -> Iterator[Any]:
         """A reader's shuffling has a state of its own, so each epoch gets a new one, seeded by the epoch."""
@@ -302,11 +309,19 @@ class TrainLoader:
         )
         return islice(_prefetch(loader, self.data_config, world.device), start, self._steps)
 
+    def prepare(self, epoch: int) -> None:
+        """Let the workers begin to load an epoch, while something else goes on."""
+        if not self.is_stream:
+            self.batches.set_position(epoch, 0)
+            self.ahead.start()
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         """Images (B, C, H, W), normalised, and targets (B,), or (B, classes) where they are mixed."""
         if self.is_stream:
             loaded = self._open_stream(epoch, start)
         else:
+            if self.batches.position != (epoch, start):
+                self.ahead.started = None
             self.batches.set_position(epoch, start)
             loaded = iter(self.loader)
         for step, (images, targets) in enumerate(loaded, start):
@@ -323,6 +338,21 @@ class TrainLoader:
         return [str(self.dataset.filename(index)) for _, _, index in next(iter(self.batches))]
 
 
+class _Ahead:
+    """A loader whose next pass can be started early."""
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+        self.started: Optional[Iterator[Any]] = None
+
+    def start(self) -> None:
+        self.started = iter(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        started, self.started = self.started, None
+        return iter(self.loader) if started is None else started
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -332,7 +362,7 @@ def create_val_loader(
 ) -> PrefetchLoader:
     """The loader that validation reads, here and in validate.py: each image once, over all processes together.
 
-    Its attribute `unreadable` is the queue of the images that cannot be read, if the data set has one.
+    Its attribute `unreadable` collects the images that cannot be read.
 
     Raises:
         ConfigError: If timm cannot prepare the images as asked.
@@ -344,7 +374,7 @@ def create_val_loader(
     except (AssertionError, KeyError, ValueError) as error:
         raise ConfigError(f'timm cannot prepare the images as asked: {error!r}') from error
     batch_size = getattr(args, 'validation_batch_size', None) or args.batch_size
-    load = partial(DataLoader, batch_size=batch_size, collate_fn=fast_collate, **_loader_kwargs(args, world))
+    load = partial(DataLoader, batch_size=batch_size, collate_fn=default_collate, **_loader_kwargs(args, world))
     if isinstance(dataset, IterableImageDataset):
         dataset.transform = transform
         reader = dataset.reader
@@ -361,5 +391,5 @@ def create_val_loader(
         dataset.transform = transform
         share = Subset(dataset, range(world.rank, len(dataset), world.size))
         loader = _prefetch(load(share, persistent_workers=args.workers > 0), data_config, world.device)
-    loader.unreadable = getattr(dataset, 'unreadable', None)
+    loader.unreadable = UnreadableImages(getattr(dataset, 'unreadable', None), len(dataset), args.val_split)
     return loader

@@ -42,7 +42,7 @@ def describe(run: Any, loader: Any, val_loader: Any, num_epochs: int) -> str:
     batch, accumulate = args.batch_size * run.world.size, args.grad_accum_steps
     points = sorted({0, args.warmup_epochs / 2, args.warmup_epochs, *(num_epochs * i / 4 for i in range(1, 5))})
     rates = learning_rates(args, run.updates_per_epoch, points)
-    val_images = len(getattr(val_loader.dataset, 'dataset', val_loader.dataset))
+    val_images = val_loader.unreadable.num_images
     macs = count_macs(run.model, size) / 1e9
     lines = {
         'model': f'{args.model}, {parameters:.2f} M parameters, {macs:.2f} G multiply-adds at {size[1]} x {size[2]}',

@@ -12,10 +12,9 @@ from typing import Any, Dict, List
 
 from tqdm import tqdm
 
-from .checkpoint import write_file
 from .errors import ConfigError, TrainingError
 
-__all__ = ['Report', 'UnreadableImages', 'progress']
+__all__ = ['Report', 'UnreadableImages', 'draw_curves', 'progress']
 
 _logger = logging.getLogger(__name__)
 
@@ -89,7 +88,6 @@ class Report:
         self.images_per_step = images_per_step
         self.is_primary = is_primary
         self._loggers = _create_loggers(args, folder) if is_primary else []
-        self._can_draw = is_primary and _has_matplotlib()
 
     def start(self, epoch: int, step: int) -> None:
         """Begin to train at this position."""
@@ -128,26 +126,18 @@ class Report:
         _logger.info('%s  lr %.3g  %.1f s', text, row['lr'], time.perf_counter() - self.start_time)
         for log in self._loggers:
             log(row)
-        if self._can_draw:
-            write_file(self.folder / 'curves.png', draw_curves(history))
-
-
-def _has_matplotlib() -> bool:
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        _logger.info('no curves.png without matplotlib: pip install "timm-depla[plot]"')
-        return False
-    return True
 
 
 def draw_curves(history: List[Dict[str, Any]]) -> bytes:
-    """Loss, accuracy and learning rate by epoch, as a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.5), layout='constrained')
+    """Loss, accuracy and learning rate by epoch, as a PNG file; nothing without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return b''
+    figure = Figure(figsize=(12, 3.5))
     FigureCanvasAgg(figure)
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.14, top=0.91, wspace=0.2)
     panels = {
         'loss': {'train_loss': 'training', 'eval_loss': 'validation'},
         'accuracy (%)': {'eval_top1': 'top-1', 'eval_top5': 'top-5'},
@@ -157,7 +147,7 @@ def draw_curves(history: List[Dict[str, Any]]) -> bytes:
         for column, label in columns.items():
             rows = [row for row in history if column in row]
             axes.plot([row['epoch'] for row in rows], [row[column] for row in rows], '.-', label=label)
-        axes.set(xlabel='epoch', ylabel=title)
+        axes.set(xlabel='epoch', title=title)
         axes.grid(alpha=0.3)
         if len(columns) > 1:
             axes.legend(frameon=False)

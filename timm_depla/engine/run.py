@@ -17,6 +17,7 @@ from timm.utils import ModelEmaV3, NativeScaler
 
 from .checkpoint import BackgroundWriter, checkpoint_name, link, prune, write_checkpoint, write_file
 from .errors import ConfigError, TrainingError
+from .report import draw_curves
 from .world import World
 
 __all__ = ['Losses', 'Run']
@@ -86,6 +87,7 @@ class Run:
         updates_per_epoch: Updates of the weights an epoch.
         epoch, step: The position: the next step to take. At `step` = steps an epoch, validation is next.
         history: A row of summary.csv for each epoch.
+        eval_model: What validation calls: the network that is kept, or its compiled form.
     """
 
     args: Namespace
@@ -106,6 +108,10 @@ class Run:
     losses: Losses = field(default_factory=Losses)
     history: List[Dict[str, Any]] = field(default_factory=list)
     writer: BackgroundWriter = field(default_factory=BackgroundWriter)
+    eval_model: Any = None
+
+    def __post_init__(self) -> None:
+        self.eval_model = self.evaluated
 
     @property
     def evaluated(self) -> nn.Module:
@@ -180,13 +186,16 @@ class Run:
         self.publish(name, history)
 
     def publish(self, name: str, history: List[Dict[str, Any]]) -> None:
-        """Make summary.csv, `last` and `best` agree with the newest checkpoint, and drop those not needed any more."""
+        """Make summary, curves and links agree with the newest checkpoint, and drop those not needed any more."""
         folder = self.folder / 'checkpoints'
         text = io.StringIO()
         writer = csv.DictWriter(text, _COLUMNS, restval='', lineterminator='\n')
         writer.writeheader()
         writer.writerows(history)
         write_file(self.folder / 'summary.csv', text.getvalue().encode())
+        curves = draw_curves(history)
+        if curves:
+            write_file(self.folder / 'curves.png', curves)
         link(self.folder / 'last', folder / name)
         ranked = [checkpoint_name(row['epoch'] + 1, 0) for row in self.ranked(history)]
         if ranked and (folder / ranked[0]).is_dir():

@@ -22,7 +22,6 @@ from .errors import ConfigError, UserError
 from .evaluation import evaluate
 from .loaders import count_classes, create_val_loader, open_split
 from .models import load_model
-from .report import UnreadableImages
 from .world import World, setup_world
 
 __all__ = ['validate', 'validate_all']
@@ -130,11 +129,10 @@ def validate(args: Namespace, target: str, world: Optional[World] = None) -> Dic
         model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
     observe = _scoring(args, dataset)
     loader = create_val_loader(args, dataset, data_config, world)
-    unreadable = UnreadableImages(loader.unreadable, len(dataset), args.val_split)
     start = time.perf_counter()
-    metrics = evaluate(model, loader, args, world, unreadable, observe=observe)
+    metrics = evaluate(model, loader, args, world, observe=observe)
     rate = metrics['count'] / (time.perf_counter() - start)
-    unreadable.collect(wait=True)
+    loader.unreadable.collect(wait=True)
     if args.real_labels:
         metrics.update(top1=args.real.get_accuracy(k=1), top5=args.real.get_accuracy(k=5))
     scores = f'top-1 {metrics["top1"]:.2f}  top-5 {metrics["top5"]:.2f}  loss {metrics["loss"]:.3f}'
