@@ -1,15 +1,17 @@
 """Our training against a plain loop of timm's parts: samples, schedule, accuracy, and images a second.
 
-Both train the digits recipe from the same weights, epochs of one and of the other in turn; an epoch is training,
-validation and the checkpoint. The plain loop is the least that does what timm's own train.py does: timm's loaders,
-model, optimizer, schedule, loss, accuracy and checkpoint saver, with neither exact resume nor checks.
+Both train the digits recipe from the same weights, each in a process of its own, epochs of one and of the other in
+turn; an epoch is training, validation and the checkpoint. The plain loop is the least that does what timm's own
+train.py does: timm's loaders, model, optimizer, schedule, loss, accuracy and checkpoint saver, with neither exact
+resume nor checks.
 """
 
 import argparse
-import copy
+import multiprocessing
 import statistics
 import tempfile
 import time
+from pathlib import Path
 from typing import Any, Dict, List
 
 import torch
@@ -19,7 +21,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import AverageMeter, CheckpointSaver, accuracy
 
-from timm_depla.engine.classification import build, run_epoch
+from timm_depla.engine.classification import build, run_epoch, set_up_device
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.flags import create_train_parser
 from timm_depla.engine.loaders import find_data
@@ -27,6 +29,8 @@ from timm_depla.engine.report import Report
 from timm_depla.engine.world import Interrupt, setup_world
 
 from .record import table
+
+_PARTS = {'training': 'in training', 'epoch': 'with validation and checkpoint'}
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
@@ -107,54 +111,87 @@ def compare(plain: List[float], ours: List[float]) -> Dict[str, Any]:
     return dict(plain=plain, ours=ours, medians=medians, **ratios)
 
 
+def plan(args: argparse.Namespace, output: str) -> argparse.Namespace:
+    """The arguments of both."""
+    flags = ['--recipe', 'digits', '--epochs', str(args.epochs), '--img-size', str(args.img_size)]
+    flags += ['--device', 'cpu', '--output', output, '--experiment', 'run']
+    train_args = parse_args(create_train_parser(), flags)
+    train_args.data_dir = find_data(train_args)
+    return train_args
+
+
+def serve_plain(train_args: argparse.Namespace, pipe: Any) -> None:
+    """Run an epoch of the plain loop for each number received; at last send what it saw."""
+    model = build(train_args, setup_world('cpu'))[0].model
+    plain = PlainLoop(train_args, model, train_args.output)
+    while (epoch := pipe.recv()) is not None:
+        top1 = plain.run_epoch(epoch)
+        pipe.send((plain.training_seconds[-1], top1))
+    pipe.send((plain.images, plain.rates))
+
+
+def serve_ours(train_args: argparse.Namespace, pipe: Any) -> None:
+    """The same with ours, set up as train.py does."""
+    images: List[int] = []
+    rates: List[float] = []
+    world = setup_world('cpu')
+    set_up_device(train_args, world)
+    ours, loader, val_loader, num_epochs = build(train_args, world)
+    ours.model.register_forward_pre_hook(lambda model, x: images.append(len(x[0]) if model.training else 0))
+    ours.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]['lr']))
+    (ours.folder / 'checkpoints').mkdir(parents=True)
+    report = TimedReport(train_args, ours.folder, len(loader), num_epochs, train_args.batch_size, True)
+    while (epoch := pipe.recv()) is not None:
+        with Interrupt(world) as interrupt:
+            run_epoch(ours, loader, val_loader, interrupt, report, epoch + 1 == num_epochs)
+        ours.writer.wait()
+        pipe.send((report.training_seconds[-1], ours.history[-1]['eval_top1']))
+    pipe.send((sum(images), rates))
+
+
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     """Times of each epoch, and whether both saw as many samples at the same learning rates."""
-    seconds: Dict[str, List[float]] = {'plain': [], 'ours': []}
-    top1: Dict[str, List[float]] = {'plain': [], 'ours': []}
-    images, rates = [], []
-    with tempfile.TemporaryDirectory() as output, tempfile.TemporaryDirectory() as plain_output:
-        flags = ['--recipe', 'digits', '--epochs', str(args.epochs), '--img-size', str(args.img_size)]
-        flags += ['--device', 'cpu', '--output', output, '--experiment', 'run']
-        train_args = parse_args(create_train_parser(), flags)
-        train_args.data_dir = find_data(train_args)
-        world = setup_world('cpu')
-        ours, loader, val_loader, _ = build(train_args, world)
-        plain = PlainLoop(train_args, copy.deepcopy(ours.model), plain_output)
-        ours.model.register_forward_pre_hook(lambda model, x: images.append(len(x[0]) if model.training else 0))
-        ours.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]['lr']))
-        (ours.folder / 'checkpoints').mkdir(parents=True)
-        report = TimedReport(train_args, ours.folder, len(loader), args.epochs, train_args.batch_size, True)
+    servers = {'plain': serve_plain, 'ours': serve_ours}
+    spawn, pipes, processes = multiprocessing.get_context('spawn'), {}, []
+    parts: Dict[str, Dict[str, List[float]]] = {part: {name: [] for name in servers} for part in _PARTS}
+    top1: Dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as output:
+        for name, serve in servers.items():
+            (Path(output) / name).mkdir()
+            pipes[name], end = spawn.Pipe()
+            processes.append(spawn.Process(target=serve, args=(plan(args, f'{output}/{name}'), end)))
+            processes[-1].start()
         for epoch in range(args.epochs):
             for name in ('plain', 'ours') if epoch % 2 else ('ours', 'plain'):
                 start = time.perf_counter()
-                if name == 'plain':
-                    top1[name].append(plain.run_epoch(epoch))
-                else:
-                    with Interrupt(world) as interrupt:
-                        run_epoch(ours, loader, val_loader, interrupt, report, epoch + 1 == args.epochs)
-                    ours.writer.wait()
-                    top1[name].append(ours.history[-1]['eval_top1'])
-                seconds[name].append(time.perf_counter() - start)
-            print(epoch, *(f'{times[-1]:.2f} s' for times in seconds.values()), flush=True)
+                pipes[name].send(epoch)
+                training, top1[name] = pipes[name].recv()
+                parts['training'][name].append(training)
+                parts['epoch'][name].append(time.perf_counter() - start)
+            print(epoch, *(f'{name} {times[-1]:.2f} s' for name, times in parts['epoch'].items()), flush=True)
+        for pipe in pipes.values():
+            pipe.send(None)
+        seen = {name: pipe.recv() for name, pipe in pipes.items()}
+        for process in processes:
+            process.join()
     return dict(
-        images={'plain': plain.images, 'ours': sum(images)},
-        same_rates=rates == plain.rates,
-        steps=len(rates),
+        images={name: images for name, (images, _) in seen.items()},
+        same_rates=seen['plain'][1] == seen['ours'][1],
+        steps=len(seen['ours'][1]),
         top1=top1,
-        training=compare(plain.training_seconds, report.training_seconds),
-        epoch=compare(seconds['plain'], seconds['ours']),
+        **{part: compare(**times) for part, times in parts.items()},
     )
 
 
 def render(results: Dict[str, Any]) -> str:
     rows = []
     for number, name in enumerate(('plain', 'ours')):
-        medians = [f'{results[part]["medians"][number]:.2f}' for part in ('training', 'epoch')]
-        rows.append([name, results['images'][name], *medians, f'{results["top1"][name][-1]:.2f}'])
+        medians = [f'{results[part]["medians"][number]:.2f}' for part in _PARTS]
+        rows.append([name, results['images'][name], *medians, f'{results["top1"][name]:.2f}'])
     same = 'the same' if results['same_rates'] else 'NOT the same'
     ratios = [
         f'{results[part]["by_pair"]:.3f} {text} (by pairs of epochs; of the medians {results[part]["of_medians"]:.3f})'
-        for part, text in (('training', 'in training'), ('epoch', 'with validation and checkpoint'))
+        for part, text in _PARTS.items()
     ]
     header = ['loop', 'training images', 'training, s an epoch', 'with validation and checkpoint', 'last top-1']
     return (
