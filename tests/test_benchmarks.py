@@ -20,6 +20,7 @@ def test_docs_are_generated_from_the_records():
             '2 pairs',
         ),
         (['init', '--batch-size', '2'], '`rpn.conv.weight`'),
+        (['throughput', '--epochs', '2', '--img-size', '32'], 'Learning rates of the 44 steps: the same'),
     ],
 )
 def test_runs_and_writes_its_record(arguments, expected, monkeypatch, tmp_path, capsys):

@@ -33,7 +33,8 @@ def data(tmp_path_factory):
             folder = root / 'folder' / split / f'class{label}'
             folder.mkdir(parents=True, exist_ok=True)
             image(index).save(folder / f'{index:02}.png')
-        with tarfile.open(root / f'{split}.tar', 'w') as tar:
+        (root / 'tars').mkdir(exist_ok=True)
+        with tarfile.open(root / 'tars' / f'{split}.tar', 'w') as tar:
             tar.add(root / 'folder' / split, '.')
     (root / 'shards').mkdir()
     for shard in range(4):
@@ -131,10 +132,13 @@ def test_stream_of_unknown_length_is_counted(flags, caplog):
 
 
 def test_tar(data):
-    """timm reads a tar as a whole: the splits are two data sets."""
-    args = arguments('--data-dir', data / 'train.tar')
+    """A folder with train.tar and validation.tar."""
+    loader, val_loader = load(arguments('--data-dir', data / 'tars', '--workers', 2))
+    folder, _ = load(arguments('--data-dir', data / 'folder', '--workers', 2))
+    assert equal(list(loader.epoch(1, 7)), list(folder.epoch(1, 7)))
+    assert sum(len(targets) for _, targets in val_loader) == 40
     with pytest.raises(ConfigError, match='would both read'):
-        load(args)
+        load(arguments('--data-dir', data / 'tars' / 'train.tar'))
 
 
 def test_processes_share_an_epoch(flags):

@@ -64,9 +64,10 @@ def build_model(args: Namespace, world: World, is_fresh: bool) -> Tuple[nn.Modul
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     data_config = resolve_data_config(vars(args), model=model)
-    reduction = model.feature_info[-1]['reduction']
-    pool_size = tuple(math.ceil(size / reduction) for size in data_config['input_size'][1:])
-    changes = dict(data_config, pool_size=pool_size, test_input_size=None, test_crop_pct=None)
+    changes = dict(data_config, pool_size=None, test_input_size=None, test_crop_pct=None)
+    if getattr(model, 'feature_info', None):
+        reduction = model.feature_info[-1]['reduction']
+        changes['pool_size'] = tuple(math.ceil(size / reduction) for size in data_config['input_size'][1:])
     model.pretrained_cfg = {**model.pretrained_cfg, **changes}
     model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     return model, data_config
@@ -387,5 +388,6 @@ def explain_worker(error: Exception) -> str:
     """What ended data loading, in a sentence."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     cause = lines[-1] if isinstance(error, UnreadableError) or 'Traceback' in str(error) else lines[0]
-    hint = 'If it was killed, memory may have run out: lower --workers' if 'killed' in cause else 'Mend the data'
-    return f'loading data failed: {cause}. {hint}, and go on with --resume auto'
+    died = 'killed' in cause or 'exited unexpectedly' in cause
+    hint = 'If it was killed, memory may have run out: lower --workers' if died else 'Mend the data'
+    return f'loading data failed: {cause.rstrip(".")}. {hint}, and go on with --resume auto'

@@ -53,7 +53,7 @@ def find_data(args: Namespace) -> str:
 
 
 def open_split(args: Namespace, split: str, is_training: bool = False, epoch: int = 0) -> Any:
-    """One split of the data: a folder or tar of images, or a data set that timm names.
+    """One split of the data: a folder or SPLIT.tar of images, or a data set that timm names.
 
     Args:
         args: The run's arguments.
@@ -85,7 +85,9 @@ def open_split(args: Namespace, split: str, is_training: bool = False, epoch: in
         options['class_map'] = args.class_map
     try:
         options.update({'download': True} if args.dataset_download else {})
-        return create_dataset(args.dataset, root=args.data_dir, split=split, **options)
+        tar = Path(args.data_dir or '', f'{split}.tar')
+        root = str(tar) if not kind and tar.is_file() else args.data_dir
+        return create_dataset(args.dataset, root=root, split=split, **options)
     except ModuleNotFoundError as error:
         raise ConfigError(f'data set \'{args.dataset}\': {error}; pip install "timm-depla[stream]"') from error
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -247,7 +249,7 @@ class TrainLoader:
         if self.is_stream:
             if args.aug_repeats or args.aug_splits:
                 raise ConfigError('--aug-repeats and --aug-splits need a data set with random access, not a stream')
-            self.dataset.set_loader_cfg(num_workers=args.workers)
+            self.dataset.set_loader_cfg(num_workers=max(args.workers, 1))
             self._steps = len(self.dataset) // args.batch_size
         else:
             self._open_map()
@@ -271,6 +273,7 @@ class TrainLoader:
         args, world = self.args, self.world
         replicas = dict(num_replicas=world.size, rank=world.rank)
         if args.aug_repeats:
+            replicas['selected_round'] = 256 if len(self.dataset) >= 256 else 0
             sampler = RepeatAugSampler(self.dataset, num_repeats=args.aug_repeats, **replicas)
         else:
             sampler = DistributedSampler(self.dataset, seed=args.seed, **replicas)
@@ -293,7 +296,7 @@ class TrainLoader:
         args, world = self.args, self.world
         dataset = open_split(args, args.train_split, is_training=True, epoch=epoch)
         dataset.transform = self.transform
-        dataset.set_loader_cfg(num_workers=args.workers)
+        dataset.set_loader_cfg(num_workers=max(args.workers, 1))
         dataset.set_epoch(epoch)
         if mixes(args) and args.mixup_off_epoch:
             self.collate.mixup_enabled = epoch < args.mixup_off_epoch
@@ -317,6 +320,8 @@ class TrainLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         """Images (B, C, H, W), normalised, and targets (B,), or (B, classes) where they are mixed."""
+        if start >= len(self):
+            return
         if self.is_stream:
             loaded = self._open_stream(epoch, start)
         else:
@@ -383,7 +388,7 @@ def create_val_loader(
             shards = tuple(reader.split_info.filenames)[world.rank :: world.size]
             reader.split_info = dataclasses.replace(reader.split_info, filenames=shards)
             reader.dist_rank, reader.dist_num_replicas = 0, 1
-        dataset.set_loader_cfg(num_workers=args.workers)
+        dataset.set_loader_cfg(num_workers=max(args.workers, 1))
         loader = _prefetch(load(dataset), data_config, world.device)
     else:
         if hasattr(dataset, 'reader'):
