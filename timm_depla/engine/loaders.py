@@ -122,6 +122,13 @@ def count_samples(args: Namespace, split: str) -> int:
     return total
 
 
+def class_names(dataset: Any) -> Any:
+    """The classes of a data set, by name or index; empty where it does not tell."""
+    reader = getattr(dataset, 'reader', None)
+    known = (getattr(reader, name, None) for name in ('class_to_idx', 'class_name_to_idx'))
+    return next(filter(None, known), None) or getattr(dataset, 'classes', ())
+
+
 def open_splits(args: Namespace) -> Tuple[Any, Any]:
     """The training and the validation split.
 
@@ -143,7 +150,7 @@ def open_splits(args: Namespace) -> Tuple[Any, Any]:
             f"training and validation would both read '{val_reader.root}': expected the folders "
             f"'{args.train_split}' and '{args.val_split}' in '{args.data_dir}'"
         )
-    classes = [set(getattr(reader, 'class_to_idx', None) or ()) for reader in (train_reader, val_reader)]
+    classes = [set(class_names(dataset)) for dataset in (train_set, val_set)]
     if classes[0] != classes[1]:
         differing = map(str, sorted(classes[0] ^ classes[1], key=str))
         raise ConfigError(f"the splits of '{args.data_dir}' differ in the classes {', '.join(islice(differing, 5))}")
@@ -156,7 +163,7 @@ def count_classes(args: Namespace, dataset: Any) -> int:
     Raises:
         ConfigError: If neither the data nor `args.num_classes` tells.
     """
-    known = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or getattr(dataset, 'classes', None)
+    known = class_names(dataset)
     if not (args.num_classes or known):
         raise ConfigError(f"'{args.dataset}' does not say how many classes it has: give --num-classes")
     return args.num_classes or len(known)

@@ -20,7 +20,7 @@ from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 from .checkpoint import write_file
 from .errors import ConfigError, UserError
 from .evaluation import evaluate
-from .loaders import count_classes, create_val_loader, open_split
+from .loaders import class_names, count_classes, create_val_loader, open_split
 from .models import load_model
 from .world import World, setup_world
 
@@ -99,7 +99,7 @@ def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
     if args.model and Path(target).is_file() and 'num_classes' not in options:
         options['num_classes'] = count_classes(args, dataset)
     model = load_model(target, args.model, **{**options, **args.model_kwargs})
-    classes = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    classes = class_names(dataset)
     if classes and len(classes) != model.num_classes and not args.valid_labels:
         raise ConfigError(
             f"'{target}' has {model.num_classes} classes, '{args.data_dir or args.dataset}' has {len(classes)}"
