@@ -19,10 +19,11 @@ def _commit() -> str:
     """The commit of the code, marked where the working tree differs from it."""
 
     def git(*args: str) -> str:
-        command = ['git', '-C', str(Path(__file__).parent), *args]
+        command = ['git', '-C', str(Path(__file__).parent.parent), *args]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
-    return git('rev-parse', 'HEAD') + ('-modified' if git('status', '--porcelain', '-uno') else '')
+    written = (':!docs/benchmarks.md', ':!benchmarks/records')  # by the benchmarks themselves
+    return git('rev-parse', 'HEAD') + ('-modified' if git('status', '--porcelain', '-uno', '--', *written) else '')
 
 
 COMMIT = _commit()  # on import: the code that runs, whatever is committed meanwhile
