@@ -82,7 +82,7 @@ def test_processes_share_the_epoch():
 
 
 def test_repeated_samples_are_augmented_anew():
-    batches = PositionedBatches(RepeatAugSampler(Noise(), 1, 0, num_repeats=3), 6)
+    batches = PositionedBatches(RepeatAugSampler(Noise(), 1, 0, num_repeats=3, selected_round=0), 6)
     (images, targets) = SeededBatches(Noise(), torch.utils.data.default_collate, 0).__getitems__(next(iter(batches)))
     assert targets[0] == targets[1] == targets[2]
     assert not torch.equal(images[0], images[1])

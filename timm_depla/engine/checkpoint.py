@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,7 +172,6 @@ class BackgroundWriter:
     def __init__(self):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
         self._job: Optional[Future] = None
-        self.seconds = 0.0  # that jobs held training up
 
     def submit(self, job: Callable[..., None], *args: Any) -> None:
         """Start a job, after the one before it has ended."""
@@ -188,6 +186,5 @@ class BackgroundWriter:
     def wait(self) -> None:
         """Wait for the job."""
         if self._job is not None:
-            start, job, self._job = time.perf_counter(), self._job, None
+            job, self._job = self._job, None
             job.result()
-            self.seconds += time.perf_counter() - start

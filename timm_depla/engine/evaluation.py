@@ -41,7 +41,7 @@ def evaluate(
     """
     model.eval()
     loss, top1, top5, count = (torch.zeros((), dtype=torch.float64) for _ in range(4))
-    for images, targets in progress('validation', iterable=loader) if world.is_primary else loader:
+    for images, targets in progress('validation', 'batches', iterable=loader) if world.is_primary else loader:
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast(args):

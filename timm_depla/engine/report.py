@@ -21,9 +21,9 @@ _logger = logging.getLogger(__name__)
 _MAX_UNREADABLE = 0.01  # of the images
 
 
-def progress(description: str, **kwargs: Any) -> tqdm:
+def progress(description: str, unit: str, **kwargs: Any) -> tqdm:
     """A progress bar on a terminal, nothing in a log."""
-    return tqdm(desc=description, leave=False, disable=not sys.stderr.isatty(), unit=' images', **kwargs)
+    return tqdm(desc=description, leave=False, disable=not sys.stderr.isatty(), unit=f' {unit}', **kwargs)
 
 
 class UnreadableImages:
@@ -93,7 +93,7 @@ class Report:
         """Begin to train at this position."""
         self.epoch, self.first, self.start_time = epoch, step, time.perf_counter()
         total, done = self.steps * self.images_per_step, step * self.images_per_step
-        self.bar = progress(f'epoch {epoch}', total=total, initial=done) if self.is_primary else None
+        self.bar = progress(f'epoch {epoch}', 'images', total=total, initial=done) if self.is_primary else None
 
     def update(self, step: int, loss: float, lr: float) -> None:
         """`step` steps of the epoch are done."""
