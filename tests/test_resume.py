@@ -151,6 +151,9 @@ def test_resume_without_checkpoints(images, tmp_path):
     with pytest.raises(ConfigError, match="nowhere' has no checkpoint to go on from"):
         fit(*args, '--resume', tmp_path / 'nowhere')
     assert fit(*args, '--experiment', 'new', '--resume', 'auto') == 0  # starts fresh
+    (tmp_path / 'new' / 'last' / 'state.pt').write_bytes(b'')
+    with pytest.raises(ConfigError, match=r'is no whole checkpoint .state.pt has 0 bytes'):
+        fit(*args, '--resume', tmp_path / 'new' / 'last')
 
 
 @pytest.mark.parametrize('seed', range(4))

@@ -22,7 +22,7 @@ from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad, distribute_
 
 from timm_depla.data import Draw, UnreadableError, seed_position
 
-from .checkpoint import checkpoint_name, newest_checkpoint, write_file
+from .checkpoint import checkpoint_name, find_damage, newest_checkpoint, write_file
 from .errors import ConfigError, TrainingError
 from .evaluation import autocast, evaluate
 from .loaders import TrainLoader, count_classes, create_val_loader, find_data, mixes, open_splits
@@ -194,7 +194,11 @@ def find_resume(args: Namespace, world: World) -> Optional[Path]:
         path = Path(args.output) / args.experiment
     elif path.resolve().parent.name == 'checkpoints':
         path = path.resolve()
-    checkpoint = world.share(newest_checkpoint(path) if path.parent.name != 'checkpoints' else path)
+    is_checkpoint = path.parent.name == 'checkpoints'
+    damage = find_damage(path) if is_checkpoint else None
+    if damage is not None:
+        raise ConfigError(f"'{path}' is no whole checkpoint ({damage}): give the run's folder for its newest one")
+    checkpoint = world.share(path if is_checkpoint else newest_checkpoint(path))
     if checkpoint is None and args.resume != 'auto':
         raise ConfigError(f"'{args.resume}' has no checkpoint to go on from: give a run's folder")
     run = checkpoint.parent.parent if checkpoint is not None else path

@@ -91,7 +91,7 @@ def setup_world(device: str) -> World:
     control = dist.new_group(backend='gloo') if found['distributed'] else None
     world = World(torch.device(found['device']), found['global_rank'], found['world_size'], control)
     if not world.is_primary:
-        logging.getLogger().setLevel(logging.ERROR)
+        logging.getLogger().setLevel(logging.WARNING)
     return world
 
 
