@@ -11,14 +11,24 @@ Shapes, in the letters used below:
 """
 
 import math
-from typing import Optional, Tuple, Type
+from typing import Any, Dict, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['SoftRPN', 'soft_roi_pool', 'PlainBFN', 'AdaptiveBFN', 'Depla']
+__all__ = ['SoftRPN', 'soft_roi_pool', 'PlainBFN', 'AdaptiveBFN', 'Depla', 'check_depla_args']
+
+# What the `depla` argument of a network may set in its blocks: the network knows the rest.
+DEPLA_ARGS = ('num_groups', 'pooled_chs', 'maps_per_group', 'temperature', 'bfn', 'rescale_maps')
+
+
+def check_depla_args(depla: Dict[str, Any], *network_args: str) -> None:
+    """Raise TypeError if a network's `depla` argument has a key that is neither a block's nor one of the network's."""
+    allowed = [*network_args, *DEPLA_ARGS]
+    if unknown := sorted(set(depla) - set(allowed)):
+        raise TypeError(f'unknown depla argument {unknown}; there are {allowed}')
 
 
 @torch.fx.wrap  # data-dependent control flow: a leaf for symbolic tracing

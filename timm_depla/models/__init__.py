@@ -1,3 +1,4 @@
+from .fishnet_depla import *  # noqa: F403
 from .resnet_depla import *  # noqa: F403
 from .trunk import TrunkReport as TrunkReport
 from .trunk import load_trunk as load_trunk

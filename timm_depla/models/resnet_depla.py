@@ -17,7 +17,7 @@ from timm.layers import to_ntuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from timm_depla.layers import Depla
+from timm_depla.layers import Depla, check_depla_args
 
 __all__ = ['BasicBlockDepla', 'BottleneckDepla', 'ResNetDepla']  # register_model adds each entrypoint
 
@@ -72,7 +72,6 @@ def _create_depla(
 
 
 _DEPLA_BLOCKS = {BasicBlock: BasicBlockDepla, Bottleneck: BottleneckDepla}
-_DEPLA_ARGS = ('num_groups', 'pooled_chs', 'maps_per_group', 'temperature', 'bfn', 'rescale_maps')
 
 
 def default_positions(num_blocks: int) -> Tuple[int, ...]:
@@ -89,8 +88,7 @@ def _resolve_depla(
     layers: Sequence[int], stage: int = 3, positions: Optional[Sequence[int]] = None, **block_args
 ) -> Tuple[int, Tuple[int, ...], Dict[str, Any]]:
     """Check the `depla` argument of a model and split it into stage, block positions and block arguments."""
-    if unknown := sorted(block_args.keys() - set(_DEPLA_ARGS)):
-        raise TypeError(f'unknown depla argument {unknown}; there are {["stage", "positions", *_DEPLA_ARGS]}')
+    check_depla_args(block_args, 'stage', 'positions')
     if stage not in range(1, len(layers) + 1):
         raise ValueError(f'depla stage must be one of 1 to {len(layers)}, got {stage!r}')
     num_blocks = layers[stage - 1]

@@ -1,0 +1,586 @@
+"""FishNet, with DEPLA as an argument.
+
+Papers: `FishNet: A Versatile Backbone for Image, Region, and Pixel Level Prediction`, Sun et al., NeurIPS 2018 -
+https://arxiv.org/abs/1901.03495, and `Aggregation with Feature Detection`, Sun et al., ICCV 2021 -
+https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html
+
+A tail shrinks the image to 1/32, a body up-samples it again to 1/4 and a head shrinks it once more. Every stage of body
+and head joins its trunk with a branch, a feature of an earlier part. FishNet concatenates the two; with DEPLA the trunk
+is refined with the branch first. The widths stay the same, so the weights of a FishNet load into the trunk of both.
+"""
+
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, calculate_drop_path_rates, create_classifier, get_device_dtype
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor
+
+from timm_depla.layers import Depla, check_depla_args
+
+__all__ = ['FishNet']  # register_model adds each entrypoint
+
+
+class Join(NamedTuple):
+    """A stage of body or head: widths of its trunk and its branch, and the dilation of its trunk."""
+
+    trunk_in: int
+    trunk_out: int
+    branch: int
+    dilation: int = 1
+
+
+# Widths in multiples of the stem's output, which has 64 channels in the published networks.
+TAIL = ((1, 2), (2, 4), (4, 8))  # trunk in and out
+BRIDGE = (8, 16, 8)  # in, inside and out
+BODY = (Join(8, 8, branch=4), Join(12, 6, branch=2, dilation=2), Join(8, 4, branch=1, dilation=4))
+HEAD = (Join(5, 5, branch=8), Join(13, 13, branch=12), Join(25, 25, branch=8))
+LEVELS = ((1, 2, 'stem'), (5, 4, 'body.2'), (13, 8, 'head.0'), (25, 16, 'head.1'), (33, 32, 'head.2'))  # with reduction
+
+
+@torch.fx.wrap  # data-dependent control flow: a leaf for symbolic tracing
+def check_size(x: Tensor) -> None:
+    """Raise ValueError unless images x (B, C, H, W) leave at least one position at 1/32."""
+    if x.shape[2] < 29 or x.shape[3] < 29:
+        raise ValueError(
+            f'FishNet needs images of at least 29 x 29 pixels, of which one position is left at 1/32, but got '
+            f'{x.shape[2]} x {x.shape[3]}; resize or pad them'
+        )
+
+
+class ChannelSum(nn.Module):
+    """Sum every `size` consecutive channels: a shortcut without parameters, for blocks that narrow the trunk."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, self.size)).sum(2)  # (B, C, H, W) -> (B, C / size, H, W)
+
+
+def _conv_norm(in_chs: int, out_chs: int, norm_layer: Type[nn.Module], stride: int = 1, **dd) -> nn.Sequential:
+    """3x3 convolution, norm and activation."""
+    conv = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **dd)
+    return nn.Sequential(conv, norm_layer(out_chs, **dd), nn.ReLU(inplace=True))
+
+
+def _norm_conv(in_chs: int, out_chs: int, norm_layer: Type[nn.Module], **dd) -> nn.Sequential:
+    """Norm, activation and 1x1 convolution."""
+    conv = nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd)
+    return nn.Sequential(norm_layer(in_chs, **dd), nn.ReLU(inplace=True), conv)
+
+
+def _squeeze(in_chs: int, norm_layer: Type[nn.Module], **dd) -> nn.Sequential:
+    """Halve the width: norm, activation, 1x1 convolution, norm and activation."""
+    conv = _norm_conv(in_chs, in_chs // 2, norm_layer, **dd)
+    return conv.extend([norm_layer(in_chs // 2, **dd), nn.ReLU(inplace=True)])
+
+
+class PreActBottleneck(nn.Module):
+    """Residual block: three pre-activated convolutions (1x1, 3x3 and 1x1), added to a shortcut.
+
+    The shortcut is the input itself where the widths agree; else a pre-activated 1x1 convolution or, with
+    `sum_shortcut`, a `ChannelSum`.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        norm_layer: Type[nn.Module],
+        drop_path: float,
+        dilation: int = 1,
+        sum_shortcut: bool = False,
+        **dd,
+    ) -> None:
+        super().__init__()
+        mid_chs = out_chs // 4
+        self.bn1 = norm_layer(in_chs, **dd)
+        self.conv1 = nn.Conv2d(in_chs, mid_chs, 1, bias=False, **dd)
+        self.bn2 = norm_layer(mid_chs, **dd)
+        self.conv2 = nn.Conv2d(mid_chs, mid_chs, 3, padding=dilation, dilation=dilation, bias=False, **dd)
+        self.bn3 = norm_layer(mid_chs, **dd)
+        self.conv3 = nn.Conv2d(mid_chs, out_chs, 1, bias=False, **dd)
+        self.act = nn.ReLU(inplace=True)
+        if in_chs == out_chs:
+            self.shortcut = nn.Identity()
+        elif sum_shortcut:
+            self.shortcut = ChannelSum(in_chs // out_chs)
+        else:
+            self.shortcut = _norm_conv(in_chs, out_chs, norm_layer, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.shortcut(x)
+        x = self.conv1(self.act(self.bn1(x)))
+        x = self.conv2(self.act(self.bn2(x)))
+        x = self.conv3(self.act(self.bn3(x)))
+        return self.drop_path(x) + shortcut
+
+
+class Blocks(nn.Sequential):
+    """Residual blocks in a row, one for each rate of stochastic depth."""
+
+    def __init__(self, in_chs: int, out_chs: int, drop_paths: Sequence[float], **kwargs) -> None:
+        super().__init__(*[
+            PreActBottleneck(out_chs if i else in_chs, out_chs, drop_path=rate, **kwargs)
+            for i, rate in enumerate(drop_paths)
+        ])  # fmt: skip
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self, x, every=len(self))
+        for block in self:
+            x = block(x)
+        return x
+
+
+class TailStage(nn.Module):
+    """Residual blocks, then max-pooling to half the resolution."""
+
+    def __init__(self, in_chs: int, out_chs: int, drop_paths: Sequence[float], **layers) -> None:
+        super().__init__()
+        self.blocks = Blocks(in_chs, out_chs, drop_paths, **layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(self.blocks(x), 2)
+
+
+class Bridge(nn.Module):
+    """The stage between tail and body: residual blocks under squeeze-and-excitation, at the lowest resolution."""
+
+    def __init__(
+        self, in_chs: int, mid_chs: int, out_chs: int, drop_paths: Sequence[float], norm_layer: Type[nn.Module], **dd
+    ) -> None:
+        super().__init__()
+        self.squeeze = _squeeze(in_chs, norm_layer, **dd)
+        self.expand = nn.Conv2d(in_chs // 2, mid_chs, 1, **dd)
+        self.blocks = Blocks(mid_chs, out_chs, drop_paths, norm_layer=norm_layer, **dd)
+        self.attention = nn.Sequential(
+            norm_layer(mid_chs, **dd),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(mid_chs, out_chs // 16, 1, **dd),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_chs // 16, out_chs, 1, **dd),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.expand(self.squeeze(x))
+        attention = self.attention(x)  # (B, C, 1, 1)
+        return self.blocks(x) * attention + attention
+
+
+class JoinStage(nn.Module):
+    """Stage of body or head: refine the trunk, resample it and join it with a branch, by DEPLA where there is one."""
+
+    def __init__(
+        self,
+        join: Join,
+        width: int,
+        drop_paths: Sequence[float],
+        num_branch_blocks: int,
+        depla: Optional[Dict[str, Any]],
+        norm_layer: Type[nn.Module],
+        **dd,
+    ) -> None:
+        super().__init__()
+        layers = dict(norm_layer=norm_layer, **dd)
+        trunk_in, trunk_out, branch = width * join.trunk_in, width * join.trunk_out, width * join.branch
+        self.blocks = Blocks(trunk_in, trunk_out, drop_paths, dilation=join.dilation, sum_shortcut=True, **layers)
+        self.transfer = Blocks(branch, branch, [0.0] * num_branch_blocks, **layers)
+        self.depla = None
+        if depla is not None:
+            drop_path = DropPath(drop_paths[-1]) if drop_paths[-1] else None
+            self.depla = Depla(trunk_out, branch, **depla, drop_path=drop_path, **layers)
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        x = self.resample(self.blocks(x), branch)
+        branch = self.transfer(branch)
+        if self.depla is not None:
+            x = self.depla(x, branch)
+        return torch.cat([x, branch], dim=1)
+
+
+class BodyStage(JoinStage):
+    """Up-sampling and refinement (UR): doubles the resolution."""
+
+    def resample(self, x: Tensor, branch: Tensor) -> Tensor:
+        # To the size of the branch: twice the trunk's, or one more where the tail's pooling left an odd line out.
+        return F.interpolate(x, size=branch.shape[2:], mode='nearest')
+
+
+class HeadStage(JoinStage):
+    """Down-sampling and refinement (DR): halves the resolution."""
+
+    def resample(self, x: Tensor, branch: Tensor) -> Tensor:
+        return F.max_pool2d(x, 2)
+
+
+class FishNet(nn.Module):
+    """FishNet, and with `depla` FishNet with DEPLA in the six stages of its body and head.
+
+    Args:
+        tail: Residual blocks in the trunk of each stage of the tail.
+        bridge: Residual blocks in the bridge.
+        body: Residual blocks in the trunk of each stage of the body.
+        head: Residual blocks in the trunk of each stage of the head.
+        body_branches: Residual blocks in the branch of each stage of the body.
+        head_branches: Residual blocks in the branch of each stage of the head.
+        width: Channels of the stem, a multiple of 4. All other widths are in proportion.
+        depla: None for FishNet as published, or what differs from the paper's setting of DEPLA: `Depla`'s num_groups,
+            pooled_chs, maps_per_group, temperature, bfn and rescale_maps.
+        num_classes: Classes, 0 for no classifier.
+        in_chans: Channels of the images.
+        global_pool: Pooling before the classifier, '' for none.
+        output_stride: Must be 32: the body resamples by fixed factors.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth of the last block in the trunk; it grows linearly from the first.
+        norm_layer: Norm.
+        device: Device of the parameters.
+        dtype: Data type of the parameters.
+
+    Raises:
+        TypeError: If `depla` has an unknown key.
+        ValueError: If the width or output stride is impossible, an argument of `Depla` is out of range, or images have
+            fewer than 29 pixels on a side.
+    """
+
+    def __init__(
+        self,
+        tail: Sequence[int],
+        bridge: int,
+        body: Sequence[int],
+        head: Sequence[int],
+        body_branches: Sequence[int],
+        head_branches: Sequence[int],
+        width: int = 64,
+        depla: Optional[Dict[str, Any]] = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        output_stride: int = 32,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if width < 4 or width % 4:
+            raise ValueError(f'width must be a positive multiple of 4, got {width!r}; the published networks have 64')
+        if output_stride != 32:
+            raise ValueError(
+                f'output_stride must be 32, got {output_stride!r}: the body of FishNet resamples by fixed factors. '
+                'features_only=True has finer features, down to 1/2 (out_indices 0 to 4)'
+            )
+        check_depla_args(depla or {})
+        dd = {'device': device, 'dtype': dtype}
+        layers = dict(norm_layer=norm_layer, **dd)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.feature_info = [dict(num_chs=c * width, reduction=r, module=name) for c, r, name in LEVELS]
+
+        rates = iter(calculate_drop_path_rates(drop_path_rate, [*tail, bridge, *body, *head], stagewise=True))
+        self.stem = nn.Sequential(
+            _conv_norm(in_chans, width // 2, stride=2, **layers),
+            _conv_norm(width // 2, width // 2, **layers),
+            _conv_norm(width // 2, width, **layers),
+        )
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.tail = nn.ModuleList(TailStage(width * c1, width * c2, next(rates), **layers) for c1, c2 in TAIL)
+        self.bridge = Bridge(*(width * c for c in BRIDGE), next(rates), **layers)
+        self.body = nn.ModuleList(
+            BodyStage(join, width, next(rates), num_blocks, depla, **layers)
+            for join, num_blocks in zip(BODY, body_branches, strict=True)
+        )
+        self.head = nn.ModuleList(
+            HeadStage(join, width, next(rates), num_blocks, depla, **layers)
+            for join, num_blocks in zip(HEAD, head_branches, strict=True)
+        )
+        final_chs = self.feature_info[-1]['num_chs']
+        self.final = _squeeze(final_chs, **layers)
+        self.num_features = self.head_hidden_size = final_chs // 2
+        self.num_levels = len(self.feature_info)
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initialise convolutions by their fan-out, as FishNet does, but for DEPLA, which keeps its own scale."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+        for module in self.modules():
+            if isinstance(module, Depla):
+                module.init_weights()  # ruling 11
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Layer groups from stem to head, by stage (`coarse`) or by block of the trunk."""
+
+        def match(part: str) -> Any:
+            stage = rf'^{part}\.(\d+)'
+            return stage if coarse else [(rf'{stage}\.blocks\.(\d+)', None), (stage, (99999,))]
+
+        return dict(
+            stem=r'^stem',
+            tail=match('tail'),
+            bridge=r'^bridge' if coarse else [(r'^bridge\.blocks\.(\d+)', None), (r'^bridge', None)],
+            body=match('body'),
+            head=match('head'),
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the blocks of each stage again in the backward pass instead of keeping what they computed."""
+        for module in self.modules():
+            if isinstance(module, Blocks):
+                module.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> Union[str, nn.Module]:
+        return 'fc' if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Start a new classifier; keep the pooling if `global_pool` is None."""
+        self.num_classes = num_classes
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        dd = get_device_dtype(self)
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool_type, **dd)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    def forward_levels(self, x: Tensor, num_levels: int) -> List[Tensor]:
+        """The first `num_levels` of five features of images x: the stem's (/2) and the head's (/4, /8, /16, /32)."""
+        check_size(x)
+        stem = self.stem(x)
+        levels = [stem]
+        if num_levels == 1:
+            return levels
+        f0 = self.pool(stem)
+        f1 = self.tail[0](f0)
+        f2 = self.tail[1](f1)
+        f3 = self.tail[2](f2)
+        f4 = self.bridge(f3)
+        f5 = self.body[0](f4, f2)
+        f6 = self.body[1](f5, f1)
+        f7 = self.body[2](f6, f0)
+        levels.append(f7)
+        for stage, branch in zip(self.head, (f6, f5, f4)):  # noqa: B905  (a pruned head has fewer stages)
+            if len(levels) < num_levels:
+                levels.append(stage(levels[-1], branch))
+        return levels
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """Features of images x (B, C, H, W) at several levels.
+
+        Args:
+            x: Images.
+            indices: Levels (0 is the stem at /2, 1 to 4 the head at /4 to /32), the last so many if int, all if None.
+            norm: Of no effect: no norm fits every level.
+            stop_early: Compute nothing beyond the last level that is asked for.
+            output_fmt: 'NCHW', there is no other.
+            intermediates_only: Return the list alone, without the final features.
+        """
+        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        levels = self.forward_levels(x, max_index + 1 if stop_early else self.num_levels)
+        intermediates = [level for i, level in enumerate(levels) if i in take_indices]
+        if intermediates_only:
+            return intermediates
+        x = levels[-1]
+        return self.final(x) if len(levels) == self.num_levels else x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> List[int]:
+        """Remove what the features at `indices` do not need, and return the indices from zero.
+
+        Args:
+            indices: Levels as in `forward_intermediates`.
+            prune_norm: Remove the convolution and norm after the last level, too.
+            prune_head: Remove the classifier; also without it where the features that it takes are removed.
+        """
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        self.num_levels = max_index + 1
+        self.head = self.head[: max(self.num_levels - 2, 0)]
+        if self.num_levels == 1:
+            self.tail, self.bridge, self.body = nn.ModuleList(), nn.Identity(), nn.ModuleList()
+        prune_final = prune_norm or self.num_levels < len(self.feature_info)
+        if prune_final:
+            self.final = nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_final or prune_head:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to unpooled features (B, num_features, H / 32, W / 32)."""
+        return self.final(self.forward_levels(x, self.num_levels)[-1])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.global_pool(x)
+        if self.drop_rate:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+# The published name of each part: its stages are numbered through, and each is a list of unnamed modules.
+_PUBLISHED_NAMES = {
+    **{f'conv{i + 1}.': f'stem.{i}.' for i in range(3)},
+    **{f'fish.fish.{i}.0.': f'tail.{i}.blocks.' for i in range(3)},
+    'fish.fish.3.0.': 'bridge.squeeze.',
+    'fish.fish.3.1.': 'bridge.expand.',
+    'fish.fish.3.2.': 'bridge.blocks.',
+    'fish.fish.3.3.0.': 'bridge.attention.',
+    **{f'fish.fish.{4 + i}.0.': f'body.{i}.blocks.' for i in range(3)},
+    **{f'fish.fish.{4 + i}.1.': f'body.{i}.transfer.' for i in range(3)},
+    **{f'fish.fish.{7 + i}.0.': f'head.{i}.blocks.' for i in range(3)},
+    **{f'fish.fish.{7 + i}.1.': f'head.{i}.transfer.' for i in range(3)},
+    'fish.fish.9.3.': 'final.',
+    'fish.fish.9.4.1.': 'fc.',
+}
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
+    """Turn the published checkpoint of a FishNet into a state dict of ours; leave what is ours as it is.
+
+    Args:
+        state_dict: The checkpoint: a state dict, alone or as `state_dict` of a training dictionary, with or without the
+            prefix `module.`.
+        model: The FishNet, with or without DEPLA, that it is for.
+    """
+    state_dict = state_dict.get('state_dict', state_dict)
+    renamed = {}
+    for name, tensor in state_dict.items():
+        name = name.removeprefix('module.')
+        for published, ours in _PUBLISHED_NAMES.items():
+            if name.startswith(published):
+                name = ours + name.removeprefix(published)
+        renamed[name] = tensor
+    if 'fc.weight' in renamed:
+        renamed['fc.weight'] = renamed['fc.weight'].flatten(1)  # a 1x1 convolution
+    return renamed
+
+
+def _create_fishnet(variant: str, pretrained: bool = False, **kwargs) -> FishNet:
+    return build_model_with_cfg(
+        FishNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bilinear', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.0.0', 'classifier': 'fc', 'license': 'apache-2.0',
+        'paper_name': 'FishNet: A Versatile Backbone for Image, Region, and Pixel Level Prediction',
+        **kwargs,
+    }  # fmt: skip
+
+
+def _cfg_depla(**kwargs) -> Dict[str, Any]:
+    return _cfg(paper_name='Aggregation with Feature Detection', **kwargs)
+
+
+_TINY = dict(input_size=(3, 128, 128), pool_size=(4, 4))
+
+default_cfgs = generate_default_cfgs(
+    {
+        'fishnet99.untrained': _cfg(),
+        'fishnet150.untrained': _cfg(),
+        'fishnet201.untrained': _cfg(),
+        'fishnet99_depla.untrained': _cfg_depla(),
+        'fishnet150_depla.untrained': _cfg_depla(),
+        'fishnet201_depla.untrained': _cfg_depla(),
+        'test_fishnet.untrained': _cfg(**_TINY),
+        'test_fishnet_depla.untrained': _cfg_depla(**_TINY),
+    }
+)
+
+_FISHNET99 = dict(
+    tail=(2, 2, 6), bridge=2, body=(1, 1, 1), head=(1, 2, 2), body_branches=(1, 1, 1), head_branches=(1, 1, 4)
+)
+_FISHNET150 = dict(
+    tail=(2, 4, 8), bridge=4, body=(2, 2, 2), head=(2, 2, 4), body_branches=(2, 2, 2), head_branches=(2, 2, 4)
+)
+_FISHNET201 = dict(
+    tail=(3, 4, 12), bridge=4, body=(2, 2, 2), head=(2, 3, 10), body_branches=(2, 2, 2), head_branches=(2, 2, 9)
+)
+_TEST_FISHNET = dict(
+    tail=(1, 1, 1), bridge=1, body=(1, 1, 1), head=(1, 1, 1), body_branches=(1, 1, 1), head_branches=(1, 1, 1), width=12
+)
+
+
+@register_model
+def fishnet99(pretrained: bool = False, **kwargs) -> FishNet:
+    """FishNet-99."""
+    return _create_fishnet('fishnet99', pretrained, **{**_FISHNET99, **kwargs})
+
+
+@register_model
+def fishnet99_depla(pretrained: bool = False, **kwargs) -> FishNet:
+    """FishNet-99 with plain DEPLA."""
+    return _create_fishnet('fishnet99_depla', pretrained, **{**_FISHNET99, 'depla': {}, **kwargs})
+
+
+@register_model
+def fishnet150(pretrained: bool = False, **kwargs) -> FishNet:
+    """FishNet-150."""
+    return _create_fishnet('fishnet150', pretrained, **{**_FISHNET150, **kwargs})
+
+
+@register_model
+def fishnet150_depla(pretrained: bool = False, **kwargs) -> FishNet:
+    """FishNet-150 with plain DEPLA."""
+    return _create_fishnet('fishnet150_depla', pretrained, **{**_FISHNET150, 'depla': {}, **kwargs})
+
+
+@register_model
+def fishnet201(pretrained: bool = False, **kwargs) -> FishNet:
+    """FishNet-201."""
+    return _create_fishnet('fishnet201', pretrained, **{**_FISHNET201, **kwargs})
+
+
+@register_model
+def fishnet201_depla(pretrained: bool = False, **kwargs) -> FishNet:
+    """FishNet-201 with plain DEPLA."""
+    return _create_fishnet('fishnet201_depla', pretrained, **{**_FISHNET201, 'depla': {}, **kwargs})
+
+
+@register_model
+def test_fishnet(pretrained: bool = False, **kwargs) -> FishNet:
+    """Tiny FishNet, for tests and the embedded digits."""
+    return _create_fishnet('test_fishnet', pretrained, **{**_TEST_FISHNET, **kwargs})
+
+
+@register_model
+def test_fishnet_depla(pretrained: bool = False, **kwargs) -> FishNet:
+    """Tiny FishNet with plain DEPLA, for tests and the embedded digits."""
+    return _create_fishnet('test_fishnet_depla', pretrained, **{**_TEST_FISHNET, 'depla': {}, **kwargs})
