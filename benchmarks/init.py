@@ -39,11 +39,12 @@ def _measure(bfn: str, rescale_maps: bool, args: argparse.Namespace) -> Dict[str
     shares = []
 
     def measure_share(module: torch.nn.Module, inputs: Any, out: torch.Tensor) -> None:
-        shares.append((out.flatten(2).var(2).mean().sqrt() / out.std()).item())
+        refinement = out - inputs[0]
+        shares.append((refinement.flatten(2).var(2).mean().sqrt() / refinement.std()).item())
 
     for module in model.modules():
         if isinstance(module, Depla):
-            module.norm.register_forward_hook(measure_share)
+            module.register_forward_hook(measure_share)
     torch.nn.functional.cross_entropy(model(x), labels).backward()
     gradients = {
         name: (parameter.grad.norm() / parameter.norm()).item()
@@ -71,7 +72,7 @@ def render(results: Dict[str, Any]) -> str:
         for name, r in results.items()
     ]
     return (
-        "Spatial share: deviation over positions of the norm's output, what DEPLA adds to the identity, over its whole "
+        'Spatial share: deviation over positions of what DEPLA adds to the identity, over its whole '
         'deviation, in the blocks of `resnet50_depla`. Heatmaps from M (ruling 4(b)) or from M times N.\n\n'
         + table(['', 'layer3.1', 'layer3.3', 'layer3.5'], shares)
         + "\n\nGradient norm over weight norm in layer3.5, relative to that block's `conv3`.\n\n"

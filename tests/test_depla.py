@@ -78,14 +78,14 @@ def literal(block, identity, candidate, num_groups, pooled_chs, maps_per_group, 
     positions, groups, chs, depth = range(height * width), range(num_groups), range(pooled_chs), range(maps_per_group)
 
     logits = conv1x1(w['rpn.conv.weight'], x)
-    m = [softmax([v / temperature for v in logits[k]]) for k in range(num_groups * maps_per_group)]  # m[l * D + d][n]
-    values = conv1x1(w['candidate.weight'], y)  # values[c * D + d][n]
+    m = [softmax([v / temperature for v in logits[k]]) for k in range(num_groups * maps_per_group)]  # m[d * L + l][n]
+    values = conv1x1(w['candidate.weight'], y)  # values[d * C + c][n]
     z = [[0.0] * num_groups for _ in chs]  # z[c][l]
     for group in groups:
         for c in chs:
             for d in depth:
                 for n in positions:
-                    z[c][group] += m[group * maps_per_group + d][n] * values[c * maps_per_group + d][n]
+                    z[c][group] += m[d * num_groups + group][n] * values[d * pooled_chs + c][n]
     if bfn == 'plain':
         factor = len(positions) if rescale_maps else 1
         b = conv1x1(w['bfn.heatmap.weight'], [[factor * v for v in row] for row in m])
@@ -255,8 +255,8 @@ def test_script_fx_compile(bfn):
         expected = block(x, y)
         traced = torch.fx.symbolic_trace(block)
         assert torch.equal(traced(x, y), expected)
-        assert torch.equal(torch.jit.script(traced)(x, y), expected)
-        assert torch.equal(torch.jit.script(block)(x, y), expected)
+        torch.testing.assert_close(torch.jit.script(traced)(x, y), expected)
+        torch.testing.assert_close(torch.jit.script(block)(x, y), expected)
         compiled = torch.compile(block, fullgraph=True, backend='aot_eager')
         torch.testing.assert_close(compiled(x, y), expected)
         with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -276,6 +276,38 @@ def test_export_with_dynamic_batch_and_size(bfn):
     program = torch.export.export(block, tuple(torch.randn(2, 2, 8, 6, 7)), dynamic_shapes=(shape, shape))
     x, y = torch.randn(2, 5, 8, 11, 4)
     torch.testing.assert_close(program.module()(x, y), block(x, y))
+
+
+class MapNorm(nn.BatchNorm2d):
+    """BatchNorm that is not folded: of another type."""
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('bfn', BFNS)
+def test_folded_norm_is_batch_norm_of_the_map(bfn, memory_format):
+    torch.manual_seed(0)
+    folded = Depla(8, 6, **ARGS, bfn=bfn, temperature=0.2).double()
+    plain = Depla(8, 6, **ARGS, bfn=bfn, temperature=0.2, norm_layer=MapNorm).double()
+    plain.load_state_dict(folded.state_dict())
+    x = torch.randn(3, 8, 6, 7).double().contiguous(memory_format=memory_format)
+    y = torch.randn(3, 6, 6, 7).double().contiguous(memory_format=memory_format)
+    for training in (True, True, False):
+        results = []
+        for block in (folded, plain):
+            block.train(training).zero_grad()
+            inputs = [x.clone().requires_grad_(), y.clone().requires_grad_()]
+            out = block(*inputs)
+            assert out.is_contiguous(memory_format=memory_format)
+            (out.sin() * torch.arange(8).view(-1, 1, 1)).sum().backward()
+            results.append([out, *(t.grad for t in (*inputs, *block.parameters())), *block.buffers()])
+        torch.testing.assert_close(*results)
+
+
+def test_one_position_in_training():
+    block, x = Depla(8).train(), torch.randn(2, 8, 1, 1)
+    assert block(x, x).isfinite().all()
+    with pytest.raises(ValueError, match='more than one position in training'):
+        block(x[:1], x[:1])
 
 
 def test_drop_path_drops_the_refinement():
@@ -305,6 +337,7 @@ def test_bad_temperature(temperature):
         (dict(num_groups=0), 'num_groups must be at least 1, got 0'),
         (dict(pooled_chs=-2), 'pooled_chs must be at least 1, got -2'),
         (dict(maps_per_group=0), 'maps_per_group must be at least 1, got 0'),
+        (dict(upsample='cubic'), "upsample must be 'bilinear' or 'nearest', got 'cubic'"),
     ],
 )
 def test_bad_argument(kwargs, message):

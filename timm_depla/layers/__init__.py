@@ -1,3 +1,3 @@
-from .depla import AdaptiveBFN, Depla, PlainBFN, SoftRPN, check_depla_args, soft_roi_pool
+from .depla import AdaptiveBFN, Depla, PlainBFN, SoftRPN, check_depla_args, match_size, soft_roi_pool
 
-__all__ = ['AdaptiveBFN', 'Depla', 'PlainBFN', 'SoftRPN', 'check_depla_args', 'soft_roi_pool']
+__all__ = ['AdaptiveBFN', 'Depla', 'PlainBFN', 'SoftRPN', 'check_depla_args', 'match_size', 'soft_roi_pool']

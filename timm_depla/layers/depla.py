@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['SoftRPN', 'soft_roi_pool', 'PlainBFN', 'AdaptiveBFN', 'Depla', 'check_depla_args']
+__all__ = ['SoftRPN', 'soft_roi_pool', 'PlainBFN', 'AdaptiveBFN', 'Depla', 'check_depla_args', 'match_size']
 
 # What the `depla` argument of a network may set in its blocks: the network knows the rest.
 DEPLA_ARGS = ('num_groups', 'pooled_chs', 'maps_per_group', 'temperature', 'bfn', 'rescale_maps')
@@ -32,12 +32,12 @@ def check_depla_args(depla: Dict[str, Any], *network_args: str) -> None:
 
 
 @torch.fx.wrap  # data-dependent control flow: a leaf for symbolic tracing
-def match_size(x: Tensor, other: Tensor) -> Tensor:
-    """Up-sample x (B, C, H, W) bilinearly to the larger of its own height and width and the other map's."""
+def match_size(x: Tensor, other: Tensor, mode: str) -> Tensor:
+    """Up-sample x (B, C, H, W) to the larger of its own height and width and the other map's."""
     height, width = max(x.shape[2], other.shape[2]), max(x.shape[3], other.shape[3])
     if height == x.shape[2] and width == x.shape[3]:
         return x
-    return F.interpolate(x, size=[height, width], mode='bilinear', align_corners=False)
+    return F.interpolate(x, size=[height, width], mode=mode)
 
 
 @torch.fx.wrap
@@ -60,6 +60,15 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
+def add_matmul(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x + a @ b, as `matmul`, in one pass over x."""
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if torch.amp.is_autocast_available(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return torch.baddbmm(x, a, b)
+    return torch.baddbmm(x, a, b)
+
+
 class Linear(nn.Linear):
     """Linear layer in the precision of its parameters, also under autocast: its inputs are small (ruling 9)."""
 
@@ -68,27 +77,85 @@ class Linear(nn.Linear):
         return x if self.bias is None else x + self.bias
 
 
+@torch.fx.wrap
+def softmax_positions(x: Tensor) -> Tensor:
+    """Softmax of logits (B, K, H, W) over the positions, (B, K, N), in their memory format."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.flatten(2).transpose(1, 2).softmax(1).transpose(1, 2)
+    return x.flatten(2).softmax(2)
+
+
+@torch.fx.wrap
 def soft_roi_pool(maps: Tensor, values: Tensor) -> Tensor:
     """Soft ROI pooling, Z[l, c] = sum over d and n of M[l, d, n] * Y'[c, d, n].
 
     Takes ROI maps M (B, L, D, N), probabilities over N, and values Y' (B, C, D, N); returns Z (B, L, C).
     """
-    return matmul(maps.flatten(2), values.type_as(maps).flatten(2).transpose(1, 2))
+    values = values.type_as(maps).transpose(1, 3)  # (B, N, D, C)
+    pooled = [matmul(m, v) for m, v in zip(maps.unbind(2), values.unbind(2))]  # noqa: B905  (TorchScript)
+    return torch.stack(pooled).sum(0)
 
 
 @torch.fx.wrap
-def back_fill(features: Tensor, heatmaps: Tensor, identity: Tensor) -> Tensor:
-    """Back-filling, F[c, n] = N * sum over l of features[l, c] * B[l, n].
+def back_fill(features: Tensor, heatmaps: Tensor, identity: Tensor, add: bool) -> Tensor:
+    """Back-filling, F[c, n] = sum over l of features[l, c] * heatmaps[l, n], and the identity where `add` says so.
 
-    Takes features (B, L, C) and heatmaps B (B, L, N), probabilities over N; returns a map (B, C, H, W) in the size and
-    memory format of the identity (B, C1, H, W).
+    Takes features (B, L, C1) and heatmaps (B, L, N) of mean one over N; returns a map in the shape and memory format of
+    the identity (B, C1, H, W), and in its data type where it is added.
     """
-    features = features * heatmaps.shape[-1]  # ruling 4(a): without N the result would fade with the resolution
-    if identity.is_contiguous(memory_format=torch.channels_last):
-        filled = matmul(heatmaps.transpose(1, 2), features).transpose(1, 2)
+    channels_last = identity.is_contiguous(memory_format=torch.channels_last)
+    rows = identity.flatten(2)  # (B, C1, N)
+    if channels_last:
+        rows, features, heatmaps = rows.transpose(1, 2), heatmaps.transpose(1, 2), features
     else:
-        filled = matmul(features.transpose(1, 2), heatmaps)
-    return filled.unflatten(2, identity.shape[2:])
+        features = features.transpose(1, 2)
+    if not add:
+        filled = matmul(features, heatmaps)
+    elif identity.dtype == features.dtype:
+        filled = add_matmul(rows, features, heatmaps)
+    else:
+        filled = rows + matmul(features, heatmaps).type_as(rows)
+    return (filled.transpose(1, 2) if channels_last else filled).unflatten(2, identity.shape[2:])
+
+
+@torch.fx.wrap
+def fold_batch_norm(
+    features: Tensor,
+    heatmaps: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor,
+    momentum: float,
+    eps: float,
+    training: bool,
+) -> Tensor:
+    """Move the BatchNorm of a back-filled map into the vectors that it is filled from, without making the map.
+
+    Every heatmap has mean one over the positions, so the mean of the map is that of the summed vectors, and its
+    variance follows from the products of the heatmaps with each other. Takes features (B, L, C1) and heatmaps
+    (B, L, N); returns (B, L + 1, C1): the features scaled, and the shift, to be filled in with a heatmap of ones. In
+    training it updates the running statistics as BatchNorm does.
+    """
+    if training:
+        count = heatmaps.shape[0] * heatmaps.shape[2]
+        if count == 1:
+            raise ValueError('batch statistics need more than one position in training, got one image of size 1 x 1')
+        means = features.sum(1)  # (B, C1), over the positions
+        mean = means.mean(0)
+        contrast = heatmaps - 1  # as small as the map is flat: a product of the heatmaps themselves would hide it
+        gram = matmul(contrast, contrast.transpose(1, 2)) / heatmaps.shape[2]  # (B, L, L)
+        var = (features * matmul(gram, features)).sum(1).mean(0) + means.var(0, correction=0)
+        with torch.no_grad():
+            num_batches_tracked += 1
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(var * (count / (count - 1)), momentum)
+    else:
+        mean, var = running_mean, running_var
+    scale = weight * (var + eps).rsqrt()
+    shift = bias - mean * scale
+    return torch.cat([features * scale, shift.expand(features.shape[0], 1, -1)], dim=1)
 
 
 class SoftRPN(nn.Module):
@@ -108,10 +175,16 @@ class SoftRPN(nn.Module):
         self.temperature = float(temperature)
         self.conv = nn.Conv2d(in_chs, num_groups * maps_per_group, 1, bias=False, **dd)  # ruling 8
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (B, C1, H, W) to ROI maps M (B, L, D, N), each a distribution over its N positions."""
-        logits = self.conv(x).flatten(2).type_as(self.conv.weight) / self.temperature  # (B, L*D, N)
-        return logits.softmax(dim=-1).unflatten(1, (self.num_groups, self.maps_per_group))
+    def forward(self, x: Tensor, other: Optional[Tensor] = None, upsample: str = 'bilinear') -> Tensor:
+        """Map x (B, C1, H, W) to ROI maps M (B, L, D, N), each a distribution over its N positions.
+
+        With another map, which may be larger, the maps have the size that x has after `match_size`.
+        """
+        logits = self.conv(x).type_as(self.conv.weight) / self.temperature
+        if other is not None:
+            logits = match_size(logits, other, upsample)
+        maps = softmax_positions(logits)  # (B, D*L, N)
+        return maps.unflatten(1, (self.maps_per_group, self.num_groups)).transpose(1, 2)
 
 
 class PlainBFN(nn.Module):
@@ -128,7 +201,7 @@ class PlainBFN(nn.Module):
     def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor) -> Tuple[Tensor, Tensor]:
         """Pooled features Z (B, L, C) and ROI maps M (B, L, D, N) to Z' (B, L, C) and heatmaps B (B, L, N)."""
         maps = maps * maps.shape[-1] if self.rescale_maps else maps
-        logits = self.heatmap(maps.flatten(1, 2).transpose(1, 2))  # (B, N, L)
+        logits = self.heatmap(maps.transpose(1, 2).flatten(1, 2).transpose(1, 2))  # (B, N, D*L) -> (B, N, L)
         return self.transform(pooled), logits.softmax(dim=1).transpose(1, 2)
 
 
@@ -162,6 +235,7 @@ class Depla(nn.Module):
         bfn: Back-filling network, 'plain' or 'adaptive'.
         rescale_maps: Multiply M by N before plain BFN's heatmap convolution (ruling 4(b)); adaptive BFN has none.
         norm_layer: Norm after the output convolution (ruling 5).
+        upsample: How the smaller map is up-sampled where the sizes differ, 'bilinear' or 'nearest'.
         drop_path: Stochastic depth of the refinement, the part that is added to the identity.
 
     Raises:
@@ -179,6 +253,7 @@ class Depla(nn.Module):
         bfn: str = 'plain',
         rescale_maps: bool = False,
         norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+        upsample: str = 'bilinear',
         drop_path: Optional[nn.Module] = None,
         device=None,
         dtype=None,
@@ -190,9 +265,12 @@ class Depla(nn.Module):
                 raise ValueError(f'{name} must be at least 1, got {value!r}; the paper uses 16, 16 and 4')
         if bfn not in ('plain', 'adaptive'):
             raise ValueError(f"bfn must be 'plain' or 'adaptive', got {bfn!r}")
+        if upsample not in ('bilinear', 'nearest'):
+            raise ValueError(f"upsample must be 'bilinear' or 'nearest', got {upsample!r}")
         self.identity_chs = identity_chs
         self.candidate_chs = candidate_chs or identity_chs
         self.maps_per_group = maps_per_group
+        self.upsample = upsample
         self.rpn = SoftRPN(identity_chs, num_groups, maps_per_group, temperature, **dd)
         self.candidate = nn.Conv2d(self.candidate_chs, pooled_chs * maps_per_group, 1, bias=False, **dd)  # ruling 8
         if bfn == 'plain':
@@ -217,18 +295,37 @@ class Depla(nn.Module):
     def forward(self, identity: Tensor, candidate: Tensor) -> Tensor:
         """Refine the identity X (B, C1, H, W) with the candidate Y (B, C2, h, w).
 
-        If the sizes differ, the smaller map is up-sampled bilinearly and the result has the larger size. What is
-        linear is done where it is cheapest: Y is up-sampled after its 1x1 transform, which leaves fewer channels, and
-        the output projection comes before back-filling, on L vectors instead of N.
+        If the sizes differ, the smaller map is up-sampled and the result has the larger size. What is linear is done
+        where it is cheapest: maps are up-sampled after their 1x1 convolutions, which leave fewer channels, and the
+        output projection and a BatchNorm come before back-filling, on L vectors instead of N positions.
         """
         check_channels(identity, self.identity_chs, candidate, self.candidate_chs)
-        values = match_size(self.candidate(candidate), identity)  # (B, C*D, H, W)
-        identity = match_size(identity, values)
-        maps = self.rpn(identity)  # (B, L, D, N)
-        values = values.flatten(2).unflatten(1, (-1, self.maps_per_group))  # (B, C, D, N)
+        values = match_size(self.candidate(candidate), identity, self.upsample)  # (B, D*C, H, W)
+        maps = self.rpn(identity, values, self.upsample)  # (B, L, D, N)
+        identity = match_size(identity, values, self.upsample)
+        values = values.flatten(2).unflatten(1, (self.maps_per_group, -1)).transpose(1, 2)  # (B, C, D, N)
         pooled = soft_roi_pool(maps, values)  # (B, L, C)
         features, heatmaps = self.bfn(identity, pooled, maps)  # (B, L, C), (B, L, N)
-        filled = back_fill(self.proj(features), heatmaps, identity)  # (B, C1, H, W)
-        x = self.drop_path(self.norm(filled)).type_as(identity)
-        x += identity
-        return x
+        features = self.proj(features)  # (B, L, C1)
+        heatmaps = heatmaps * heatmaps.shape[-1]  # ruling 4(a): without N the result would fade with the resolution
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
+            if self.can_fold_norm():
+                features = self.fold_norm(features, heatmaps)
+                heatmaps = torch.cat([heatmaps, torch.ones_like(heatmaps[:, :1])], dim=1)
+                return back_fill(self.drop_path(features), heatmaps, identity, add=True)
+        x = self.norm(back_fill(features, heatmaps, identity, add=False))  # (B, C1, H, W)
+        return identity + self.drop_path(x).type_as(identity)
+
+    @torch.jit.ignore
+    def can_fold_norm(self) -> bool:
+        """Whether the norm is a plain BatchNorm, whose statistics are known from the vectors before back-filling."""
+        norm = self.norm
+        return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
+
+    @torch.jit.ignore
+    def fold_norm(self, features: Tensor, heatmaps: Tensor) -> Tensor:
+        norm = self.norm
+        return fold_batch_norm(
+            features, heatmaps, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked,
+            norm.momentum, norm.eps, norm.training,
+        )  # fmt: skip

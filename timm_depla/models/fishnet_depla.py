@@ -16,11 +16,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, create_classifier, get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint_seq, clean_state_dict, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from timm_depla.layers import Depla, check_depla_args
+from timm_depla.layers import Depla, check_depla_args, match_size
 
 __all__ = ['FishNet']  # register_model adds each entrypoint
 
@@ -179,12 +179,17 @@ class Bridge(nn.Module):
 
 
 class JoinStage(nn.Module):
-    """Stage of body or head: refine the trunk, resample it and join it with a branch, by DEPLA where there is one."""
+    """Stage of body or head: refine the trunk, resample it and join it with a branch, by DEPLA where there is one.
+
+    Up-sampling and refinement (UR, the body) takes the trunk to the size of the branch, which is twice its own, or one
+    more where the tail's pooling left an odd line out. Down-sampling and refinement (DR, the head) pools by two.
+    """
 
     def __init__(
         self,
         join: Join,
         width: int,
+        down: bool,
         drop_paths: Sequence[float],
         num_branch_blocks: int,
         depla: Optional[Dict[str, Any]],
@@ -192,36 +197,21 @@ class JoinStage(nn.Module):
         **dd,
     ) -> None:
         super().__init__()
-        layers = dict(norm_layer=norm_layer, **dd)
         trunk_in, trunk_out, branch = width * join.trunk_in, width * join.trunk_out, width * join.branch
+        layers = dict(norm_layer=norm_layer, **dd)
         self.blocks = Blocks(trunk_in, trunk_out, drop_paths, dilation=join.dilation, sum_shortcut=True, **layers)
+        self.pool = nn.MaxPool2d(2) if down else nn.Identity()
         self.transfer = Blocks(branch, branch, [0.0] * num_branch_blocks, **layers)
         self.depla = None
         if depla is not None:
             drop_path = DropPath(drop_paths[-1]) if drop_paths[-1] else None
-            self.depla = Depla(trunk_out, branch, **depla, drop_path=drop_path, **layers)
+            self.depla = Depla(trunk_out, branch, **depla, upsample='nearest', drop_path=drop_path, **layers)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        x = self.resample(self.blocks(x), branch)
+        x = self.pool(self.blocks(x))
         branch = self.transfer(branch)
-        if self.depla is not None:
-            x = self.depla(x, branch)
+        x = match_size(x, branch, 'nearest') if self.depla is None else self.depla(x, branch)
         return torch.cat([x, branch], dim=1)
-
-
-class BodyStage(JoinStage):
-    """Up-sampling and refinement (UR): doubles the resolution."""
-
-    def resample(self, x: Tensor, branch: Tensor) -> Tensor:
-        # To the size of the branch: twice the trunk's, or one more where the tail's pooling left an odd line out.
-        return F.interpolate(x, size=branch.shape[2:], mode='nearest')
-
-
-class HeadStage(JoinStage):
-    """Down-sampling and refinement (DR): halves the resolution."""
-
-    def resample(self, x: Tensor, branch: Tensor) -> Tensor:
-        return F.max_pool2d(x, 2)
 
 
 class FishNet(nn.Module):
@@ -299,11 +289,11 @@ class FishNet(nn.Module):
         self.tail = nn.ModuleList(TailStage(width * c1, width * c2, next(rates), **layers) for c1, c2 in TAIL)
         self.bridge = Bridge(*(width * c for c in BRIDGE), next(rates), **layers)
         self.body = nn.ModuleList(
-            BodyStage(join, width, next(rates), num_blocks, depla, **layers)
+            JoinStage(join, width, False, next(rates), num_blocks, depla, **layers)
             for join, num_blocks in zip(BODY, body_branches, strict=True)
         )
         self.head = nn.ModuleList(
-            HeadStage(join, width, next(rates), num_blocks, depla, **layers)
+            JoinStage(join, width, True, next(rates), num_blocks, depla, **layers)
             for join, num_blocks in zip(HEAD, head_branches, strict=True)
         )
         final_chs = self.feature_info[-1]['num_chs']
@@ -322,6 +312,10 @@ class FishNet(nn.Module):
         for module in self.modules():
             if isinstance(module, Depla):
                 module.init_weights()  # ruling 11
+
+    def load_state_dict(self, state_dict: Dict[str, Any], *args, **kwargs):
+        """Load a state dict, also one with the names of the published checkpoints."""
+        return super().load_state_dict(checkpoint_filter_fn(state_dict, self), *args, **kwargs)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -464,21 +458,20 @@ _PUBLISHED_NAMES = {
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
-    """Turn the published checkpoint of a FishNet into a state dict of ours; leave what is ours as it is.
+    """Give the tensors of a published checkpoint the names of ours.
 
     Args:
-        state_dict: The checkpoint: a state dict, alone or as `state_dict` of a training dictionary, with or without the
-            prefix `module.`.
+        state_dict: A state dict, alone or as `state_dict` of a training dictionary, with or without the prefix
+            `module.`. One that has our names already keeps them.
         model: The FishNet, with or without DEPLA, that it is for.
     """
-    state_dict = state_dict.get('state_dict', state_dict)
+    state_dict = clean_state_dict(state_dict.get('state_dict', state_dict))
+    if not any(name.startswith('fish.') for name in state_dict):
+        return state_dict
     renamed = {}
     for name, tensor in state_dict.items():
-        name = name.removeprefix('module.')
-        for published, ours in _PUBLISHED_NAMES.items():
-            if name.startswith(published):
-                name = ours + name.removeprefix(published)
-        renamed[name] = tensor
+        published = next((p for p in _PUBLISHED_NAMES if name.startswith(p)), '')
+        renamed[_PUBLISHED_NAMES.get(published, '') + name.removeprefix(published)] = tensor
     if 'fc.weight' in renamed:
         renamed['fc.weight'] = renamed['fc.weight'].flatten(1)  # a 1x1 convolution
     return renamed

@@ -1,13 +1,14 @@
 """Start a DEPLA model from the weights of the network that it was built on."""
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Dict, List, Union
 
 import timm
 import torch
 import torch.nn as nn
-from timm.models import is_model, load_state_dict
+from timm.models import clean_state_dict, is_model, load_state_dict
 
 from timm_depla.layers import Depla
 
@@ -76,13 +77,22 @@ def load_trunk(model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch
 
 
 def _read(source: Union[str, os.PathLike, Dict[str, torch.Tensor]], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """The source's state dict, under the names of the model's file where that can translate them."""
     if isinstance(source, dict):
-        return source
-    if os.path.isfile(source):
-        return load_state_dict(os.fspath(source))
-    if is_model(str(source)):
-        return timm.create_model(source, pretrained=True, in_chans=model.in_chans).state_dict()
-    raise FileNotFoundError(f"'{source}' is neither a checkpoint file nor a model of timm")
+        state = clean_state_dict(source.get('state_dict', source))
+    elif os.path.isfile(source):
+        try:
+            state = load_state_dict(os.fspath(source))
+        except Exception as error:  # what is no checkpoint can make the unpickler raise anything
+            raise ValueError(f'it cannot be read as a checkpoint ({type(error).__name__}: {error})') from error
+    elif is_model(str(source)):
+        state = timm.create_model(source, pretrained=True, in_chans=model.in_chans).state_dict()
+    else:
+        raise FileNotFoundError(f"'{source}' is neither a checkpoint file nor a model of timm")
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError('it holds something else than the tensors of a model')
+    filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)  # timm's convention
+    return filter_fn(state, model) if filter_fn else state
 
 
 def _some(label: str, names: List[str]) -> str:
