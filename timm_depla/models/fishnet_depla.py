@@ -305,13 +305,13 @@ class FishNet(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialise convolutions by their fan-out, as FishNet does, but for DEPLA, which keeps its own scale."""
+        """Initialise convolutions, the classifier among them, by their fan-out, but for DEPLA (ruling 11)."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
         for module in self.modules():
             if isinstance(module, Depla):
-                module.init_weights()  # ruling 11
+                module.init_weights()
 
     def load_state_dict(self, state_dict: Dict[str, Any], *args, **kwargs):
         """Load a state dict, also one with the names of the published checkpoints."""
