@@ -1,12 +1,16 @@
-"""Time of a model against its base: pairs in turn in one process, so that a drift of the machine cancels."""
+"""Time and memory of a model against its base: pairs in turn in one process, so that a drift of the machine cancels."""
 
 import argparse
+import json
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 import timm
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from .record import table
 
@@ -35,6 +39,19 @@ def _seconds(function: Callable, *args) -> float:
     return time.perf_counter() - start
 
 
+def _peak_memory(model: torch.nn.Module, x: torch.Tensor) -> int:
+    """Bytes of the model's parameters and buffers, and the most that a training step adds to them at a time."""
+    model.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _train_step(model, x)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / 'trace.json'
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())['traceEvents']
+    allocated = [event['args']['Total Allocated'] for event in events if event['name'] == '[memory]']
+    return max(allocated) + sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     torch.manual_seed(0)
     models = [timm.create_model(name).to(memory_format=torch.channels_last) for name in (args.model, args.base)]
@@ -49,6 +66,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
             seconds = {i: _seconds(function, models[i], x) for i in order}
             samples.append([round(seconds[0], 5), round(seconds[1], 5)])
         results[name] = samples
+    results['peak memory'] = [_peak_memory(model, x) for model in models]
     return results
 
 
@@ -63,8 +81,13 @@ def render(results: Dict[str, Any]) -> str:
             f'{statistics.median(model) / statistics.median(base):.3f}',
             f'{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})',
         ])  # fmt: skip
+    mebibytes = [size / 2**20 for size in results['peak memory']]
+    rows.append([
+        'peak memory of a training step', f'{mebibytes[1]:.0f} MiB', f'{mebibytes[0]:.0f} MiB',
+        f'{mebibytes[0] / mebibytes[1]:.3f}', '',
+    ])  # fmt: skip
     return (
         f'`{results["model"]}` against `{results["base"]}`, batch {results["batch_size"]} at {results["img_size"]} '
         f'pixels, channels last, {len(results["inference"])} pairs in turn.\n\n'
-        + table(['', 'base, median', 'model, median', 'ratio of medians', 'ratio by pair: median (quartiles)'], rows)
+        + table(['', 'base, median', 'model, median', 'ratio', 'ratio by pair: median (quartiles)'], rows)
     )

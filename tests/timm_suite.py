@@ -2,7 +2,7 @@
 
 For each version, timm and its source distribution are fetched with pip into a temporary folder. As a pytest plugin,
 this file adds our models to the tests that pick theirs by the names of timm's own files; the runner checks that every
-test that runs on resnet50 runs on resnet50_depla too, so that none is left out in silence.
+test that runs on resnet50 runs on each of ours too, so that none is left out in silence.
 """
 
 import argparse
@@ -15,17 +15,18 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+LIST_MODELS = 'import timm, timm_depla; print(*timm.list_models(module=["resnet_depla", "fishnet_depla"]))'
 PLUGINS = ['-p', 'timm_depla', '-p', 'timm_suite']
 
 
 def pytest_configure() -> None:
-    """Let `list_models(module=[...])`, where it asks for timm's file 'resnet', find the models of 'resnet_depla'."""
+    """Let `list_models(module=[...])`, where it asks for timm's file 'resnet', find the models of our files."""
     import timm
 
     upstream = timm.list_models
 
     def list_models(filter='', module='', **kwargs):
-        ours = ['resnet_depla'] if not isinstance(module, str) and 'resnet' in module else []
+        ours = ['resnet_depla', 'fishnet_depla'] if not isinstance(module, str) and 'resnet' in module else []
         return upstream(filter, [*module, *ours] if ours else module, **kwargs)
 
     timm.list_models = list_models
@@ -52,11 +53,14 @@ def run_version(version: str, folder: Path, options: list) -> int:
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (folder / 'site', ROOT, ROOT / 'tests')))}
     command = [sys.executable, '-m', 'pytest', *PLUGINS, 'tests/test_models.py']
     ids = run(*command, '--collect-only', '-q', cwd=source, env=env, capture_output=True, text=True).stdout
-    missing = functions_on(ids, 'resnet50') - functions_on(ids, 'resnet50_depla')
-    print(f'timm {version}: {len(functions_on(ids, "resnet50_depla"))} tests on each model', flush=True)
-    if missing:
-        sys.exit(f'not run on resnet50_depla: {", ".join(sorted(missing))}')
-    return subprocess.run([*command, '-k', 'depla', '-q', *options], cwd=source, env=env).returncode
+    expected = functions_on(ids, 'resnet50')
+    models = run(sys.executable, '-c', LIST_MODELS, env=env, capture_output=True, text=True).stdout.split()
+    print(f'timm {version}: {len(expected)} tests on each of {len(models)} models', flush=True)
+    for model in models:
+        if missing := expected - functions_on(ids, model):
+            sys.exit(f'not run on {model}: {", ".join(sorted(missing))}')
+    ours = ' or '.join(models)
+    return subprocess.run([*command, '-k', ours, '-q', *options], cwd=source, env=env).returncode
 
 
 def main() -> None:

@@ -42,7 +42,10 @@ HEAD = (Join(5, 5, branch=8), Join(13, 13, branch=12), Join(25, 25, branch=8))
 LEVELS = ((1, 2, 'stem'), (5, 4, 'body.2'), (13, 8, 'head.0'), (25, 16, 'head.1'), (33, 32, 'head.2'))  # with reduction
 
 
-@torch.fx.wrap  # data-dependent control flow: a leaf for symbolic tracing
+torch.fx.wrap('match_size')  # data-dependent control flow: a leaf for symbolic tracing
+
+
+@torch.fx.wrap
 def check_size(x: Tensor) -> None:
     """Raise ValueError unless images x (B, C, H, W) leave at least one position at 1/32."""
     if x.shape[2] < 29 or x.shape[3] < 29:
@@ -119,8 +122,9 @@ class PreActBottleneck(nn.Module):
         shortcut = self.shortcut(x)
         x = self.conv1(self.act(self.bn1(x)))
         x = self.conv2(self.act(self.bn2(x)))
-        x = self.conv3(self.act(self.bn3(x)))
-        return self.drop_path(x) + shortcut
+        x = self.drop_path(self.conv3(self.act(self.bn3(x))))
+        x += shortcut
+        return x
 
 
 class Blocks(nn.Sequential):
@@ -147,9 +151,10 @@ class TailStage(nn.Module):
     def __init__(self, in_chs: int, out_chs: int, drop_paths: Sequence[float], **layers) -> None:
         super().__init__()
         self.blocks = Blocks(in_chs, out_chs, drop_paths, **layers)
+        self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(self.blocks(x), 2)
+        return self.pool(self.blocks(x))
 
 
 class Bridge(nn.Module):
@@ -218,24 +223,14 @@ class FishNet(nn.Module):
     """FishNet, and with `depla` FishNet with DEPLA in the six stages of its body and head.
 
     Args:
-        tail: Residual blocks in the trunk of each stage of the tail.
-        bridge: Residual blocks in the bridge.
-        body: Residual blocks in the trunk of each stage of the body.
-        head: Residual blocks in the trunk of each stage of the head.
-        body_branches: Residual blocks in the branch of each stage of the body.
-        head_branches: Residual blocks in the branch of each stage of the head.
+        tail, bridge, body, head: Residual blocks in the trunk of each stage.
+        body_branches, head_branches: Residual blocks in the branch of each stage.
         width: Channels of the stem, a multiple of 4. All other widths are in proportion.
         depla: None for FishNet as published, or what differs from the paper's setting of DEPLA: `Depla`'s num_groups,
             pooled_chs, maps_per_group, temperature, bfn and rescale_maps.
-        num_classes: Classes, 0 for no classifier.
-        in_chans: Channels of the images.
-        global_pool: Pooling before the classifier, '' for none.
         output_stride: Must be 32: the body resamples by fixed factors.
-        drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block in the trunk; it grows linearly from the first.
-        norm_layer: Norm.
-        device: Device of the parameters.
-        dtype: Data type of the parameters.
+        num_classes, in_chans, global_pool, drop_rate, norm_layer, device, dtype: As in timm's ResNet.
 
     Raises:
         TypeError: If `depla` has an unknown key.
@@ -384,15 +379,9 @@ class FishNet(nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Features of images x (B, C, H, W) at several levels.
+        """Features of images x at levels 0 (the stem, /2) and 1 to 4 (the head, /4 to /32).
 
-        Args:
-            x: Images.
-            indices: Levels (0 is the stem at /2, 1 to 4 the head at /4 to /32), the last so many if int, all if None.
-            norm: Of no effect: no norm fits every level.
-            stop_early: Compute nothing beyond the last level that is asked for.
-            output_fmt: 'NCHW', there is no other.
-            intermediates_only: Return the list alone, without the final features.
+        `indices` are levels, the last so many if int, all if None. The rest is as in timm's ResNet.
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
@@ -406,12 +395,9 @@ class FishNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
-        """Remove what the features at `indices` do not need, and return the indices from zero.
+        """Remove what the levels at `indices` do not need, and return them counted from zero.
 
-        Args:
-            indices: Levels as in `forward_intermediates`.
-            prune_norm: Remove the convolution and norm after the last level, too.
-            prune_head: Remove the classifier; also without it where the features that it takes are removed.
+        With `prune_norm` the final convolution goes too, with `prune_head` or without their input the classifier.
         """
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         self.num_levels = max_index + 1
