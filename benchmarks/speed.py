@@ -48,8 +48,10 @@ def _peak_memory(model: torch.nn.Module, x: torch.Tensor) -> int:
         trace = Path(folder) / 'trace.json'
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())['traceEvents']
-    allocated = [event['args']['Total Allocated'] for event in events if event['name'] == '[memory]']
-    return max(allocated) + sum(tensor.nbytes for tensor in model.state_dict().values())
+    memory = sorted((e for e in events if e['name'] == '[memory]'), key=lambda event: event['ts'])
+    before = memory[0]['args']['Total Allocated'] - memory[0]['args']['Bytes']
+    step = max(event['args']['Total Allocated'] for event in memory) - before
+    return step + sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_depla.layers import Depla
 from timm_depla.models import load_trunk
+from timm_depla.models.fishnet_depla import join_sharing_memory
 
 FOLDER = Path(__file__).parent / 'fishnet'
 MODELS = timm.list_models(module='fishnet_depla')
@@ -170,6 +171,20 @@ def test_backward_gives_every_parameter_a_gradient(name):
     for name, module in model.named_modules():
         if isinstance(module, Depla):
             assert all(p.grad.abs().max() > 0 for p in module.parameters()), name
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_sharing_memory_changes_no_gradient(memory_format):
+    torch.manual_seed(0)
+    depla = Depla(12, 6, upsample='nearest')
+    x = torch.randn(2, 12, 5, 6).contiguous(memory_format=memory_format)
+    branch = torch.randn(2, 6, 10, 12).contiguous(memory_format=memory_format)
+    gradients = []
+    for join in (join_sharing_memory, lambda depla, x, branch: torch.cat([depla(x, branch), branch], dim=1)):
+        inputs = [x.clone().requires_grad_(), branch.clone().requires_grad_()]
+        out = join(depla, *inputs)
+        gradients.append(torch.autograd.grad(out.sin().sum(), [*inputs, *depla.parameters()]))
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -100,8 +100,8 @@ def soft_roi_pool(maps: Tensor, values: Tensor) -> Tensor:
 def back_fill(features: Tensor, heatmaps: Tensor, identity: Tensor, add: bool) -> Tensor:
     """Back-filling, F[c, n] = sum over l of features[l, c] * heatmaps[l, n], and the identity where `add` says so.
 
-    Takes features (B, L, C1) and heatmaps (B, L, N) of mean one over N; returns a map in the shape and memory format of
-    the identity (B, C1, H, W), and in its data type where it is added.
+    Takes features (B, L, C1) and heatmaps (B, L, N); returns a map in the shape and memory format of the identity
+    (B, C1, H, W), and in its data type where it is added.
     """
     channels_last = identity.is_contiguous(memory_format=torch.channels_last)
     rows = identity.flatten(2)  # (B, C1, N)
@@ -121,7 +121,7 @@ def back_fill(features: Tensor, heatmaps: Tensor, identity: Tensor, add: bool) -
 @torch.fx.wrap
 def fold_batch_norm(
     features: Tensor,
-    heatmaps: Tensor,
+    contrast: Tensor,
     weight: Tensor,
     bias: Tensor,
     running_mean: Tensor,
@@ -133,19 +133,18 @@ def fold_batch_norm(
 ) -> Tensor:
     """Move the BatchNorm of a back-filled map into the vectors that it is filled from, without making the map.
 
-    Every heatmap has mean one over the positions, so the mean of the map is that of the summed vectors, and its
-    variance follows from the products of the heatmaps with each other. Takes features (B, L, C1) and heatmaps
-    (B, L, N); returns (B, L + 1, C1): the features scaled, and the shift, to be filled in with a heatmap of ones. In
-    training it updates the running statistics as BatchNorm does.
+    A heatmap is one, its mean over the positions, plus its contrast. So the mean of the map is that of the summed
+    vectors, and its variance follows from the products of the contrasts with each other. Takes features (B, L, C1) and
+    contrast (B, L, N); returns (B, L + 1, C1): vectors for the contrasts, and one for all positions alike. In training
+    it updates the running statistics as BatchNorm does.
     """
+    means = features.sum(1)  # (B, C1), over the positions
     if training:
-        count = heatmaps.shape[0] * heatmaps.shape[2]
+        count = contrast.shape[0] * contrast.shape[2]
         if count == 1:
             raise ValueError('batch statistics need more than one position in training, got one image of size 1 x 1')
-        means = features.sum(1)  # (B, C1), over the positions
         mean = means.mean(0)
-        contrast = heatmaps - 1  # as small as the map is flat: a product of the heatmaps themselves would hide it
-        gram = matmul(contrast, contrast.transpose(1, 2)) / heatmaps.shape[2]  # (B, L, L)
+        gram = matmul(contrast, contrast.transpose(1, 2)) / contrast.shape[2]  # (B, L, L)
         var = (features * matmul(gram, features)).sum(1).mean(0) + means.var(0, correction=0)
         with torch.no_grad():
             num_batches_tracked += 1
@@ -154,8 +153,8 @@ def fold_batch_norm(
     else:
         mean, var = running_mean, running_var
     scale = weight * (var + eps).rsqrt()
-    shift = bias - mean * scale
-    return torch.cat([features * scale, shift.expand(features.shape[0], 1, -1)], dim=1)
+    level = bias + (means - mean) * scale  # (B, C1)
+    return torch.cat([features * scale, level.unsqueeze(1)], dim=1)
 
 
 class SoftRPN(nn.Module):
@@ -310,8 +309,8 @@ class Depla(nn.Module):
         heatmaps = heatmaps * heatmaps.shape[-1]  # ruling 4(a): without N the result would fade with the resolution
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
             if self.can_fold_norm():
-                features = self.fold_norm(features, heatmaps)
-                heatmaps = torch.cat([heatmaps, torch.ones_like(heatmaps[:, :1])], dim=1)
+                heatmaps = torch.cat([heatmaps - 1, torch.ones_like(heatmaps[:, :1])], dim=1)  # (B, L + 1, N)
+                features = self.fold_norm(features, heatmaps[:, :-1])  # (B, L + 1, C1)
                 return back_fill(self.drop_path(features), heatmaps, identity, add=True)
         x = self.norm(back_fill(features, heatmaps, identity, add=False))  # (B, C1, H, W)
         return identity + self.drop_path(x).type_as(identity)
@@ -323,9 +322,9 @@ class Depla(nn.Module):
         return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
 
     @torch.jit.ignore
-    def fold_norm(self, features: Tensor, heatmaps: Tensor) -> Tensor:
+    def fold_norm(self, features: Tensor, contrast: Tensor) -> Tensor:
         norm = self.norm
         return fold_batch_norm(
-            features, heatmaps, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked,
+            features, contrast, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked,
             norm.momentum, norm.eps, norm.training,
         )  # fmt: skip

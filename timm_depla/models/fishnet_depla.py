@@ -183,6 +183,23 @@ class Bridge(nn.Module):
         return self.blocks(x) * attention + attention
 
 
+def join_sharing_memory(depla: Depla, x: Tensor, branch: Tensor) -> Tensor:
+    """Concatenate depla(x, branch) with the branch, which autograd keeps as a part of the result, not a second time."""
+    kept = [branch]
+
+    def pack(tensor: Tensor) -> Any:
+        return kept if tensor.is_set_to(kept[0]) else tensor
+
+    def unpack(saved: Any) -> Tensor:
+        return kept[0] if saved is kept else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        x = depla(x, branch)
+    joined = torch.cat([x, branch], dim=1)
+    kept[0] = joined.detach()[:, x.shape[1] :]
+    return joined
+
+
 class JoinStage(nn.Module):
     """Stage of body or head: refine the trunk, resample it and join it with a branch, by DEPLA where there is one.
 
@@ -215,8 +232,12 @@ class JoinStage(nn.Module):
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         x = self.pool(self.blocks(x))
         branch = self.transfer(branch)
-        x = match_size(x, branch, 'nearest') if self.depla is None else self.depla(x, branch)
-        return torch.cat([x, branch], dim=1)
+        if self.depla is None:
+            return torch.cat([match_size(x, branch, 'nearest'), branch], dim=1)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
+            if torch.is_grad_enabled() and type(x) is Tensor and not torch.compiler.is_compiling():
+                return join_sharing_memory(self.depla, x, branch)
+        return torch.cat([self.depla(x, branch), branch], dim=1)
 
 
 class FishNet(nn.Module):
