@@ -234,8 +234,9 @@ class JoinStage(nn.Module):
         branch = self.transfer(branch)
         if self.depla is None:
             return torch.cat([match_size(x, branch, 'nearest'), branch], dim=1)
-        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
-            if torch.is_grad_enabled() and type(x) is Tensor and not torch.compiler.is_compiling():
+        if not torch.jit.is_scripting():
+            is_plain = type(x) is Tensor and not x.is_meta and not torch.compiler.is_compiling()
+            if self.training and torch.is_grad_enabled() and is_plain:
                 return join_sharing_memory(self.depla, x, branch)
         return torch.cat([self.depla(x, branch), branch], dim=1)
 
