@@ -1,0 +1,174 @@
+"""FPN-DEPLA against a literal transcription, and the detectors against torchvision's."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from test_depla import literal, randomized
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from timm_depla.detection import BackboneWithFPN, FeaturePyramidNetworkDepla, create_detector, list_detectors
+
+ARGS = dict(num_groups=3, pooled_chs=4, maps_per_group=2)
+
+
+def create_maps(*sizes, dtype=torch.float32):
+    """Feature maps of a backbone, finest first, with 5, 7 and 9 channels."""
+    torch.manual_seed(0)
+    shapes = zip((5, 7, 9), sizes, strict=False)
+    return OrderedDict((f'level{i}', torch.randn(2, c, *size, dtype=dtype)) for i, (c, size) in enumerate(shapes))
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('depla', [dict(temperature=0.2), dict(), dict(temperature=1.0), dict(bfn='plain')])
+def test_matches_literal_transcription(depla, memory_format):
+    maps = create_maps((8, 6), (4, 3), (2, 2), dtype=torch.float64)
+    fpn = FeaturePyramidNetworkDepla([5, 7, 9], 6, depla={**ARGS, **depla}).double().eval()
+    for block in fpn.top_down_blocks:
+        randomized(block)
+    kwargs = dict(ARGS, rescale_maps=False, **{'temperature': 0.5, 'bfn': 'adaptive', **depla})
+    merged, expected = None, []
+    for i, x in reversed(list(enumerate(maps.values()))):
+        lateral = F.conv2d(x, fpn.inner_blocks[i][0].weight, fpn.inner_blocks[i][0].bias)
+        if merged is None:
+            merged = lateral
+        else:
+            block = fpn.top_down_blocks[len(expected) - 1]
+            pairs = zip(lateral.tolist(), merged.tolist(), strict=True)
+            merged = torch.stack([literal(block, x, y, **kwargs) for x, y in pairs])
+        layer = fpn.layer_blocks[i][0]
+        expected.insert(0, F.conv2d(merged, layer.weight, layer.bias, padding=1))
+    with torch.no_grad():
+        results = fpn(OrderedDict((k, v.contiguous(memory_format=memory_format)) for k, v in maps.items()))
+    assert list(results) == ['level0', 'level1', 'level2']
+    for actual, wanted in zip(results.values(), expected, strict=True):
+        assert (actual - wanted).abs().max() < 1e-10 * wanted.abs().max()
+
+
+@pytest.mark.parametrize('extra', [LastLevelMaxPool(), LastLevelP6P7(9, 6), None])
+@pytest.mark.parametrize('norm_layer', [None, torch.nn.BatchNorm2d])
+def test_is_a_drop_in_for_torchvisions(extra, norm_layer):
+    plain = FeaturePyramidNetwork([5, 7, 9], 6, extra, norm_layer).eval()
+    fpn = FeaturePyramidNetworkDepla([5, 7, 9], 6, extra, norm_layer).eval()
+    new = set(fpn.state_dict()) - set(plain.state_dict())
+    assert set(plain.state_dict()) <= set(fpn.state_dict())
+    assert all(name.startswith('top_down_blocks.') for name in new)
+    maps = create_maps((16, 12), (8, 6), (4, 3))
+    with torch.no_grad():
+        results, expected = fpn(maps), plain(maps)
+        assert {k: v.shape for k, v in results.items()} == {k: v.shape for k, v in expected.items()}
+        scripted = torch.jit.script(fpn)(maps)
+    for name, result in results.items():
+        assert (scripted[name] - result).abs().max() < 1e-5 * result.abs().max()
+
+
+@pytest.mark.parametrize('depla,error', [(dict(temprature=1), TypeError), (dict(temperature=-1), ValueError)])
+def test_bad_depla_argument(depla, error):
+    with pytest.raises(error, match='temp'):
+        FeaturePyramidNetworkDepla([5, 7], 6, depla=depla)
+
+
+def test_weights_of_torchvision_give_the_outputs_of_torchvision():
+    torch.manual_seed(0)
+    theirs = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, box_score_thresh=0)
+    ours = create_detector('maskrcnn_resnet50_fpn', box_score_thresh=0)
+    ours.load_state_dict(theirs.state_dict())
+    images = [torch.rand(3, 200, 300), torch.rand(3, 240, 160)]
+    for model in (ours, theirs):
+        model.transform.min_size, model.transform.max_size = (256,), 400
+    with torch.no_grad():
+        for actual, expected in zip(ours.eval()(images), theirs.eval()(images), strict=True):
+            assert len(expected['boxes']) == 100
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    missing, unexpected = create_detector('maskrcnn_resnet50_fpn_depla').load_state_dict(
+        theirs.state_dict(), strict=False
+    )
+    assert all(name.startswith('backbone.fpn.top_down_blocks.') for name in missing)
+    assert unexpected == []
+
+
+def test_names():
+    assert len(list_detectors()) == 12
+    assert list_detectors('fasterrcnn*depla*') == ['fasterrcnn_fishnet150_depla_fpn', 'fasterrcnn_resnet50_fpn_depla']
+
+
+@pytest.mark.parametrize('name', ['maskrcnn_test_resnet_fpn_depla', 'fasterrcnn_test_fishnet_depla_fpn'])
+def test_trains_and_detects(name):
+    torch.manual_seed(0)
+    model = create_detector(name, num_classes=4, out_channels=32, min_size=128, max_size=160, box_score_thresh=0.0)
+    image = torch.rand(3, 120, 150)
+    masks = torch.zeros(1, 120, 150, dtype=torch.uint8)
+    masks[:, 20:80, 30:90] = 1
+    target = dict(boxes=torch.tensor([[30.0, 20.0, 90.0, 80.0]]), labels=torch.tensor([2]), masks=masks)
+    losses = model.train()([image, image], [target, target])
+    sum(losses.values()).backward()
+    assert {'loss_classifier', 'loss_box_reg', 'loss_objectness', 'loss_rpn_box_reg'} <= set(losses)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        detections = model.eval()([image])[0]
+    assert detections['boxes'].shape[1] == 4
+    assert len(detections['boxes']) == len(detections['labels']) > 0
+    assert ('masks' in detections) == ('mask' in name)
+
+
+def test_out_channels_scale_the_heads_of_torchvision():
+    theirs = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=5)
+    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    ours = create_detector('maskrcnn_resnet50_fpn', num_classes=5)
+    assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == shapes
+    small = create_detector('maskrcnn_resnet50_fpn', num_classes=5, out_channels=64).state_dict()
+    assert small['roi_heads.box_head.fc7.weight'].shape == (256, 256)
+    assert small['roi_heads.mask_predictor.conv5_mask.weight'].shape == (64, 64, 2, 2)
+
+
+@pytest.mark.parametrize(
+    'name,num_layers,frozen',
+    [
+        ('resnet50', 5, ('conv1.', 'bn1.', 'layer1.')),
+        ('fishnet150_depla', 11, ('model.stem.', 'model.tail.0.')),
+        ('convnext_atto', 5, ('stem_', 'stages_0.')),
+    ],
+)
+def test_layers_to_train(name, num_layers, frozen):
+    backbone = BackboneWithFPN(name, trainable_layers=num_layers - 2)
+    for parameter_name, parameter in backbone.body.named_parameters():
+        assert parameter.requires_grad != parameter_name.startswith(frozen)
+    assert all(p.requires_grad for p in BackboneWithFPN(name).parameters())
+    assert not any(p.requires_grad for p in BackboneWithFPN(name, trainable_layers=0).body.parameters())
+
+
+@pytest.mark.parametrize('norm', ['frozen', 'batch', 'sync'])
+def test_norms_of_the_backbone(norm):
+    kinds = dict(frozen=FrozenBatchNorm2d, batch=torch.nn.BatchNorm2d, sync=torch.nn.SyncBatchNorm)
+    body = BackboneWithFPN('test_resnet_depla', norm=norm).body
+    norms = [m for m in body.modules() if isinstance(m, tuple(kinds.values()))]
+    assert len(norms) > 20
+    assert all(type(m) is kinds[norm] for m in norms)
+    if norm != 'sync':  # which works on GPUs only
+        assert len(body.train()(torch.randn(2, 3, 64, 64))) == 4
+
+
+@pytest.mark.parametrize(
+    'name,kwargs,error,message',
+    [
+        ('maskrcnn_resnet50', {}, ValueError, "no detector 'maskrcnn_resnet50': give fasterrcnn or maskrcnn"),
+        ('maskrcnn_resnet5000_fpn', {}, ValueError, "no detector 'maskrcnn_resnet5000_fpn'"),
+        (
+            'fasterrcnn_vit_tiny_patch16_224_fpn',
+            {},
+            ValueError,
+            r'features at 1/\[16, .* needs those at 1/\(4, 8, 16, 32\)',
+        ),
+        ('fasterrcnn_resnet18_fpn', dict(trainable_backbone_layers=6), ValueError, "0 to 5 for 'resnet18', got 6"),
+        ('fasterrcnn_resnet18_fpn', dict(backbone_norm='froze'), ValueError, "backbone_norm must be one of .*'froze'"),
+        ('fasterrcnn_resnet18_fpn', dict(depla=dict(temperature=0.2)), ValueError, "take neck 'fpn_depla'"),
+        ('fasterrcnn_resnet18_fpn_depla', dict(depla=dict(temprature=0.2)), TypeError, 'unknown depla argument'),
+        ('fasterrcnn_resnet18_fpn', dict(min_sise=320), TypeError, r"unknown argument \['min_sise'\]; .*'min_size'"),
+    ],
+)
+def test_bad_argument(name, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        create_detector(name, **kwargs)

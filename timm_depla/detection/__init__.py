@@ -1,0 +1,6 @@
+"""Object detection and instance segmentation: torchvision's detectors with DEPLA."""
+
+from .fpn import FeaturePyramidNetworkDepla
+from .rcnn import BackboneWithFPN, create_detector, list_detectors
+
+__all__ = ['BackboneWithFPN', 'FeaturePyramidNetworkDepla', 'create_detector', 'list_detectors']

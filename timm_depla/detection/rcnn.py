@@ -1,0 +1,164 @@
+"""Faster and Mask R-CNN of torchvision over the backbones of timm, with FPN or FPN-DEPLA as the neck."""
+
+import fnmatch
+import re
+from collections import OrderedDict
+from inspect import signature
+from typing import Any, Dict, List, Optional, Sequence
+
+import timm
+import torch.nn as nn
+from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.models import group_parameters
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from .fpn import FeaturePyramidNetworkDepla
+
+__all__ = ['BackboneWithFPN', 'create_detector', 'list_detectors']
+
+REDUCTIONS = (4, 8, 16, 32)
+ANCHOR_SIZES = (32, 64, 128, 256, 512)  # torchvision's, in pixels, one for each level of the pyramid
+BACKBONES = ('resnet50', 'resnet101', 'resnext101_32x4d', 'fishnet150', 'fishnet150_depla')  # of Tables 4 and 5
+NORMS = {'batch': lambda body: body, 'frozen': freeze_batch_norm_2d, 'sync': convert_sync_batchnorm}
+
+
+def list_detectors(filter: str = '') -> List[str]:
+    """Names of the paper's detectors, those that match a wildcard pattern if one is given.
+
+    `create_detector` knows more: every timm model that has features at 1/4 to 1/32 is a backbone.
+    """
+    names = [f'{head}_{backbone}_fpn' for head in ('fasterrcnn', 'maskrcnn') for backbone in BACKBONES]
+    names += ['fasterrcnn_resnet50_fpn_depla', 'maskrcnn_resnet50_fpn_depla']
+    return sorted(name for name in names if fnmatch.fnmatch(name, filter or '*'))
+
+
+def _layers(body: nn.Module, full: nn.Module) -> Dict[str, int]:
+    """The coarse layer group of timm that each parameter of a `features_only` model is in, from the stem on."""
+    groups = group_parameters(full, full.group_matcher(coarse=True), reverse=True)
+    flattened = {name.replace('.', '_', 1): group for name, group in groups.items()}  # as timm names what it flattens
+    names = [name for name, _ in body.named_parameters()]
+    return {name: {**flattened, **groups}[name.removeprefix('model.')] for name in names}
+
+
+class BackboneWithFPN(nn.Module):
+    """Features of a backbone at 1/4, 1/8, 1/16 and 1/32 of the image, and a pyramid on them.
+
+    Its parts have the names that torchvision's have, `body` and `fpn`; see `create_detector` for the arguments.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        neck: str = 'fpn',
+        pretrained: bool = False,
+        out_channels: int = 256,
+        trainable_layers: Optional[int] = None,
+        norm: Optional[str] = None,
+        depla: Optional[Dict[str, Any]] = None,
+        **backbone_kwargs,
+    ) -> None:
+        super().__init__()
+        full = timm.create_model(backbone, device='meta', **backbone_kwargs)
+        indices = [i for i, level in enumerate(full.feature_info) if level['reduction'] in REDUCTIONS]
+        if len(indices) != len(REDUCTIONS):
+            found = [level['reduction'] for level in full.feature_info]
+            raise ValueError(
+                f"backbone '{backbone}' has features at 1/{found}, a detector needs those at 1/{REDUCTIONS}"
+            )
+        body = timm.create_model(
+            backbone, pretrained=pretrained, features_only=True, out_indices=indices, **backbone_kwargs
+        )
+        layers = _layers(body, full)
+        num_layers = max(layers.values()) + 1
+        if trainable_layers is None:
+            trainable_layers = num_layers - 2 if pretrained else num_layers
+        if not 0 <= trainable_layers <= num_layers:
+            raise ValueError(
+                f"trainable_backbone_layers must be 0 to {num_layers} for '{backbone}', got {trainable_layers}"
+            )
+        for name, parameter in body.named_parameters():
+            parameter.requires_grad_(layers[name] >= num_layers - trainable_layers)
+        norm = norm or ('frozen' if pretrained else 'batch')
+        if norm not in NORMS:
+            raise ValueError(f'backbone_norm must be one of {sorted(NORMS)}, got {norm!r}')
+        self.body = NORMS[norm](body)
+        kwargs = dict(in_channels_list=self.body.feature_info.channels(), out_channels=out_channels)
+        if neck == 'fpn_depla':
+            self.fpn = FeaturePyramidNetworkDepla(**kwargs, extra_blocks=LastLevelMaxPool(), depla=depla)
+        elif depla:
+            raise ValueError(f"neck '{neck}' has no DEPLA to set {sorted(depla)} of; take neck 'fpn_depla'")
+        else:
+            self.fpn = FeaturePyramidNetwork(**kwargs, extra_blocks=LastLevelMaxPool())
+        self.out_channels = out_channels
+
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        """Images (B, 3, H, W) to maps '0' to '3' at 1/4 to 1/32 and 'pool' at 1/64."""
+        return self.fpn(OrderedDict([(str(i), feature) for i, feature in enumerate(self.body(x))]))
+
+
+def create_detector(
+    name: str,
+    num_classes: int = 91,
+    pretrained_backbone: bool = False,
+    trainable_backbone_layers: Optional[int] = None,
+    backbone_norm: Optional[str] = None,
+    backbone_kwargs: Optional[Dict[str, Any]] = None,
+    depla: Optional[Dict[str, Any]] = None,
+    out_channels: int = 256,
+    anchor_sizes: Sequence[int] = ANCHOR_SIZES,
+    **kwargs,
+) -> FasterRCNN:
+    """A detector by name: 'fasterrcnn' or 'maskrcnn', a backbone of timm, and the neck 'fpn' or 'fpn_depla'.
+
+    Example:
+        model = create_detector('maskrcnn_resnet50_fpn_depla', num_classes=91, depla=dict(temperature=0.2))
+
+    Args:
+        name: HEAD_BACKBONE_NECK, such as 'maskrcnn_resnet50_fpn_depla'; see `list_detectors`.
+        num_classes: Classes, with the background.
+        pretrained_backbone: Load the backbone's pretrained weights.
+        trainable_backbone_layers: Layers of the backbone to train, counted from its end. A ResNet has five, another
+            network as many as timm has coarse layer groups in it. By default all, but for a pretrained backbone's first
+            two.
+        backbone_norm: What becomes of the backbone's BatchNorm: 'batch' leaves it, 'frozen' fixes it, 'sync' shares its
+            statistics between processes. By default 'frozen' if the backbone is pretrained.
+        backbone_kwargs: Arguments of the backbone.
+        depla: Arguments of FPN-DEPLA, such as temperature.
+        out_channels: Channels of the pyramid; the heads' widths are in proportion.
+        anchor_sizes: Sizes of the anchors in pixels, one for each of the five levels.
+        **kwargs: Arguments of torchvision's FasterRCNN or MaskRCNN.
+
+    Raises:
+        TypeError: If an argument is unknown.
+        ValueError: If the name or an argument is out of range.
+    """
+    match = re.fullmatch(r'(fasterrcnn|maskrcnn)_(.+)_(fpn|fpn_depla)', name)
+    if not match or not timm.is_model(match[2]):
+        raise ValueError(f"no detector '{name}': give fasterrcnn or maskrcnn, a model of timm, and fpn or fpn_depla")
+    head, backbone_name, neck = match.groups()
+    detector = dict(fasterrcnn=FasterRCNN, maskrcnn=MaskRCNN)[head]
+    parts = (FasterRCNN, detector, GeneralizedRCNNTransform)
+    known = {key for part in parts for key in signature(part).parameters} - {'backbone', 'num_classes', 'kwargs'}
+    if unknown := sorted(kwargs.keys() - known):  # torchvision would ignore them
+        raise TypeError(f'unknown argument {unknown}; there are {sorted(known)}')
+    backbone = BackboneWithFPN(
+        backbone_name, neck, pretrained_backbone, out_channels, trainable_backbone_layers, backbone_norm, depla,
+        **(backbone_kwargs or {}),
+    )  # fmt: skip
+    config = backbone.body.pretrained_cfg if hasattr(backbone.body, 'pretrained_cfg') else {}
+    kwargs = {'image_mean': config.get('mean'), 'image_std': config.get('std'), **kwargs}
+    ratios = ((0.5, 1.0, 2.0),) * len(anchor_sizes)
+    kwargs.setdefault('rpn_anchor_generator', AnchorGenerator(tuple((size,) for size in anchor_sizes), ratios))
+    kwargs.setdefault('box_head', TwoMLPHead(out_channels * 7**2, 4 * out_channels))
+    kwargs.setdefault('box_predictor', FastRCNNPredictor(4 * out_channels, num_classes))
+    if detector is MaskRCNN:
+        kwargs.setdefault('mask_head', MaskRCNNHeads(out_channels, (out_channels,) * 4, 1))
+        kwargs.setdefault('mask_predictor', MaskRCNNPredictor(out_channels, out_channels, num_classes))
+    return detector(backbone, **kwargs)
