@@ -162,6 +162,7 @@ def test_norms_of_the_backbone(norm):
             ValueError,
             r'features at 1/\[16, .* needs those at 1/\(4, 8, 16, 32\)',
         ),
+        ('fasterrcnn_swin_tiny_patch4_window7_224_fpn', {}, ValueError, 'layout NHWC, a pyramid takes NCHW'),
         ('fasterrcnn_resnet18_fpn', dict(trainable_backbone_layers=6), ValueError, "0 to 5 for 'resnet18', got 6"),
         ('fasterrcnn_resnet18_fpn', dict(backbone_norm='froze'), ValueError, "backbone_norm must be one of .*'froze'"),
         ('fasterrcnn_resnet18_fpn', dict(depla=dict(temperature=0.2)), ValueError, "take neck 'fpn_depla'"),

@@ -75,6 +75,8 @@ class BackboneWithFPN(nn.Module):
         body = timm.create_model(
             backbone, pretrained=pretrained, features_only=True, out_indices=indices, **backbone_kwargs
         )
+        if (layout := getattr(body, 'output_fmt', 'NCHW')) != 'NCHW':
+            raise ValueError(f"backbone '{backbone}' gives features in the layout {layout}, a pyramid takes NCHW")
         layers = _layers(body, full)
         num_layers = max(layers.values()) + 1
         if trainable_layers is None:
