@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 import torch.nn as nn
-from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.layers import Format, convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models import group_parameters
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -75,7 +75,7 @@ class BackboneWithFPN(nn.Module):
         body = timm.create_model(
             backbone, pretrained=pretrained, features_only=True, out_indices=indices, **backbone_kwargs
         )
-        if (layout := getattr(body, 'output_fmt', 'NCHW')) != 'NCHW':
+        if (layout := Format(getattr(body, 'output_fmt', 'NCHW')).value) != 'NCHW':
             raise ValueError(f"backbone '{backbone}' gives features in the layout {layout}, a pyramid takes NCHW")
         layers = _layers(body, full)
         num_layers = max(layers.values()) + 1
