@@ -1,0 +1,232 @@
+"""COCO-format data: what is read, what is refused, and average precision against the reference."""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from timm_depla.data import scenes
+from timm_depla.detection.coco import METRICS, CocoDetection, create_transform, evaluate_coco, to_results
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A few digits in scenes."""
+    path = tmp_path_factory.mktemp('scenes')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, 'IMAGES', {'train': 24, 'val': 8})
+        return scenes.scenes_folder(path / 'scenes')
+
+
+def load(folder, split='train', **kwargs):
+    return CocoDetection(folder / split, folder / 'annotations' / f'instances_{split}.json', **kwargs)
+
+
+def rewrite(folder, tmp_path, change):
+    """The training split with its annotations changed."""
+    content = json.loads((folder / 'annotations' / 'instances_train.json').read_text())
+    change(content)
+    path = tmp_path / 'changed.json'
+    path.write_text(json.dumps(content))
+    return lambda **kwargs: CocoDetection(folder / 'train', path, **kwargs)
+
+
+def test_scenes_are_exact_and_always_the_same(folder, tmp_path):
+    dataset = load(folder)
+    areas = [a['area'] for a in dataset.coco.anns.values()]
+    assert min(areas) < 32**2 < 96**2 < max(areas)
+    for annotation in dataset.coco.anns.values():
+        mask = dataset.coco.annToMask(annotation)
+        ys, xs = np.nonzero(mask)
+        assert annotation['area'] == mask.sum()
+        assert annotation['bbox'] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+    draw = [(3, np.full((8, 8), 255, np.uint8))]
+    first, second = (scenes.draw_scene(np.random.default_rng((0, 5)), draw) for _ in range(2))
+    assert (first[0] == second[0]).all()
+    assert sum(mask.astype(int) for _, mask in first[1]).max() == 1
+
+
+def test_sample(folder):
+    dataset = load(folder)
+    image, target = dataset[3]
+    annotations = dataset.coco.imgToAnns[target['image_id']]
+    assert image.shape == (3, 320, 320)
+    assert image.dtype == torch.uint8
+    assert target['labels'].tolist() == [a['category_id'] for a in annotations]
+    assert dataset.class_names[target['labels'][0] - 1] == str(annotations[0]['category_id'] - 1)
+    for box, mask, annotation in zip(target['boxes'], target['masks'], annotations, strict=True):
+        x, y, width, height = annotation['bbox']
+        assert box.tolist() == [x, y, x + width, y + height]
+        assert mask.sum() == annotation['area']
+
+
+def test_flip_moves_boxes_and_masks_with_the_image(folder):
+    plain, flipped = (
+        load(folder, transform=create_transform(False)),
+        load(folder, transform=create_transform(True, 1.0)),
+    )
+    (image, target), (other_image, other) = plain[3], flipped[3]
+    assert image.dtype == torch.float32
+    assert 0 <= image.min() < image.max() <= 1
+    assert torch.equal(other_image, image.flip(2))
+    assert torch.equal(other['masks'], target['masks'].flip(2))
+    assert torch.equal(other['boxes'][:, [2, 0]], 320 - target['boxes'][:, [0, 2]])
+
+
+def test_gaps_crowds_polygons_and_images_without_objects(folder, tmp_path):
+    def change(content):
+        for category in content['categories']:
+            category['id'] = 7 * category['id'] + 3
+        for annotation in content['annotations']:
+            annotation['category_id'] = 7 * annotation['category_id'] + 3
+        first, second = content['annotations'][:2]
+        first['iscrowd'] = 1
+        x, y, width, height = second['bbox']
+        second['segmentation'] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+        content['annotations'] = [a for a in content['annotations'] if a['image_id'] != 9]
+        content['images'].reverse()
+
+    dataset = rewrite(folder, tmp_path, change)()
+    assert dataset.category_ids == [7 * i + 3 for i in range(1, 11)]
+    original, changed = load(folder), dataset
+    index = original.image_ids.index(original.coco.anns[2]['image_id'])
+    assert changed.image_ids == original.image_ids
+    crowds = sum(a['iscrowd'] for a in changed.coco.imgToAnns[changed.image_ids[index]])
+    assert changed[index][1]['labels'].tolist() == original[index][1]['labels'].tolist()[crowds:]
+    empty = changed[changed.image_ids.index(9)][1]
+    assert empty['boxes'].shape == (0, 4)
+    assert empty['masks'].shape == (0, 320, 320)
+    training = rewrite(folder, tmp_path, change)(is_training=True)
+    assert 9 not in training.image_ids
+
+
+def test_degenerate_boxes_are_left_out_counted_and_named(folder, tmp_path, caplog):
+    def change(content):
+        content['annotations'][0]['bbox'] = [10, 10, 0, 5]
+        content['annotations'][1]['bbox'] = [330, 10, 20, 20]
+
+    caplog.set_level(logging.WARNING)
+    dataset = rewrite(folder, tmp_path, change)()
+    assert 'left out 2 boxes without an area in the image: annotations 1 [10, 10, 0, 5], 2 [330,' in caplog.text
+    assert sum(len(dataset[i][1]['labels']) for i in range(len(dataset))) == len(dataset.coco.anns) - 2
+
+
+@pytest.mark.parametrize(
+    'change,message',
+    [
+        (lambda c: c['images'][0].update(file_name='gone.jpg'), r"1 images are not in '.*train': gone\.jpg"),
+        (lambda c: c['images'][0].update(height=0), "image '000000.jpg' has the size 320 x 0"),
+        (lambda c: c['annotations'][0].update(category_id=99), 'annotation 1 is of category 99, not listed'),
+        (lambda c: c['annotations'][0].update(image_id=999), 'annotation 1 is of image 999, which is not listed'),
+        (lambda c: c.pop('categories'), "not in COCO's format: it needs images, annotations, categories"),
+    ],
+)
+def test_bad_annotations(folder, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        rewrite(folder, tmp_path, change)()
+
+
+def test_bad_files(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"no annotation file '.*nowhere\.json'"):
+        CocoDetection(folder / 'train', tmp_path / 'nowhere.json')
+    (tmp_path / 'broken.json').write_text('{"images": [')
+    with pytest.raises(ValueError, match='is not JSON'):
+        CocoDetection(folder / 'train', tmp_path / 'broken.json')
+    with pytest.raises(ValueError, match='has no objects to train on'):
+        rewrite(folder, tmp_path, lambda content: content.update(annotations=[]))(is_training=True)
+    dataset = rewrite(folder, tmp_path, lambda content: content['images'][0].update(width=300))()
+    with pytest.raises(ValueError, match=r"image '000000\.jpg' is 320 x 320 pixels, its annotation says 300 x 320"):
+        dataset[0]
+
+
+def random_results(dataset, seed):
+    """Detections near the objects, some missed, some of another class, some where there is nothing."""
+    random = np.random.default_rng(seed)
+    results = []
+    for image_id in dataset.image_ids:
+        boxes, labels, scores, masks = [], [], [], []
+        for annotation in dataset.coco.imgToAnns[image_id] * 2:
+            if random.random() < 0.3:
+                continue
+            shift = random.integers(-6, 7, 2) * random.integers(0, 2)
+            mask = np.roll(dataset.coco.annToMask(annotation), shift, (0, 1))
+            x, y, width, height = annotation['bbox']
+            x, y = x + shift[1], y + shift[0]
+            boxes.append([x, y, x + width * random.uniform(0.8, 1.2), y + height])
+            labels.append(annotation['category_id'] if random.random() < 0.8 else random.integers(1, 11))
+            scores.append(round(random.random(), 2))  # with ties
+            masks.append(mask[None].astype(np.float32))
+        detections = dict(boxes=torch.tensor(boxes).reshape(-1, 4), labels=torch.tensor(labels, dtype=torch.int64))
+        detections.update(scores=torch.tensor(scores), masks=torch.from_numpy(np.array(masks)).reshape(-1, 1, 320, 320))
+        results += to_results(image_id, detections, dataset.category_ids)
+    return results
+
+
+@pytest.mark.parametrize('iou_type', ['bbox', 'segm'])
+def test_precision_is_that_of_pycocotools(folder, tmp_path, iou_type):
+    dataset = load(folder)
+    results = random_results(dataset, 0)
+    before = copy.deepcopy(results)
+    values, table = evaluate_coco(dataset.coco, results, iou_type)
+    assert results == before
+    path = tmp_path / 'results.json'
+    kept = [{k: v for k, v in r.items() if k != 'bbox'} for r in results] if iou_type == 'segm' else results
+    path.write_text(json.dumps(kept))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        coco = COCO(str(folder / 'annotations' / 'instances_train.json'))
+        reference = COCOeval(coco, coco.loadRes(str(path)), iou_type)
+        reference.evaluate()
+        reference.accumulate()
+        reference.summarize()
+    assert list(values) == list(METRICS)
+    assert list(values.values()) == reference.stats.tolist()
+    assert 0.1 < values['AP'] < 0.9
+    assert printed.getvalue().endswith(table)
+    assert len(table.splitlines()) == len(METRICS)
+
+
+@pytest.mark.parametrize('iou_type', ['bbox', 'segm'])
+def test_the_fast_evaluation_agrees(folder, iou_type):
+    dataset = load(folder)
+    for seed in range(20):
+        results = random_results(dataset, seed)
+        values, _ = evaluate_coco(dataset.coco, results, iou_type)
+        fast, _ = evaluate_coco(dataset.coco, results, iou_type, fast=True)
+        assert values.keys() == fast.keys()
+        assert all(abs(values[name] - fast[name]) < 1e-6 for name in values)
+
+
+@pytest.mark.parametrize('fast', [False, True])
+def test_perfect_and_no_detections(folder, fast):
+    dataset = load(folder)
+    everything = [
+        dict(
+            image_id=a['image_id'],
+            category_id=a['category_id'],
+            bbox=a['bbox'],
+            segmentation=a['segmentation'],
+            score=1.0,
+        )
+        for a in dataset.coco.anns.values()
+    ]
+    for iou_type in ('bbox', 'segm'):
+        assert evaluate_coco(dataset.coco, everything, iou_type, fast)[0]['AP'] == pytest.approx(1)
+        assert evaluate_coco(dataset.coco, [], iou_type, fast)[0]['AP'] == 0
+
+
+def test_results_are_in_the_submission_format(folder):
+    dataset = load(folder)
+    result = next(r for r in random_results(dataset, 1))
+    assert list(result) == ['image_id', 'category_id', 'bbox', 'score', 'segmentation']
+    assert json.loads(json.dumps(result)) == result
+    assert coco_mask.decode(result['segmentation']).shape == (320, 320)
+    assert Image.open(dataset.filename(0)).size == (320, 320)

@@ -1,0 +1,246 @@
+"""COCO-format data: images with boxes and masks, their augmentation, and average precision."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import PIL.Image
+import torch
+from PIL import ImageOps
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.tv_tensors import BoundingBoxes, Image, Mask
+
+__all__ = ['CocoDetection', 'create_transform', 'evaluate_coco', 'to_results']
+
+_logger = logging.getLogger(__name__)
+
+METRICS = (
+    'AP',
+    'AP50',
+    'AP75',
+    'AP_S',
+    'AP_M',
+    'AP_L',
+    'AR1',
+    'AR10',
+    'AR100',
+    'AR_S',
+    'AR_M',
+    'AR_L',
+)  # in COCO's order
+
+
+def create_transform(is_training: bool, hflip: float = 0.5) -> Callable[..., Any]:
+    """Image and target to a float image in 0 to 1 and a sane target, with a horizontal flip in training.
+
+    Resizing and normalisation are the detector's own.
+    """
+    flip = [v2.RandomHorizontalFlip(hflip)] if is_training and hflip else []
+    return v2.Compose([*flip, v2.ToDtype({Image: torch.float32, 'others': None}, scale=True), v2.ToPureTensor()])
+
+
+class CocoDetection(torch.utils.data.Dataset):
+    """Images of a folder with the objects of an annotation file.
+
+    A sample is an image (3, H, W) as uint8 and a target: `boxes` (N, 4) in pixels as x1, y1, x2, y2, `labels` (N,) from
+    1, `masks` (N, H, W) as uint8, and `image_id`; or what the transform makes of both. Crowds are not among them.
+
+    Args:
+        folder: Folder of the images.
+        annotations: The annotation file: polygons, run lengths and crowds, category ids in any order and with gaps.
+        is_training: Leave out images without objects.
+        transform: Applied to image and target.
+
+    Attributes:
+        coco: The annotations as pycocotools reads them.
+        image_ids: Of the samples, in order.
+        category_ids: The category of each label from 1 on.
+        class_names: Their names.
+
+    Raises:
+        ValueError: If the annotation file is missing or no COCO file, an image is missing or has no size, or an
+            annotation belongs to no image or category.
+    """
+
+    def __init__(
+        self,
+        folder: os.PathLike,
+        annotations: os.PathLike,
+        is_training: bool = False,
+        transform: Optional[Callable[..., Any]] = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.transform = transform
+        self.coco = _read(Path(annotations))
+        self.category_ids = sorted(self.coco.cats)
+        self.class_names = [self.coco.cats[category]['name'] for category in self.category_ids]
+        self._labels = {category: label for label, category in enumerate(self.category_ids, 1)}
+        self._check()
+        self.image_ids = sorted(self.coco.imgs)
+        if is_training:
+            kept = [image_id for image_id in self.image_ids if self._objects(image_id)]
+            if len(kept) < len(self.image_ids):
+                _logger.info('%s: left out %d images without objects', annotations, len(self.image_ids) - len(kept))
+            if not kept:
+                raise ValueError(f"'{annotations}' has no objects to train on")
+            self.image_ids = kept
+
+    def _check(self) -> None:
+        """Refuse what cannot be read, and warn of boxes without an area, which are left out."""
+        missing = [
+            image['file_name'] for image in self.coco.imgs.values() if not (self.folder / image['file_name']).is_file()
+        ]
+        if missing:
+            raise ValueError(f"{len(missing)} images are not in '{self.folder}': {_some(missing)}")
+        for image in self.coco.imgs.values():
+            if min(image['height'], image['width']) < 1:
+                raise ValueError(f"image '{image['file_name']}' has the size {image['width']} x {image['height']}")
+        degenerate = []
+        for annotation in self.coco.anns.values():
+            if annotation['image_id'] not in self.coco.imgs:
+                raise ValueError(
+                    f'annotation {annotation["id"]} is of image {annotation["image_id"]}, which is not listed'
+                )
+            if annotation['category_id'] not in self._labels:
+                raise ValueError(
+                    f'annotation {annotation["id"]} is of category {annotation["category_id"]}, not listed'
+                )
+            if self._box(annotation) is None:
+                degenerate.append(f'{annotation["id"]} {annotation.get("bbox")}')
+        if degenerate:
+            _logger.warning(
+                'left out %d boxes without an area in the image: annotations %s', len(degenerate), _some(degenerate)
+            )
+
+    def _box(self, annotation: Dict[str, Any]) -> Optional[List[float]]:
+        """Corners of the box within the image, None if no area is left."""
+        image = self.coco.imgs[annotation['image_id']]
+        x, y, width, height = annotation.get('bbox') or (0, 0, 0, 0)
+        x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + width, image['width']), min(y + height, image['height'])
+        return [x1, y1, x2, y2] if x2 > x1 and y2 > y1 else None
+
+    def _objects(self, image_id: int) -> List[Dict[str, Any]]:
+        annotations = self.coco.imgToAnns[image_id]
+        return [a for a in annotations if not a.get('iscrowd') and self._box(a) is not None]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def filename(self, index: int) -> str:
+        return str(self.folder / self.coco.imgs[self.image_ids[index]]['file_name'])
+
+    def __getitem__(self, index: int) -> Tuple[Tensor, Dict[str, Any]]:
+        image_id = self.image_ids[index]
+        with PIL.Image.open(self.filename(index)) as image:
+            pixels = pil_to_tensor(ImageOps.exif_transpose(image).convert('RGB'))
+        size = pixels.shape[1:]
+        info = self.coco.imgs[image_id]
+        if tuple(size) != (info['height'], info['width']):
+            raise ValueError(
+                f"image '{info['file_name']}' is {size[1]} x {size[0]} pixels, its annotation says "
+                f'{info["width"]} x {info["height"]}'
+            )
+        objects = self._objects(image_id)
+        boxes = torch.tensor([self._box(a) for a in objects], dtype=torch.float32).reshape(-1, 4)
+        masks = [self.coco.annToMask(a) if a.get('segmentation') else np.zeros(size, np.uint8) for a in objects]
+        target = dict(
+            boxes=BoundingBoxes(boxes, format='XYXY', canvas_size=tuple(size)),
+            labels=torch.tensor([self._labels[a['category_id']] for a in objects], dtype=torch.int64),
+            masks=Mask(torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.uint8)),
+            image_id=image_id,
+        )
+        sample = Image(pixels), target
+        return sample if self.transform is None else self.transform(*sample)
+
+
+def _read(path: Path) -> COCO:
+    """The annotations, with pycocotools' index; it prints as it reads."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"no annotation file '{path}'") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"annotation file '{path}' is not JSON: {error}") from error
+    parts = ('images', 'annotations', 'categories')
+    if not isinstance(content, dict) or any(part not in content for part in parts):
+        raise ValueError(f"annotation file '{path}' is not in COCO's format: it needs {', '.join(parts)}")
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names."""
+    return ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
+
+
+def to_results(image_id: int, detections: Dict[str, Tensor], category_ids: Sequence[int]) -> List[Dict[str, Any]]:
+    """An image's detections in COCO's submission format.
+
+    Args:
+        image_id: Of the annotations.
+        detections: Of a torchvision detector: boxes (N, 4), labels (N,) from 1, scores (N,), and masks (N, 1, H, W) as
+            probabilities where it has them.
+        category_ids: The category of each label from 1 on.
+    """
+    corners = detections['boxes'].cpu().double()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+    results = [
+        dict(image_id=image_id, category_id=category_ids[label - 1], bbox=box, score=score)
+        for label, box, score in zip(detections['labels'].tolist(), boxes, detections['scores'].tolist(), strict=True)
+    ]
+    if 'masks' in detections:
+        for result, mask in zip(results, (detections['masks'][:, 0] > 0.5).cpu().numpy(), strict=True):
+            encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+            result['segmentation'] = dict(size=encoded['size'], counts=encoded['counts'].decode())
+    return results
+
+
+def evaluate_coco(
+    coco: COCO, results: List[Dict[str, Any]], iou_type: str = 'bbox', fast: bool = False
+) -> Tuple[Dict[str, float], str]:
+    """Average precision and recall as COCO defines them, from 0 to 1, -1 where there is nothing to measure.
+
+    Args:
+        coco: The annotations.
+        results: Detections, as `to_results` gives them.
+        iou_type: 'bbox' or 'segm'.
+        fast: Use faster-coco-eval instead of pycocotools.
+
+    Returns:
+        The values of METRICS, and COCO's table.
+    """
+    evaluator_class = COCOeval
+    if fast:
+        from faster_coco_eval import COCO as FastCOCO
+        from faster_coco_eval import COCOeval_faster as evaluator_class
+
+        coco = FastCOCO(coco.dataset)
+    table = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()):
+        if results:
+            left_out = 'bbox' if iou_type == 'segm' else 'segmentation'  # or areas would be those of the other
+            found = coco.loadRes([{k: v for k, v in result.items() if k != left_out} for result in results])
+        else:
+            found = type(coco)()
+            found.dataset = {**coco.dataset, 'annotations': []}
+            found.createIndex()
+        evaluator = evaluator_class(coco, found, iou_type)
+        evaluator.evaluate()
+        evaluator.accumulate()
+    with contextlib.redirect_stdout(table):
+        evaluator.summarize()
+    values = [float(value) for value in list(evaluator.stats)[: len(METRICS)]]
+    return dict(zip(METRICS, values, strict=True)), table.getvalue()
