@@ -7,9 +7,10 @@ from pathlib import Path
 
 from timm.utils import setup_default_logging
 
-from . import cost, crash, init, record, speed, throughput, variants
+from . import cost, crash, init, neck, record, speed, throughput, variants
 
-BENCHMARKS = {module.__name__.split('.')[-1]: module for module in (cost, crash, init, speed, throughput, variants)}
+MODULES = (cost, crash, init, neck, speed, throughput, variants)
+BENCHMARKS = {module.__name__.split('.')[-1]: module for module in MODULES}
 DOCS = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
 
 

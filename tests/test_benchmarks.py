@@ -20,6 +20,7 @@ def test_docs_are_generated_from_the_records():
             '2 pairs',
         ),
         (['init', '--batch-size', '2'], '`rpn.conv.weight`'),
+        (['neck', '--img-size', '96', '--pairs', '2'], 'neck, training step'),
         (['throughput', '--epochs', '2', '--img-size', '32'], 'Learning rates of the 44 steps: the same'),
     ],
 )

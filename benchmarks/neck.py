@@ -1,0 +1,68 @@
+"""FPN-DEPLA against FPN at the size of detection: the whole detector, and the neck alone."""
+
+import argparse
+from collections import OrderedDict
+from functools import partial
+from typing import Any, Dict
+
+import torch
+from torch import nn
+
+from timm_depla.detection import create_detector
+
+from .pairs import memory_row, peak_memory, render_rows, time_pairs, time_row
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--model', default='maskrcnn_resnet50_fpn_depla', help='detector to time')
+    parser.add_argument('--base', default='maskrcnn_resnet50_fpn', help='detector to compare it with')
+    parser.add_argument('--img-size', type=int, default=800, help='pixels')
+    parser.add_argument('--pairs', type=int, default=20, help='pairs of timings')
+
+
+@torch.inference_mode()
+def _infer(model: nn.Module, x: Any) -> None:
+    model(x)
+
+
+def _train_step(neck: nn.Module, maps: Dict[str, torch.Tensor]) -> None:
+    neck.zero_grad()
+    sum(level.square().mean() for level in neck(maps).values()).backward()
+
+
+def run(args: argparse.Namespace) -> Dict[str, Any]:
+    torch.manual_seed(0)
+    kwargs = dict(min_size=args.img_size, max_size=args.img_size)
+    detectors = [create_detector(name, **kwargs).eval() for name in (args.model, args.base)]
+    image = torch.rand(3, args.img_size, args.img_size)
+    with torch.inference_mode():
+        features = detectors[1].backbone.body(torch.randn(1, 3, args.img_size, args.img_size))
+    maps = OrderedDict((str(i), feature.clone()) for i, feature in enumerate(features))
+    necks = [detector.backbone.fpn for detector in detectors]
+    results = dict(model=args.model, base=args.base, img_size=args.img_size)
+    for detector in detectors:  # what untrained detectors find differs: let both keep all proposals and report none
+        detector.rpn.nms_thresh = 1.0
+        detector.roi_heads.score_thresh = 1.0
+    results['detector'] = time_pairs(*(partial(_infer, detector, [image]) for detector in detectors), args.pairs)
+    results['detector memory'] = [peak_memory(partial(_infer, detector, [image])) for detector in detectors]
+    results['neck'] = time_pairs(*(partial(_infer, neck, maps) for neck in necks), args.pairs)
+    maps = OrderedDict((name, level.clone().requires_grad_()) for name, level in maps.items())
+    steps = [partial(_train_step, neck.train(), maps) for neck in necks]
+    results['neck training'] = time_pairs(*steps, args.pairs)
+    results['neck memory'] = [peak_memory(step) for step in steps]
+    return results
+
+
+def render(results: Dict[str, Any]) -> str:
+    rows = [
+        time_row('detector, inference', results['detector']),
+        memory_row('detector, peak memory of inference', results['detector memory']),
+        time_row('neck, inference', results['neck']),
+        time_row('neck, training step', results['neck training']),
+        memory_row('neck, peak memory of a training step', results['neck memory']),
+    ]
+    size = results['img_size']
+    return (
+        f'`{results["model"]}` against `{results["base"]}`, one image of {size} x {size} pixels, '
+        f'{len(results["neck"])} pairs in turn.\n\n' + render_rows(rows)
+    )
