@@ -303,6 +303,20 @@ def test_folded_norm_is_batch_norm_of_the_map(bfn, memory_format):
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize('norm_dtype', [torch.bfloat16, torch.float32])
+def test_half_precision_weights(norm_dtype):
+    torch.manual_seed(0)
+    block = Depla(8).train()
+    x, y = torch.randn(2, 3, 8, 6, 7)
+    expected = block(x, y)
+    block.to(torch.bfloat16).norm.to(norm_dtype)
+    out = block(x.bfloat16(), y.bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert (out - expected).abs().max() < 0.03 * expected.abs().max()
+    out.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in block.parameters())
+
+
 def test_one_position_in_training():
     block, x = Depla(8).train(), torch.randn(2, 8, 1, 1)
     assert block(x, x).isfinite().all()

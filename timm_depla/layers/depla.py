@@ -138,6 +138,8 @@ def fold_batch_norm(
     contrast (B, L, N); returns (B, L + 1, C1): vectors for the contrasts, and one for all positions alike. In training
     it updates the running statistics as BatchNorm does.
     """
+    dtype = features.dtype
+    features, contrast = features.type_as(weight), contrast.type_as(weight)
     means = features.sum(1)  # (B, C1), over the positions
     if training:
         count = contrast.shape[0] * contrast.shape[2]
@@ -154,7 +156,7 @@ def fold_batch_norm(
         mean, var = running_mean, running_var
     scale = weight * (var + eps).rsqrt()
     level = bias + (means - mean) * scale  # (B, C1)
-    return torch.cat([features * scale, level.unsqueeze(1)], dim=1)
+    return torch.cat([features * scale, level.unsqueeze(1)], dim=1).to(dtype)
 
 
 class SoftRPN(nn.Module):
