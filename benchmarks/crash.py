@@ -1,7 +1,8 @@
 """Training that is killed again and again ends bit for bit like training that was not.
 
-The digits recipe in a short form with everything that draws or has a state: AutoAugment, random erasing, mixup, cutmix,
-stochastic depth, an average of the weights. Each run is killed (SIGKILL) at random moments, every third time while a
+A recipe in a short form with everything that draws or has a state. For classification the digits with AutoAugment,
+random erasing, mixup, cutmix, stochastic depth and an average of the weights; for detection digits in scenes with
+flips, random image sizes and an average. Each run is killed (SIGKILL) at random moments, every third time while a
 checkpoint is being written, and resumed with `--resume auto` and another number of workers until it ends; then its
 weights, its optimizer's and every other state and its summary are compared with the uninterrupted run's.
 """
@@ -22,18 +23,24 @@ from typing import Any, Dict, List
 import torch
 
 from timm_depla.data import digits_folder
+from timm_depla.data.scenes import scenes_folder
 from timm_depla.engine.checkpoint import find_damage
 
 from .record import table
 
-TRAIN = Path(__file__).parent.parent / 'train.py'
-FLAGS = (
-    '--recipe digits --epochs 4 --img-size 32 --batch-size 32 --recovery-interval 3 --aa original --reprob 0.3 '
-    '--mixup 0.2 --cutmix 0.5 --drop-path 0.2 --model-ema --model-ema-decay 0.9 --log-interval 1 --resume auto'
-)
+ROOT = Path(__file__).parent.parent
+COMMON = ' --recovery-interval 3 --model-ema --model-ema-decay 0.9 --log-interval 1 --resume auto'
+FLAGS = {
+    'classification': '--recipe digits --epochs 4 --img-size 32 --batch-size 32 --aa original --reprob 0.3 '
+    '--mixup 0.2 --cutmix 0.5 --drop-path 0.2' + COMMON,
+    'detection': '--recipe scenes --epochs 1 --hflip 0.5 --warmup-epochs 0 --model-kwargs out_channels=16 '
+    'min_size=(96,128) max_size=128 anchor_sizes=(8,16,32,64,128) box_batch_size_per_image=32' + COMMON,
+}
+SCRIPTS = {'classification': ('train.py', digits_folder), 'detection': ('train_detection.py', scenes_folder)}
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--task', default='classification', choices=list(FLAGS), help='what to train')
     parser.add_argument('--kills', type=int, default=30, help='kills in all')
     parser.add_argument('--processes', type=int, default=1, help='processes that train together, by torchrun')
     parser.add_argument('--max-workers', type=int, default=4, help='runs take 0 to this many loading processes in turn')
@@ -42,11 +49,11 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 
 def start(args: argparse.Namespace, output: Path, name: str, workers: int) -> subprocess.Popen:
     """Start training in a process group of its own, its log beside the run."""
-    command = [sys.executable, str(TRAIN)]
+    script, folder = SCRIPTS[args.task]
+    command = [sys.executable]
     if args.processes > 1:
-        launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(args.processes)]
-        command = [sys.executable, *launcher, str(TRAIN)]
-    command += [str(digits_folder()), *FLAGS.split(), '--workers', str(workers)]
+        command += ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(args.processes)]
+    command += [str(ROOT / script), str(folder()), *FLAGS[args.task].split(), '--workers', str(workers)]
     command += ['--output', str(output), '--experiment', name]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     with (output / f'{name}.log').open('w') as log:
@@ -145,16 +152,18 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
             wrong = differences(output / name, output / 'reference')
             different += [f'{name}: {", ".join(wrong)}'] if wrong else []
     return dict(
-        processes=args.processes, kills=kills, hits=hits, runs=runs, starts=positions, identical=runs - len(different),
+        task=args.task, processes=args.processes,
+        kills=kills, hits=hits, runs=runs, starts=positions, identical=runs - len(different),
         different=different,
     )  # fmt: skip
 
 
 def render(results: Dict[str, Any]) -> str:
     rows = [[name, count] for name, count in sorted(results['hits'].items())]
+    task = results.get('task', 'classification').capitalize()
     return (
-        f'{results["kills"]} kills of {results["processes"]} process{"es" if results["processes"] > 1 else ""} over '
-        f'{results["runs"]} runs: {results["identical"]} of {results["runs"]} runs ended bit for bit like the '
+        f'{task}: {results["kills"]} kills of {results["processes"]} process{"es" if results["processes"] > 1 else ""} '
+        f'over {results["runs"]} runs: {results["identical"]} of {results["runs"]} runs ended bit for bit like the '
         f'uninterrupted one{"".join(f"; {text}" for text in results["different"])}.\n\n'
         + table(['killed', 'times'], rows)
     )

@@ -25,6 +25,11 @@ def _infer(model: nn.Module, x: Any) -> None:
     model(x)
 
 
+def _train_detector(model: nn.Module, image: torch.Tensor, target: Dict[str, torch.Tensor]) -> None:
+    model.zero_grad()
+    sum(model([image], [target]).values()).backward()
+
+
 def _train_step(neck: nn.Module, maps: Dict[str, torch.Tensor]) -> None:
     neck.zero_grad()
     sum(level.square().mean() for level in neck(maps).values()).backward()
@@ -40,12 +45,19 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     maps = OrderedDict((str(i), feature.clone()) for i, feature in enumerate(features))
     necks = [detector.backbone.fpn for detector in detectors]
     results = dict(model=args.model, base=args.base, img_size=args.img_size)
-    for detector in detectors:  # what untrained detectors find differs: let both keep all proposals and report none
-        detector.rpn.nms_thresh = 1.0
+    top_left = torch.rand(1000, 2) * args.img_size / 2
+    proposals = torch.cat([top_left, top_left + torch.rand(1000, 2) * args.img_size / 2], dim=1)
+    for detector in detectors:  # what untrained detectors find differs: both score the same proposals and report none
+        detector.rpn.register_forward_hook(lambda _, __, output: ([proposals], output[1]))
         detector.roi_heads.score_thresh = 1.0
     results['detector'] = time_pairs(*(partial(_infer, detector, [image]) for detector in detectors), args.pairs)
     results['detector memory'] = [peak_memory(partial(_infer, detector, [image])) for detector in detectors]
-    results['neck'] = time_pairs(*(partial(_infer, neck, maps) for neck in necks), args.pairs)
+    boxes = proposals[:10]
+    masks = torch.ones(10, args.img_size, args.img_size, dtype=torch.uint8)
+    target = dict(boxes=boxes, labels=torch.arange(1, 11), masks=masks)
+    steps = [partial(_train_detector, detector.train(), image, target) for detector in detectors]
+    results['detector training memory'] = [peak_memory(step) for step in steps]
+    results['neck'] = time_pairs(*(partial(_infer, neck.eval(), maps) for neck in necks), args.pairs)
     maps = OrderedDict((name, level.clone().requires_grad_()) for name, level in maps.items())
     steps = [partial(_train_step, neck.train(), maps) for neck in necks]
     results['neck training'] = time_pairs(*steps, args.pairs)
@@ -57,6 +69,7 @@ def render(results: Dict[str, Any]) -> str:
     rows = [
         time_row('detector, inference', results['detector']),
         memory_row('detector, peak memory of inference', results['detector memory']),
+        memory_row('detector, peak memory of a training step', results['detector training memory']),
         time_row('neck, inference', results['neck']),
         time_row('neck, training step', results['neck training']),
         memory_row('neck, peak memory of a training step', results['neck memory']),

@@ -21,11 +21,12 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import AverageMeter, CheckpointSaver, accuracy
 
-from timm_depla.engine.classification import build, run_epoch, set_up_device
+from timm_depla.engine.classification import build
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.flags import create_train_parser
 from timm_depla.engine.loaders import find_data
 from timm_depla.engine.report import Report
+from timm_depla.engine.training import run_epoch, set_up_device
 from timm_depla.engine.world import Interrupt, setup_world
 
 from .record import table
@@ -122,7 +123,7 @@ def plan(args: argparse.Namespace, output: str) -> argparse.Namespace:
 
 def serve_plain(train_args: argparse.Namespace, pipe: Any) -> None:
     """Run an epoch of the plain loop for each number received; at last send what it saw."""
-    model = build(train_args, setup_world('cpu'))[0].model
+    model = build(train_args, setup_world('cpu')).model
     plain = PlainLoop(train_args, model, train_args.output)
     while (epoch := pipe.recv()) is not None:
         top1 = plain.run_epoch(epoch)
@@ -136,14 +137,14 @@ def serve_ours(train_args: argparse.Namespace, pipe: Any) -> None:
     rates: List[float] = []
     world = setup_world('cpu')
     set_up_device(train_args, world)
-    ours, loader, val_loader, num_epochs = build(train_args, world)
+    ours = build(train_args, world)
     ours.model.register_forward_pre_hook(lambda model, x: images.append(len(x[0]) if model.training else 0))
     ours.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]['lr']))
     (ours.folder / 'checkpoints').mkdir(parents=True)
-    report = TimedReport(train_args, ours.folder, len(loader), num_epochs, train_args.batch_size, True)
-    while (epoch := pipe.recv()) is not None:
+    report = TimedReport(ours)
+    while pipe.recv() is not None:
         with Interrupt(world) as interrupt:
-            run_epoch(ours, loader, val_loader, interrupt, report, epoch + 1 == num_epochs)
+            run_epoch(ours, interrupt, report)
         ours.writer.wait()
         pipe.send((report.training_seconds[-1], ours.history[-1]['eval_top1']))
     pipe.send((sum(images), rates))

@@ -5,6 +5,11 @@ import argparse
 from pathlib import Path
 from typing import Dict, List
 
+from timm_depla.engine.detection_flags import (
+    LEFT_OUT_OF_DETECTION,
+    create_detection_parser,
+    create_detection_validate_parser,
+)
 from timm_depla.engine.flags import (
     LEFT_OUT,
     LEFT_OUT_OF_VALIDATION,
@@ -20,7 +25,8 @@ the model and the number of loading processes. A flag of timm's that is not here
 not ignored. Every switch has a `--no-` form. In a recipe, write flags without dashes: `batch_size: 64`.
 
 `validate.py` takes what to validate as its arguments, any number of runs, checkpoints and models; timm's
-`--checkpoint`, `--model` and positional data folder work too.
+`--checkpoint`, `--model` and positional data folder work too. `train_detection.py` and `validate_detection.py` have the
+same flags wherever they mean the same.
 """
 
 
@@ -47,8 +53,9 @@ def section(title: str, parser: argparse.ArgumentParser, left_out: Dict[str, str
     own = flag_rows(parser, own=True)
     if own:
         lines += ['Ours alone:', '', '| flag | meaning | default |', '|---|---|---|', *own, '']
-    lines += ["timm's that are not here:", '', '| flag | reason |', '|---|---|']
-    lines += [f'| `{flag}` | {reason} |' for flag, reason in sorted(left_out.items())]
+    if left_out:
+        lines += ["timm's that are not here:", '', '| flag | reason |', '|---|---|']
+        lines += [f'| `{flag}` | {reason} |' for flag, reason in sorted(left_out.items())]
     return '\n'.join(lines) + '\n'
 
 
@@ -58,6 +65,8 @@ def render() -> str:
             HEADER,
             section('train.py', create_train_parser(), LEFT_OUT),
             section('validate.py', create_validate_parser(), LEFT_OUT_OF_VALIDATION),
+            section('train_detection.py', create_detection_parser(), LEFT_OUT_OF_DETECTION),
+            section('validate_detection.py', create_detection_validate_parser(), {}),
         ]
     )
 

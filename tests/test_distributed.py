@@ -76,7 +76,7 @@ def test_error_names_the_rank(tmp_path):
 @pytest.mark.parametrize('processes', [1, 2])
 def test_kills(processes):
     """A kill during a write; `python -m benchmarks crash` has many, at any moment."""
-    results = crash.run(argparse.Namespace(kills=1, processes=processes, max_workers=2, seed=3))
+    results = crash.run(argparse.Namespace(task='classification', kills=1, processes=processes, max_workers=2, seed=3))
     assert results['kills'] == 1
     assert results['different'] == []
     assert results['identical'] == results['runs'] == 1

@@ -1,6 +1,7 @@
 from .digits import digits_folder as digits_folder
 from .images import CheckedImages as CheckedImages
 from .images import UnreadableError as UnreadableError
+from .images import read_or_next as read_or_next
 from .positions import Draw as Draw
 from .positions import PositionedBatches as PositionedBatches
 from .positions import SeededBatches as SeededBatches

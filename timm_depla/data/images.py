@@ -1,18 +1,48 @@
 """timm's image data set, with unreadable images named."""
 
-from typing import Any, Tuple
+from typing import Any, Callable, Tuple
 
 import torch.multiprocessing
 from PIL import Image
 from timm.data import ImageDataset
 
-__all__ = ['CheckedImages', 'UnreadableError']
+__all__ = ['CheckedImages', 'UnreadableError', 'read_or_next']
 
 _MAX_ATTEMPTS = 10  # unreadable images in a row
 
 
 class UnreadableError(RuntimeError):
     """Too many images in a row cannot be read."""
+
+
+def read_or_next(
+    read: Callable[[int], Any],
+    index: int,
+    count: int,
+    name: Callable[[int], Any],
+    unreadable: Any,
+    attempts: int = _MAX_ATTEMPTS,
+) -> Any:
+    """What `read` makes of an index, or of the next that it can read, after the last of `count` the first.
+
+    Args:
+        read: Raises if it cannot.
+        index: The index to read.
+        count: How many there are.
+        name: An index's file.
+        unreadable: Queue that takes (file name, cause) of those it cannot read.
+        attempts: How many to try.
+
+    Raises:
+        UnreadableError: If none of them can be read.
+    """
+    for _ in range(attempts):
+        try:
+            return read(index)
+        except Exception as error:  # a damaged file can make Pillow raise anything
+            unreadable.put((str(name(index)), str(error) or repr(error)))
+        index = (index + 1) % count
+    raise UnreadableError(f'{attempts} images in a row cannot be read, up to {name(index - 1)}')
 
 
 class CheckedImages(ImageDataset):
@@ -43,19 +73,18 @@ class CheckedImages(ImageDataset):
         self.is_training = is_training
         self.unreadable = torch.multiprocessing.Queue()
 
+    def _read(self, index: int) -> Tuple[Any, int]:
+        file, target, *_ = self.reader[index]
+        return Image.open(file).convert(self.input_img_mode), target
+
     def __getitem__(self, index: int) -> Tuple[Any, int]:
-        for _ in range(_MAX_ATTEMPTS):
-            try:
-                file, target, *_ = self.reader[index]
-                image = Image.open(file).convert(self.input_img_mode)
-                break
-            except Exception as error:  # a damaged file can make Pillow raise anything
-                self.unreadable.put((str(self.filename(index)), str(error) or repr(error)))
-                if not self.is_training:
-                    return self.transform(Image.new(self.input_img_mode, (256, 256))), -1
-                index = (index + 1) % len(self)
-        else:
-            raise UnreadableError(f'{_MAX_ATTEMPTS} images in a row cannot be read, up to {self.filename(index - 1)}')
+        attempts = _MAX_ATTEMPTS if self.is_training else 1
+        try:
+            image, target = read_or_next(self._read, index, len(self), self.filename, self.unreadable, attempts)
+        except UnreadableError:
+            if self.is_training:
+                raise
+            return self.transform(Image.new(self.input_img_mode, (256, 256))), -1
         if self.transform is not None:
             image = self.transform(image)
         if self.target_transform is not None:

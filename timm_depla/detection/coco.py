@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
-import PIL.Image
 import torch
-from PIL import ImageOps
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.tv_tensors import BoundingBoxes, Image, Mask
+
+from .predict import read_image
 
 __all__ = ['CocoDetection', 'create_transform', 'evaluate_coco', 'to_results']
 
@@ -141,8 +140,7 @@ class CocoDetection(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Tuple[Tensor, Dict[str, Any]]:
         image_id = self.image_ids[index]
-        with PIL.Image.open(self.filename(index)) as image:
-            pixels = pil_to_tensor(ImageOps.exif_transpose(image).convert('RGB'))
+        pixels = read_image(self.filename(index))
         size = pixels.shape[1:]
         info = self.coco.imgs[image_id]
         if tuple(size) != (info['height'], info['width']):

@@ -4,7 +4,7 @@ import fnmatch
 import re
 from collections import OrderedDict
 from inspect import signature
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch.nn as nn
@@ -37,6 +37,18 @@ def list_detectors(filter: str = '') -> List[str]:
     names = [f'{head}_{backbone}_fpn' for head in ('fasterrcnn', 'maskrcnn') for backbone in BACKBONES]
     names += ['fasterrcnn_resnet50_fpn_depla', 'maskrcnn_resnet50_fpn_depla']
     return sorted(name for name in names if fnmatch.fnmatch(name, filter or '*'))
+
+
+def split_name(name: str) -> Tuple[str, str, str]:
+    """Head, backbone and neck of a detector's name.
+
+    Raises:
+        ValueError: If it has none, or timm has no such backbone.
+    """
+    match = re.fullmatch(r'(fasterrcnn|maskrcnn)_(.+)_(fpn|fpn_depla)', name)
+    if not match or not timm.is_model(match[2]):
+        raise ValueError(f"no detector '{name}': give fasterrcnn or maskrcnn, a model of timm, and fpn or fpn_depla")
+    return match[1], match[2], match[3]
 
 
 def _layers(body: nn.Module, full: nn.Module) -> Dict[str, int]:
@@ -79,17 +91,17 @@ class BackboneWithFPN(nn.Module):
             raise ValueError(f"backbone '{backbone}' gives features in the layout {layout}, a pyramid takes NCHW")
         layers = _layers(body, full)
         num_layers = max(layers.values()) + 1
+        norm = norm or ('frozen' if pretrained else 'batch')
+        if norm not in NORMS:
+            raise ValueError(f'backbone_norm must be one of {sorted(NORMS)}, got {norm!r}')
         if trainable_layers is None:
-            trainable_layers = num_layers - 2 if pretrained else num_layers
+            trainable_layers = num_layers - 2 if norm == 'frozen' else num_layers
         if not 0 <= trainable_layers <= num_layers:
             raise ValueError(
                 f"trainable_backbone_layers must be 0 to {num_layers} for '{backbone}', got {trainable_layers}"
             )
         for name, parameter in body.named_parameters():
             parameter.requires_grad_(layers[name] >= num_layers - trainable_layers)
-        norm = norm or ('frozen' if pretrained else 'batch')
-        if norm not in NORMS:
-            raise ValueError(f'backbone_norm must be one of {sorted(NORMS)}, got {norm!r}')
         self.body = NORMS[norm](body)
         kwargs = dict(in_channels_list=self.body.feature_info.channels(), out_channels=out_channels)
         if neck == 'fpn_depla':
@@ -127,8 +139,8 @@ def create_detector(
         num_classes: Classes, with the background.
         pretrained_backbone: Load the backbone's pretrained weights.
         trainable_backbone_layers: Layers of the backbone to train, counted from its end. A ResNet has five, another
-            network as many as timm has coarse layer groups in it. By default all, but for a pretrained backbone's first
-            two.
+            network as many as timm has coarse layer groups in it. By default all, but with frozen norms all but
+            the first two.
         backbone_norm: What becomes of the backbone's BatchNorm: 'batch' leaves it, 'frozen' fixes it, 'sync' shares its
             statistics between processes. By default 'frozen' if the backbone is pretrained.
         backbone_kwargs: Arguments of the backbone.
@@ -141,10 +153,7 @@ def create_detector(
         TypeError: If an argument is unknown.
         ValueError: If the name or an argument is out of range.
     """
-    match = re.fullmatch(r'(fasterrcnn|maskrcnn)_(.+)_(fpn|fpn_depla)', name)
-    if not match or not timm.is_model(match[2]):
-        raise ValueError(f"no detector '{name}': give fasterrcnn or maskrcnn, a model of timm, and fpn or fpn_depla")
-    head, backbone_name, neck = match.groups()
+    head, backbone_name, neck = split_name(name)
     detector = dict(fasterrcnn=FasterRCNN, maskrcnn=MaskRCNN)[head]
     parts = (FasterRCNN, detector, GeneralizedRCNNTransform)
     known = {key for part in parts for key in signature(part).parameters} - {'backbone', 'num_classes', 'kwargs'}

@@ -11,7 +11,7 @@ from .errors import ConfigError
 
 __all__ = ['FlagParser', 'closest', 'list_recipes', 'parse_args']
 
-_RECIPES = Path(__file__).parent.parent / 'recipes'
+RECIPES = Path(__file__).parent.parent / 'recipes'
 
 
 def closest(name: str, names: Sequence[str]) -> str:
@@ -25,11 +25,13 @@ class FlagParser(argparse.ArgumentParser):
 
     Args:
         left_out: Reasons by flag, for flags that a user may expect.
+        recipes: The folder of the recipes that it knows by name.
     """
 
-    def __init__(self, *args: Any, left_out: Dict[str, str], **kwargs: Any):
+    def __init__(self, *args: Any, left_out: Dict[str, str], recipes: Path = RECIPES, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.left_out = left_out
+        self.recipes = recipes
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -44,26 +46,24 @@ class FlagParser(argparse.ArgumentParser):
         raise ConfigError(f"unknown argument '{flag}'{closest(flag, list(self._option_string_actions))}")
 
 
-def list_recipes() -> List[str]:
-    """Names of the recipes shipped with the package."""
-    return sorted(path.stem for path in _RECIPES.glob('*.yaml'))
+def list_recipes(folder: Path = RECIPES) -> List[str]:
+    """Names of the recipes in a folder of the package."""
+    return sorted(path.stem for path in folder.glob('*.yaml'))
 
 
-def load_recipe(name: str) -> Dict[str, Any]:
-    """Read a recipe, a flat mapping of flags to values, by its name in the package or its file name.
+def load_recipe(name: str, folder: Path = RECIPES) -> Dict[str, Any]:
+    """Read a recipe, a flat mapping of flags to values, by its name in a folder of the package or its file name.
 
     Its key `base` names the recipe, of the package or beside it, whose values it changes.
 
     Raises:
         ConfigError: If there is no such recipe, or it is no mapping.
     """
-    path = Path(name)
-    if name in list_recipes():
-        path = _RECIPES / f'{name}.yaml'
+    path, known = Path(name), list_recipes(folder)
+    if name in known:
+        path = folder / f'{name}.yaml'
     elif not path.is_file():
-        raise ConfigError(
-            f"no recipe '{name}'{closest(name, list_recipes())}: give a YAML file or one of {', '.join(list_recipes())}"
-        )
+        raise ConfigError(f"no recipe '{name}'{closest(name, known)}: give a YAML file or one of {', '.join(known)}")
     try:
         recipe = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
@@ -74,11 +74,11 @@ def load_recipe(name: str) -> Dict[str, Any]:
     base = recipe.pop('base', None)
     if base is None:
         return recipe
-    return {**load_recipe(base if base in list_recipes() else str(path.parent / base)), **recipe}
+    return {**load_recipe(base if base in known else str(path.parent / base), folder), **recipe}
 
 
 def parse_args(
-    parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None, default_recipe: Optional[str] = None
+    parser: FlagParser, argv: Optional[Sequence[str]] = None, default_recipe: Optional[str] = None
 ) -> argparse.Namespace:
     """Parse a command line whose `--recipe` sets the defaults; unknown or mistyped keys of the recipe raise.
 
@@ -95,7 +95,7 @@ def parse_args(
     """
     name = getattr(parser.parse_args(argv), 'recipe', None) or default_recipe
     if name is not None:
-        recipe = load_recipe(name)
+        recipe = load_recipe(name, parser.recipes)
         actions = {action.dest: action for action in parser._actions if action.option_strings}
         for key in recipe:
             if key not in actions:

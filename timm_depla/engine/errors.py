@@ -1,6 +1,8 @@
 """Errors that a command shows as one message, without a traceback."""
 
-__all__ = ['ConfigError', 'TrainingError', 'UserError']
+from importlib.util import find_spec
+
+__all__ = ['ConfigError', 'TrainingError', 'UserError', 'require']
 
 
 class UserError(Exception):
@@ -13,3 +15,14 @@ class ConfigError(UserError, ValueError):
 
 class TrainingError(UserError, RuntimeError):
     """Training, or writing what it made, cannot go on."""
+
+
+def require(module: str, extra: str) -> None:
+    """Raise a ConfigError that says what to install if a module is not there.
+
+    Args:
+        module: The module's name.
+        extra: The extra of this package that installs it.
+    """
+    if find_spec(module) is None:
+        raise ConfigError(f'this needs {module}: pip install "timm-depla[{extra}]"')

@@ -3,18 +3,31 @@
 import argparse
 import os
 from functools import partial
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Sequence
 
 import torch
 from timm.utils import ParseKwargs
 
 from .config import FlagParser, list_recipes
 
-__all__ = ['LEFT_OUT', 'LEFT_OUT_OF_VALIDATION', 'OWN_FLAGS', 'create_train_parser', 'create_validate_parser']
+__all__ = [
+    'LEFT_OUT',
+    'LEFT_OUT_OF_VALIDATION',
+    'OWN_FLAGS',
+    'add_device_args',
+    'add_loading_args',
+    'add_model_args',
+    'add_optimizer_args',
+    'add_run_args',
+    'add_schedule_args',
+    'create_train_parser',
+    'create_validate_parser',
+    'group',
+]
 
 OWN_FLAGS = {
     '--recipe', '--dry-run', '--checkpoint-minutes', '--deterministic', '--resume-with-changes', '--log-tensorboard',
-
+    '--evaluator', '--pretrained-backbone', '--trainable-backbone-layers', '--backbone-norm', '--classes',
 }  # fmt: skip
 """Flags that timm's scripts do not have."""
 
@@ -65,11 +78,16 @@ LEFT_OUT_OF_VALIDATION = {
 """Flags of timm's validate.py that ours lacks, each with the reason."""
 
 
-def _group(parser: argparse.ArgumentParser, title: str) -> Callable[..., Any]:
-    """A group's `add_argument`; without a `type` it adds a switch, off, whose --no- form overrides a recipe."""
+def group(parser: FlagParser, title: str) -> Callable[..., Any]:
+    """A group's `add_argument`; without a `type` it adds a switch, off, whose --no- form overrides a recipe.
+
+    Flags that the parser leaves out are not added.
+    """
     group = parser.add_argument_group(title)
 
     def add(*names: str, **kwargs: Any) -> None:
+        if parser.left_out.keys() & set(names):
+            return
         if not kwargs.keys() & {'type', 'action', 'choices'}:
             kwargs = {'action': argparse.BooleanOptionalAction, 'default': False, **kwargs}
         group.add_argument(*names, **kwargs)
@@ -77,8 +95,13 @@ def _group(parser: argparse.ArgumentParser, title: str) -> Callable[..., Any]:
     return add
 
 
-def _add_data_args(parser: argparse.ArgumentParser) -> None:
-    add = _group(parser, 'data')
+def add_loading_args(add: Callable[..., Any]) -> None:
+    add('-j', '--workers', type=int, default=min(4, os.cpu_count() or 1), metavar='N', help='loading processes')
+    add('--pin-mem', help='pin host memory for faster copies to the device')
+
+
+def _add_data_args(parser: FlagParser) -> None:
+    add = group(parser, 'data')
     text = partial(add, type=str, default='')
     text('--data-dir', default=None, metavar='DIR', help='data folder, or cache of a Hugging Face data set')
     text('--dataset', metavar='NAME', help='wds/, hfds/NAME, hfids/NAME or torch/NAME (default: folder or tar)')
@@ -89,8 +112,7 @@ def _add_data_args(parser: argparse.ArgumentParser) -> None:
     text('--input-key', default=None, metavar='KEY', help='key of the image (wds/, hfds/, hfids/)')
     text('--target-key', default=None, metavar='KEY', help='key of the class (wds/, hfds/, hfids/)')
     add('-b', '--batch-size', type=int, default=128, metavar='N', help='images a step in each process')
-    add('-j', '--workers', type=int, default=min(4, os.cpu_count() or 1), metavar='N', help='loading processes')
-    add('--pin-mem', help='pin host memory for faster copies to the device')
+    add_loading_args(add)
     add('--img-size', type=int, metavar='N', help="image size in pixels (default: the model's)")
     add('--in-chans', type=int, metavar='N', help="image channels (default: the model's)")
     add('--input-size', type=int, nargs=3, metavar='N', help='channels, height and width')
@@ -101,8 +123,8 @@ def _add_data_args(parser: argparse.ArgumentParser) -> None:
     text('--interpolation', metavar='NAME', help="resizing (default: the model's)")
 
 
-def _add_device_args(parser: argparse.ArgumentParser) -> None:
-    add = _group(parser, 'device')
+def add_device_args(parser: FlagParser) -> None:
+    add = group(parser, 'device')
     add('--device', type=str, default='cuda' if torch.cuda.is_available() else 'cpu', metavar='NAME', help='device')
     add('--channels-last', help='channels-last memory format')
     add('--amp', help='automatic mixed precision')
@@ -111,8 +133,8 @@ def _add_device_args(parser: argparse.ArgumentParser) -> None:
     add('--torchcompile-mode', type=str, metavar='MODE', help="mode of torch.compile, such as 'max-autotune'")
 
 
-def _add_model_args(parser: argparse.ArgumentParser) -> None:
-    add = _group(parser, 'model')
+def add_model_args(parser: FlagParser) -> None:
+    add = group(parser, 'model')
     add('--pretrained', help='start from the weights published for the model')
     add('--pretrained-path', type=str, metavar='FILE', help='start from these weights as if published')
     add('--initial-checkpoint', type=str, default='', metavar='FILE', help="start from these weights, or the trunk's")
@@ -132,8 +154,8 @@ def _add_model_args(parser: argparse.ArgumentParser) -> None:
     add('--model-ema-warmup', help='start the average at a lower decay')
 
 
-def _add_optimizer_args(parser: argparse.ArgumentParser) -> None:
-    add = _group(parser, 'optimizer')
+def add_optimizer_args(parser: FlagParser) -> None:
+    add = group(parser, 'optimizer')
     number = partial(add, type=float, metavar='X')
     add('--opt', type=str, default='sgd', metavar='NAME', help='any optimizer of timm')
     number('--opt-eps', help='optimizer epsilon')
@@ -149,8 +171,14 @@ def _add_optimizer_args(parser: argparse.ArgumentParser) -> None:
     add('--grad-accum-steps', type=int, default=1, metavar='N', help='steps whose gradients make one update')
 
 
-def _add_schedule_args(parser: argparse.ArgumentParser) -> None:
-    add = _group(parser, 'schedule')
+def _whole_or_part(text: str) -> float:
+    """A number of epochs, an int where it is whole."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def add_schedule_args(parser: FlagParser) -> None:
+    add = group(parser, 'schedule')
     number = partial(add, type=float, metavar='X')
     count = partial(add, type=int, metavar='N')
     count('--epochs', default=300, help='epochs, warm-up included')
@@ -173,7 +201,7 @@ def _add_schedule_args(parser: argparse.ArgumentParser) -> None:
     number('--lr-k-decay', default=1.0, help='k-decay of cosine and poly')
     number('--warmup-lr', default=1e-5, help='learning rate at the start of the warm-up')
     number('--min-lr', default=0.0, help='lowest learning rate')
-    count('--warmup-epochs', default=5, help='epochs of warm-up')
+    add('--warmup-epochs', type=_whole_or_part, default=5, metavar='N', help='epochs of warm-up')
     add('--warmup-prefix', help='put the warm-up before the epochs instead of within them')
     number('--decay-epochs', default=90, help='epochs between decays (step)')
     count('--decay-milestones', nargs='+', default=[90, 180, 270], help='epochs of the decays (multistep)')
@@ -182,8 +210,8 @@ def _add_schedule_args(parser: argparse.ArgumentParser) -> None:
     number('--decay-rate', '--dr', default=0.1, help='decay (step, multistep, plateau), power (poly)')
 
 
-def _add_augmentation_args(parser: argparse.ArgumentParser) -> None:
-    add = _group(parser, 'augmentation and loss')
+def _add_augmentation_args(parser: FlagParser) -> None:
+    add = group(parser, 'augmentation and loss')
     number = partial(add, type=float, metavar='X')
     add('--no-aug', action='store_true', help='no augmentation')
     add('--train-crop-mode', type=str, metavar='MODE', help='training crop: rrc, rkrc or rkrr (default: rrc)')
@@ -218,8 +246,8 @@ def _add_augmentation_args(parser: argparse.ArgumentParser) -> None:
     add('--jsd-loss', help='Jensen-Shannon consistency between augmentation splits')
 
 
-def _add_distillation_args(parser: argparse.ArgumentParser) -> None:
-    add = _group(parser, 'distillation')
+def _add_distillation_args(parser: FlagParser) -> None:
+    add = group(parser, 'distillation')
     number = partial(add, type=float, metavar='X')
     add('--kd-model-name', type=str, metavar='RUN|MODEL', help='teacher: a run, a checkpoint or a pretrained model')
     add('--kd-distill-type', default='logit', choices=['logit', 'feature'], help='what the student matches')
@@ -228,12 +256,12 @@ def _add_distillation_args(parser: argparse.ArgumentParser) -> None:
     number('--kd-temperature', default=4.0, help='temperature of the soft targets')
 
 
-def _add_run_args(parser: argparse.ArgumentParser) -> None:
-    add = _group(parser, 'run')
-    recipes = ', '.join(list_recipes())
+def add_run_args(parser: FlagParser, metrics: Sequence[str], val_split: str) -> None:
+    add = group(parser, 'run')
+    recipes = ', '.join(list_recipes(parser.recipes))
     add('-c', '--config', '--recipe', dest='recipe', type=str, metavar='NAME|FILE', help=f'{recipes}, or a file')
     add('--train-split', type=str, default='train', metavar='NAME', help='training split')
-    add('--val-split', type=str, default='validation', metavar='NAME', help='validation split')
+    add('--val-split', type=str, default=val_split, metavar='NAME', help='validation split')
     add('-vb', '--validation-batch-size', type=int, metavar='N', help='images a validation step')
     add('--output', type=str, default='output', metavar='DIR', help='folder of the runs')
     add('--experiment', type=str, default='', metavar='NAME', help='folder of this run (default: time and model)')
@@ -248,7 +276,7 @@ def _add_run_args(parser: argparse.ArgumentParser) -> None:
     add('--checkpoint-hist', type=int, default=10, metavar='N', help="epochs' checkpoints to keep, the best ones")
     add('--save-epochs', type=int, nargs='+', default=[], metavar='N', help="keep these epochs' checkpoints too")
     add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
-    add('--eval-metric', default='top1', choices=['top1', 'top5', 'loss'], help='metric of the best checkpoint')
+    add('--eval-metric', default=metrics[0], choices=metrics, help='metric of the best checkpoint')
     add('--log-interval', type=int, default=50, metavar='N', help='steps between lines of a log')
     add('--log-tensorboard', help='write event files for TensorBoard')
     add('--log-wandb', help='log to Weights & Biases')
@@ -273,7 +301,7 @@ def _create_parser(
         help="model arguments, as in depla=\"{'temperature': 0.5, 'bfn': 'adaptive'}\"",
     )
     _add_data_args(parser)
-    _add_device_args(parser)
+    add_device_args(parser)
     return parser
 
 
@@ -283,14 +311,14 @@ def create_train_parser() -> FlagParser:
     parser = _create_parser('train.py', '[DIR] [--recipe NAME]', description, 'resnet50_depla', LEFT_OUT)
     parser.add_argument('data', nargs='?', metavar='DIR', help='data folder')
     for add_args in (
-        _add_model_args,
-        _add_optimizer_args,
-        _add_schedule_args,
+        add_model_args,
+        add_optimizer_args,
+        add_schedule_args,
         _add_augmentation_args,
         _add_distillation_args,
-        _add_run_args,
     ):
         add_args(parser)
+    add_run_args(parser, ['top1', 'top5', 'loss'], 'validation')
     return parser
 
 
@@ -300,7 +328,7 @@ def create_validate_parser() -> FlagParser:
     parser = _create_parser('validate.py', 'RUN|CHECKPOINT|MODEL ...', description, '', LEFT_OUT_OF_VALIDATION)
     parser.set_defaults(batch_size=256)
     parser.add_argument('targets', nargs='*', metavar='RUN|CHECKPOINT|MODEL', help='what to validate, or wildcards')
-    add = _group(parser, 'validation')
+    add = group(parser, 'validation')
     text = partial(add, type=str, default='')
     text('--checkpoint', metavar='FILE', help='a checkpoint, or a file of weights of --model')
     add('--pretrained', help='use the pretrained weights of --model (a model without a checkpoint always does)')

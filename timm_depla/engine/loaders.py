@@ -16,19 +16,12 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, DistributedSampler, Subset, default_collate
 
-from timm_depla.data import (
-    CheckedImages,
-    Draw,
-    PositionedBatches,
-    SeededBatches,
-    SeededStream,
-    digits_folder,
-    seed_position,
-)
+from timm_depla.data import CheckedImages, Draw, SeededStream, digits_folder, seed_position
 
+from .batches import ResumableLoader, loader_kwargs
 from .errors import ConfigError
 from .report import UnreadableImages
-from .world import World, shield_worker
+from .world import World
 
 __all__ = ['TrainLoader', 'create_val_loader', 'find_data', 'mixes', 'open_split', 'open_splits']
 
@@ -220,11 +213,6 @@ def _prefetch(loader: Any, data_config: Dict[str, Any], device: torch.device) ->
     )
 
 
-def _loader_kwargs(args: Namespace, world: World) -> Dict[str, Any]:
-    init = partial(shield_worker, world.busy)
-    return dict(num_workers=args.workers, pin_memory=args.pin_mem, worker_init_fn=init)
-
-
 class TrainLoader:
     """The training batches of any epoch from any step on, on the run's device.
 
@@ -260,7 +248,7 @@ class TrainLoader:
             self._steps = len(self.dataset) // args.batch_size
         else:
             self._open_map()
-            self._steps = len(self.batches)
+            self._steps = len(self.ahead)
         if not self._steps:
             raise ConfigError(
                 f'a batch of {args.batch_size} is larger than the training set of {self.num_images} images'
@@ -284,18 +272,10 @@ class TrainLoader:
             sampler = RepeatAugSampler(self.dataset, num_repeats=args.aug_repeats, **replicas)
         else:
             sampler = DistributedSampler(self.dataset, seed=args.seed, **replicas)
-        self.batches = PositionedBatches(sampler, args.batch_size, world.rank, world.size)
         self.dataset.transform = self.transform
         augmented = AugMixDataset(self.dataset, args.aug_splits) if args.aug_splits > 1 else self.dataset
         mix_epochs = args.mixup_off_epoch if mixes(args) and args.mixup_off_epoch else None
-        loader = DataLoader(
-            SeededBatches(augmented, self.collate, args.seed, mix_epochs),
-            batch_sampler=self.batches,
-            collate_fn=_as_it_is,
-            persistent_workers=args.workers > 0,
-            **_loader_kwargs(args, world),
-        )
-        self.ahead = _Ahead(loader)
+        self.ahead = ResumableLoader(args, augmented, sampler, self.collate, world, mix_epochs)
         self.loader = _prefetch(self.ahead, self.data_config, world.device)
 
     def _open_stream(self, epoch: int, start: int) -> Iterator[Any]:
@@ -315,15 +295,14 @@ class TrainLoader:
             collate_fn=stream.collate,
             drop_last=True,
             generator=torch.Generator().manual_seed(args.seed + epoch),
-            **_loader_kwargs(args, world),
+            **loader_kwargs(args, world),
         )
         return islice(_prefetch(loader, self.data_config, world.device), start, self._steps)
 
     def prepare(self, epoch: int) -> None:
         """Let the workers begin to load an epoch, while something else goes on."""
         if not self.is_stream:
-            self.batches.set_position(epoch, 0)
-            self.ahead.start()
+            self.ahead.prepare(epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         """Images (B, C, H, W), normalised, and targets (B,), or (B, classes) where they are mixed."""
@@ -332,41 +311,21 @@ class TrainLoader:
         if self.is_stream:
             loaded = self._open_stream(epoch, start)
         else:
-            if self.batches.position != (epoch, start):
-                self.ahead.started = None
-            self.batches.set_position(epoch, start)
+            self.ahead.seek(epoch, start)
             loaded = iter(self.loader)
         for step, (images, targets) in enumerate(loaded, start):
             if self.erasing is not None:
                 seed_position(self.args.seed, epoch, step, Draw.ERASE, self.world.rank)
                 images = self.erasing(images)
+            if self.args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
             yield images, targets
 
     def files(self, epoch: int, step: int) -> List[str]:
         """The files of a batch, where the data set knows them."""
         if self.is_stream or not hasattr(self.dataset, 'filename'):
             return []
-        self.batches.set_position(epoch, step)
-        return [str(self.dataset.filename(index)) for _, _, index in next(iter(self.batches))]
-
-
-class _Ahead:
-    """A loader whose next pass can be started early."""
-
-    def __init__(self, loader: DataLoader):
-        self.loader = loader
-        self.started: Optional[Iterator[Any]] = None
-
-    def start(self) -> None:
-        self.started = iter(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        started, self.started = self.started, None
-        return iter(self.loader) if started is None else started
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+        return [str(self.dataset.filename(index)) for index in self.ahead.indices(epoch, step)]
 
 
 def create_val_loader(
@@ -386,7 +345,7 @@ def create_val_loader(
     except (AssertionError, KeyError, ValueError) as error:
         raise ConfigError(f'timm cannot prepare the images as asked: {error!r}') from error
     batch_size = getattr(args, 'validation_batch_size', None) or args.batch_size
-    load = partial(DataLoader, batch_size=batch_size, collate_fn=default_collate, **_loader_kwargs(args, world))
+    load = partial(DataLoader, batch_size=batch_size, collate_fn=default_collate, **loader_kwargs(args, world))
     if isinstance(dataset, IterableImageDataset):
         dataset.transform = transform
         reader = dataset.reader

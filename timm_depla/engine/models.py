@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional, Sequence
 
 import timm
 import torch.nn as nn
@@ -75,13 +75,18 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
     raise ConfigError(f"'{target}' is no run folder, checkpoint or model{closest(target, timm.list_models())}")
 
 
-def load_weights(model: nn.Module, path: str) -> str:
+def load_weights(model: nn.Module, path: str, heads: Optional[Sequence[str]] = None) -> str:
     """Load a file of weights, of the model itself or of its trunk, and return what was loaded as a sentence.
+
+    Args:
+        model: The model.
+        path: The file.
+        heads: The modules that may be of another number of classes, the classifier by default.
 
     Raises:
         ConfigError: If the file is missing, no checkpoint, or one of another architecture.
     """
     try:
-        return str(load_trunk(model, path))
+        return str(load_trunk(model, path, heads))
     except Exception as error:  # a file that is no checkpoint can make the unpickler raise anything
         raise ConfigError(f"cannot load '{path}': {error}") from error

@@ -35,23 +35,18 @@ def learning_rates(args: Namespace, updates_per_epoch: int, epochs: Sequence[flo
     return rates
 
 
-def describe(run: Any, loader: Any, val_loader: Any, num_epochs: int) -> str:
+def describe(run: Any) -> str:
     """The plan of a run: model, data, batch, schedule, folder and every argument."""
-    args, size = run.args, run.model.pretrained_cfg['input_size']
-    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    args, steps, num_epochs = run.args, len(run.loader), run.num_epochs
     batch, accumulate = args.batch_size * run.world.size, args.grad_accum_steps
     points = sorted({0, args.warmup_epochs / 2, args.warmup_epochs, *(num_epochs * i / 4 for i in range(1, 5))})
     rates = learning_rates(args, run.updates_per_epoch, points)
-    val_images = val_loader.unreadable.num_images
-    macs = count_macs(run.model, size) / 1e9
     lines = {
-        'model': f'{args.model}, {parameters:.2f} M parameters, {macs:.2f} G multiply-adds at {size[1]} x {size[2]}',
-        'data': f'{args.dataset} {args.data_dir or ""}'.strip() + f': {run.num_images:,} training and {val_images:,} '
-        f'validation images of {args.num_classes:,} classes',
+        **run.subject(),
         'batch': f'{run.world.size} process{"es" if run.world.size > 1 else ""} x {args.batch_size} images'
         + (f' x {accumulate} steps accumulated' if accumulate > 1 else '')
         + f' = {batch * accumulate:,} images an update',
-        'steps': f'{num_epochs} epochs x {len(loader):,} steps = {num_epochs * len(loader):,} steps',
+        'steps': f'{num_epochs} epochs x {steps:,} steps = {num_epochs * steps:,} steps',
         'rate': ', '.join(f'{rate:.4g} at epoch {point:g}' for point, rate in zip(points, rates, strict=True)),
         'folder': str(run.folder),
     }  # fmt: skip

@@ -6,19 +6,45 @@ import queue
 import sys
 import time
 from argparse import Namespace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional, Sequence
 
 from tqdm import tqdm
 
 from .errors import ConfigError, TrainingError
 
-__all__ = ['Report', 'UnreadableImages', 'draw_curves', 'progress']
+__all__ = ['Metric', 'Report', 'UnreadableImages', 'draw_curves', 'progress']
 
 _logger = logging.getLogger(__name__)
 
 _MAX_UNREADABLE = 0.01  # of the images
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that validation gives, the column eval_NAME of summary.csv.
+
+    Attributes:
+        name: Its name, as `--eval-metric` has it; the lower the better for 'loss', else the higher.
+        label: Its name in logs and curves.
+        panel: The title of its curves.
+        digits: Decimals in the log, where it is left out if None.
+    """
+
+    name: str
+    label: str
+    panel: str
+    digits: Optional[int] = None
+
+    @property
+    def column(self) -> str:
+        return f'eval_{self.name}'
+
+    def text(self, row: Dict[str, Any]) -> str:
+        """Label and value in a row of the summary."""
+        return f'{self.label} {row[self.column]:.{self.digits or 3}f}'
 
 
 def progress(description: str, unit: str, **kwargs: Any) -> tqdm:
@@ -67,27 +93,20 @@ class Report:
     """Tells how a run goes; silent but for warnings in all processes but the primary one.
 
     Args:
-        args: The run's arguments.
-        folder: Its folder.
-        steps: Steps an epoch.
-        num_epochs: Epochs in all.
-        images_per_step: The global batch.
-        is_primary: Whether this process reports.
+        run: The run to tell of.
 
     Raises:
         ConfigError: If a logger that was asked for is not installed.
     """
 
-    def __init__(
-        self, args: Namespace, folder: Path, steps: int, num_epochs: int, images_per_step: int, is_primary: bool
-    ):
-        self.args = args
-        self.folder = folder
-        self.steps = steps
-        self.num_epochs = num_epochs
-        self.images_per_step = images_per_step
-        self.is_primary = is_primary
-        self._loggers = _create_loggers(args, folder) if is_primary else []
+    def __init__(self, run: Any):
+        self.args = run.args
+        self.metrics = run.metrics
+        self.steps = len(run.loader)
+        self.num_epochs = run.end
+        self.images_per_step = run.args.batch_size * run.world.size
+        self.is_primary = run.world.is_primary
+        self._loggers = _create_loggers(run.args, run.folder) if self.is_primary else []
 
     def start(self, epoch: int, step: int) -> None:
         """Begin to train at this position."""
@@ -119,37 +138,37 @@ class Report:
             return
         row = history[-1]
         text = f'epoch {row["epoch"]}/{self.num_epochs - 1}  train loss {row["train_loss"]:.3f}'
-        if 'eval_top1' in row:
-            key = f'eval_{self.args.eval_metric}'
-            text += f'  validation loss {row["eval_loss"]:.3f}  top-1 {row["eval_top1"]:.2f}'
-            text += f'  best {best["eval_top1"]:.2f}' if key == 'eval_top1' else f'  best {key[5:]} {best[key]:.3f}'
+        for metric in self.metrics:
+            if metric.column in row and metric.digits is not None:
+                text += f'  {metric.text(row)}'
+            if metric.column in row and metric.name == self.args.eval_metric:
+                text += f' (best {metric.text(best).split()[-1]})'
         _logger.info('%s  lr %.3g  %.1f s', text, row['lr'], time.perf_counter() - self.start_time)
         for log in self._loggers:
             log(row)
 
 
-def draw_curves(history: List[Dict[str, Any]]) -> bytes:
-    """Loss, accuracy and learning rate by epoch, as a PNG file; nothing without matplotlib."""
+def draw_curves(history: List[Dict[str, Any]], metrics: Sequence[Metric]) -> bytes:
+    """Loss, metrics and learning rate by epoch, as a PNG file; nothing without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return b''
-    figure = Figure(figsize=(12, 3.5))
+    panels: Dict[str, Dict[str, Optional[str]]] = {'loss': {'train_loss': 'training'}}
+    for metric in metrics:
+        panels.setdefault(metric.panel, {})[metric.column] = metric.label
+    panels['learning rate'] = {'lr': None}
+    figure = Figure(figsize=(4 * len(panels), 3.5))
     FigureCanvasAgg(figure)
     figure.subplots_adjust(left=0.05, right=0.99, bottom=0.14, top=0.91, wspace=0.2)
-    panels = {
-        'loss': {'train_loss': 'training', 'eval_loss': 'validation'},
-        'accuracy (%)': {'eval_top1': 'top-1', 'eval_top5': 'top-5'},
-        'learning rate': {'lr': None},
-    }
-    for axes, (title, columns) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for column, label in columns.items():
             rows = [row for row in history if column in row]
             axes.plot([row['epoch'] for row in rows], [row[column] for row in rows], '.-', label=label)
         axes.set(xlabel='epoch', title=title)
         axes.grid(alpha=0.3)
-        if len(columns) > 1:
+        if title != 'learning rate':
             axes.legend(frameon=False)
     data = io.BytesIO()
     figure.savefig(data, format='png', dpi=100)

@@ -8,7 +8,7 @@ import math
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, ClassVar, Dict, List, Optional, Sequence
 
 import safetensors.torch
 import torch
@@ -17,19 +17,19 @@ from timm.utils import ModelEmaV3, NativeScaler
 
 from .checkpoint import BackgroundWriter, checkpoint_name, link, prune, write_checkpoint, write_file
 from .errors import ConfigError, TrainingError
-from .report import draw_curves
-from .world import World
+from .report import Metric, draw_curves
+from .world import Interrupt, World
 
 __all__ = ['Losses', 'Run']
 
 _logger = logging.getLogger(__name__)
 
-_COLUMNS = ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
 _CHANGE_NOTHING = {
-    'checkpoint_hist', 'checkpoint_minutes', 'data', 'data_dir', 'dataset_download', 'dry_run', 'experiment',
+    'checkpoint_hist', 'checkpoint_minutes', 'data_dir', 'dataset_download', 'dry_run', 'experiment',
     'initial_checkpoint', 'log_interval', 'log_tensorboard', 'log_wandb', 'no_resume_opt', 'output', 'pin_mem',
-    'pretrained', 'pretrained_path', 'recipe', 'recovery_interval', 'resume', 'resume_with_changes', 'save_epochs',
-    'stop_epoch', 'validation_batch_size', 'wandb_project', 'wandb_resume_id', 'wandb_tags', 'workers',
+    'pretrained', 'pretrained_backbone', 'pretrained_path', 'recipe', 'recovery_interval', 'resume',
+    'resume_with_changes', 'save_epochs', 'stop_epoch', 'validation_batch_size', 'wandb_project', 'wandb_resume_id',
+    'wandb_tags', 'workers',
 }  # fmt: skip
 """Arguments that a resumed run may change and stay the training that it was."""
 
@@ -76,19 +76,25 @@ class Losses:
 
 @dataclass
 class Run:
-    """A run between two steps.
+    """A run between two steps; a kind of training is a subclass.
 
     Attributes:
+        metrics: What validation measures.
+        script: The command that validates.
         model: The network itself, not wrapped, with the data configuration of its training in its `pretrained_cfg`.
         trainable: What the optimizer trains: the model, or with feature distillation a module around it.
         task: timm's training task, with the modules that are called: distributed, compiled.
-        config: timm's config.json.
-        num_images: Images of the training set.
-        updates_per_epoch: Updates of the weights an epoch.
+        config: The config.json that rebuilds the model beside its weights.
+        loader: The training batches of any epoch from any step on, on the device.
+        val_loader: The validation batches.
+        num_epochs: Epochs of the schedule.
         epoch, step: The position: the next step to take. At `step` = steps an epoch, validation is next.
         history: A row of summary.csv for each epoch.
         eval_model: What validation calls: the network that is kept, or its compiled form.
     """
+
+    metrics: ClassVar[Sequence[Metric]]
+    script: ClassVar[str]
 
     args: Namespace
     world: World
@@ -101,8 +107,9 @@ class Run:
     scaler: Optional[NativeScaler]
     ema: Optional[ModelEmaV3]
     config: bytes
-    num_images: int
-    updates_per_epoch: int
+    loader: Any
+    val_loader: Any
+    num_epochs: int
     epoch: int = 0
     step: int = 0
     losses: Losses = field(default_factory=Losses)
@@ -112,6 +119,24 @@ class Run:
 
     def __post_init__(self) -> None:
         self.eval_model = self.evaluated
+
+    def evaluate(self, interrupt: Interrupt) -> Dict[str, float]:
+        """The metrics of `eval_model`, equal in all processes. Every process must call this."""
+        raise NotImplementedError
+
+    def subject(self) -> Dict[str, str]:
+        """Lines on the model and the data for the plan."""
+        raise NotImplementedError
+
+    @property
+    def end(self) -> int:
+        """The epoch before which training ends."""
+        return self.args.stop_epoch or self.num_epochs
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Updates of the weights an epoch."""
+        return math.ceil(len(self.loader) / self.args.grad_accum_steps)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -136,7 +161,7 @@ class Run:
             **kept,
             'device': self.world.device.type,
             'world_size': self.world.size,
-            'training_images': self.num_images,
+            'training_images': self.loader.num_images,
         }
 
     def _rank_state(self) -> Dict[str, Any]:
@@ -189,11 +214,12 @@ class Run:
         """Make summary, curves and links agree with the newest checkpoint, and drop those not needed any more."""
         folder = self.folder / 'checkpoints'
         text = io.StringIO()
-        writer = csv.DictWriter(text, _COLUMNS, restval='', lineterminator='\n')
+        columns = ['epoch', 'train_loss', *(metric.column for metric in self.metrics), 'lr']
+        writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
         writer.writeheader()
         writer.writerows(history)
         write_file(self.folder / 'summary.csv', text.getvalue().encode())
-        curves = draw_curves(history)
+        curves = draw_curves(history, self.metrics)
         if curves:
             write_file(self.folder / 'curves.png', curves)
         link(self.folder / 'last', folder / name)

@@ -3,7 +3,7 @@
 import os
 import sys
 from dataclasses import dataclass
-from typing import Dict, List, Union
+from typing import Dict, List, Optional, Sequence, Union
 
 import timm
 import torch
@@ -14,6 +14,8 @@ from timm_depla.layers import Depla
 
 __all__ = ['TrunkReport', 'load_trunk']
 
+_COUNTER = '.num_batches_tracked'  # which a frozen BatchNorm has not, and nothing reads
+
 
 @dataclass
 class TrunkReport:
@@ -22,7 +24,7 @@ class TrunkReport:
     Attributes:
         loaded: Taken from the source.
         new: DEPLA's own, which the source has not; they keep their initial values.
-        skipped: The classifier's, where the source was trained for another number of classes.
+        skipped: The heads', where the source was trained for another number of classes.
     """
 
     loaded: List[str]
@@ -31,10 +33,12 @@ class TrunkReport:
 
     def __str__(self) -> str:
         text = f'{len(self.loaded)} tensors loaded, {len(self.new)} of DEPLA new'
-        return text + (f', classifier left as it was ({", ".join(self.skipped)})' if self.skipped else '')
+        return text + (f', head left as it was ({", ".join(self.skipped)})' if self.skipped else '')
 
 
-def load_trunk(model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch.Tensor]]) -> TrunkReport:
+def load_trunk(
+    model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch.Tensor]], heads: Optional[Sequence[str]] = None
+) -> TrunkReport:
     """Load the weights of the original network, or of the whole DEPLA model, and report what was and was not loaded.
 
     Example:
@@ -45,6 +49,7 @@ def load_trunk(model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch
         model: A DEPLA model of this package.
         source: A timm model with pretrained weights (pulled from the Hugging Face Hub), a checkpoint file that timm
             can read (safetensors or PyTorch), or a state dict.
+        heads: Modules that keep their initial weights where the source's have other shapes, the classifier by default.
 
     Raises:
         FileNotFoundError: If the source is neither a timm model nor a file.
@@ -54,13 +59,13 @@ def load_trunk(model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch
     state = _read(source, model)
     own = model.state_dict()
     prefixes = tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, Depla))
-    classifier = model.get_classifier(name_only=True)
-    skipped = [k for k in own if k.startswith(f'{classifier}.') and k in state and state[k].shape != own[k].shape]
+    heads = tuple(f'{name}.' for name in ([model.get_classifier(name_only=True)] if heads is None else heads))
+    skipped = [k for k in own if k.startswith(heads) and k in state and state[k].shape != own[k].shape]
     state = {k: v for k, v in state.items() if k not in skipped}
 
     new = [k for k in own if k.startswith(prefixes) and k not in state] if prefixes else []
-    missing = [k for k in own if k not in state and k not in new and k not in skipped]
-    unexpected = [k for k in state if k not in own]
+    missing = [k for k in own if k not in state and k not in new and k not in skipped and not k.endswith(_COUNTER)]
+    unexpected = [k for k in state if k not in own and not k.endswith(_COUNTER)]
     mismatched = [
         f'{k} {tuple(v.shape)} for {tuple(own[k].shape)}'
         for k, v in state.items()
@@ -73,7 +78,7 @@ def load_trunk(model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch
             'Create the model that they belong to, with the same in_chans and depla arguments'
         )
     model.load_state_dict(state, strict=False)
-    return TrunkReport(loaded=list(state), new=new, skipped=skipped)
+    return TrunkReport(loaded=[k for k in state if k in own], new=new, skipped=skipped)
 
 
 def _read(source: Union[str, os.PathLike, Dict[str, torch.Tensor]], model: nn.Module) -> Dict[str, torch.Tensor]:

@@ -1,0 +1,351 @@
+"""Detectors in training and validation: what is the same for classifiers is tested there."""
+
+import json
+import logging
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+import timm_depla  # noqa: F401  (registers the models)
+from benchmarks.crash import differences
+from timm_depla.data import scenes
+from timm_depla.detection import create_detector, from_pretrained
+from timm_depla.detection.coco import METRICS, CocoDetection, evaluate_coco
+from timm_depla.detection.predict import draw_detections, predict, read_image
+from timm_depla.engine import run
+from timm_depla.engine.checkpoint import list_checkpoints
+from timm_depla.engine.config import list_recipes, parse_args
+from timm_depla.engine.detection import build, train
+from timm_depla.engine.detection_flags import (
+    LEFT_OUT_OF_DETECTION,
+    create_detection_parser,
+    create_detection_validate_parser,
+)
+from timm_depla.engine.detection_validation import validate
+from timm_depla.engine.errors import ConfigError, TrainingError
+from timm_depla.engine.plan import learning_rates
+from timm_depla.engine.world import World
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / 'timm_depla' / 'recipes' / 'detection'
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A few digits in scenes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, 'IMAGES', {'train': 9, 'val': 4})
+        return scenes.scenes_folder(tmp_path_factory.mktemp('scenes') / 'scenes')
+
+
+@pytest.fixture(scope='module')
+def recipe(tmp_path_factory):
+    """The recipe of the scenes with everything smaller, and all that draws."""
+    content = yaml.safe_load((RECIPES / 'scenes.yaml').read_text())
+    content['model_kwargs'].update(min_size=[96, 128], max_size=128, out_channels=16, box_score_thresh=0.0)
+    content.update(
+        model_ema=True,
+        model_ema_decay=0.5,
+        batch_size=3,
+        epochs=2,
+        recovery_interval=1,
+        lr=0.005,
+        warmup_epochs=0,
+        workers=0,
+        hflip=0.5,
+    )
+    path = tmp_path_factory.mktemp('recipe') / 'small.yaml'
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def fit(*argv):
+    return train(parse_args(create_detection_parser(), [str(a) for a in argv]))
+
+
+def score(*argv):
+    return validate(parse_args(create_detection_validate_parser(), [str(a) for a in argv]))
+
+
+@pytest.fixture(scope='module')
+def trained(folder, recipe, tmp_path_factory):
+    """A run whose checkpoints all stay."""
+    output = tmp_path_factory.mktemp('output')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, 'prune', lambda *_: None)
+        assert fit(folder, '-c', recipe, '--output', output, '--experiment', 'run') == 0
+    return output / 'run'
+
+
+def last_row(folder):
+    header, *rows = [line.split(',') for line in (folder / 'summary.csv').read_text().splitlines()]
+    return dict(zip(header, rows[-1], strict=True))
+
+
+def test_resumes_exactly_from_any_step(trained, folder, recipe, tmp_path):
+    names = [checkpoint.name for checkpoint in list_checkpoints(trained)]
+    assert len(names) >= 4
+    for name in (names[-1], names[2], names[1]):
+        shutil.copytree(trained, tmp_path / name, symlinks=True)
+        for newer in list_checkpoints(tmp_path / name):
+            if newer.name > name:
+                shutil.rmtree(newer)
+        args = ['--output', tmp_path, '--experiment', name, '--resume', 'auto', '--workers', 1]
+        assert fit(folder, '-c', recipe, *args) == 0
+        assert differences(tmp_path / name, trained) == []
+
+
+def test_validation_reproduces_the_logged_precision(trained, folder, capsys, tmp_path):
+    file = tmp_path / 'results.json'
+    scores = score(trained / 'last', '--results-file', file)
+    row = last_row(trained)
+    for name in METRICS[:6]:
+        assert scores[name] == float(row[f'eval_{name}'])
+        assert scores[f'mask_{name}'] == float(row[f'eval_mask_{name}'])
+    tables = capsys.readouterr().out
+    assert len(re.findall(r'Average Precision  \(AP\) @\[ IoU=0.50:0.95 \| area= {0,3}all', tables)) == 2
+    dataset = CocoDetection(folder / 'val', folder / 'annotations' / 'instances_val.json')
+    results = json.loads(file.read_text())
+    assert len(results) > 10
+    for prefix, kind in {'': 'bbox', 'mask_': 'segm'}.items():
+        again, _ = evaluate_coco(dataset.coco, results, kind)
+        assert {f'{prefix}{name}': value for name, value in again.items()}.items() <= scores.items()
+    fast = score(trained / 'last', '--evaluator', 'faster-coco-eval')
+    assert fast == pytest.approx(scores, abs=1e-6)
+
+
+def test_two_processes_measure_what_one_does(trained, tmp_path):
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    file = tmp_path / 'two.json'
+    command = [sys.executable, *launcher, ROOT / 'validate_detection.py', trained / 'last', '--results-file', file]
+    environment = {**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())}  # or sums are rounded otherwise
+    result = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    score(trained / 'last', '--results-file', tmp_path / 'one.json')
+    assert file.read_text() == (tmp_path / 'one.json').read_text()
+
+
+def test_faster_rcnn_with_what_is_optional(folder, recipe, tmp_path, caplog):
+    content = yaml.safe_load(recipe.read_text())
+    content['model_kwargs'] = {**content['model_kwargs'], 'depla': {'temperature': 1.0}}
+    path = tmp_path / 'recipe.yaml'
+    path.write_text(yaml.safe_dump(content))
+    options = ['--model', 'fasterrcnn_test_resnet_fpn_depla', '--amp', '--amp-dtype', 'bfloat16', '--channels-last']
+    options += [
+        '--epochs',
+        1,
+        '--grad-accum-steps',
+        2,
+        '--eval-metric',
+        'AP50',
+        '--grad-checkpointing',
+        '--opt',
+        'adamw',
+    ]
+    options += ['--trainable-backbone-layers', 2, '--backbone-norm', 'frozen', '--output', tmp_path]
+    caplog.set_level(logging.INFO)
+    assert fit(folder, '-c', path, *options, '--experiment', 'run') == 0
+    assert not any('mask' in name for name in last_row(tmp_path / 'run'))
+    assert re.search(r'best box AP50 \d\.\d{3} at epoch 0: python validate_detection\.py', caplog.text)
+    model = from_pretrained(tmp_path / 'run')
+    assert model.backbone.fpn.top_down_blocks[0].rpn.temperature == 1.0
+    assert model.class_names == [str(digit) for digit in range(10)]
+    assert Image.open(tmp_path / 'run' / 'curves.png').size == (1200, 350)
+
+
+def test_starts_from_a_classifier(folder, recipe, tmp_path, caplog):
+    backbone = timm.create_model('test_resnet_depla', num_classes=3)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.fill_(0.25)
+    save_file(backbone.state_dict(), tmp_path / 'classifier.safetensors')
+    argv = [
+        str(folder),
+        '-c',
+        str(recipe),
+        '--device',
+        'cpu',
+        '--pretrained-path',
+        str(tmp_path / 'classifier.safetensors'),
+    ]
+    args = parse_args(create_detection_parser(), argv)
+    model = build(args, World(torch.device('cpu'))).model
+    assert args.backbone_norm == 'frozen'
+    assert model.backbone.body.layer4[0].conv1.weight.eq(0.25).all()
+    assert not model.backbone.body.layer1[0].conv1.weight.requires_grad
+    save_file({'a': torch.zeros(1)}, tmp_path / 'other.safetensors')
+    args = parse_args(create_detection_parser(), [*argv[:-1], str(tmp_path / 'other.safetensors')])
+    with pytest.raises(ConfigError, match=r'other.safetensors.*these weights are of another architecture'):
+        build(args, World(torch.device('cpu')))
+
+
+def test_starts_from_weights_of_torchvision(folder, tmp_path):
+    """COCO's 91 classes: the heads stay new, DEPLA too, all else is loaded."""
+    source = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    save_file(source.state_dict(), tmp_path / 'coco.safetensors')
+    argv = [folder, '-c', 'scenes', '--model', 'maskrcnn_resnet50_fpn_depla', '--model-kwargs', 'min_size=96']
+    argv += ['--initial-checkpoint', tmp_path / 'coco.safetensors', '--device', 'cpu']
+    model = build(parse_args(create_detection_parser(), [str(a) for a in argv]), World(torch.device('cpu'))).model
+    own = model.state_dict()
+    equal = [name for name, value in source.state_dict().items() if torch.equal(value, own[name])]
+    assert set(source.state_dict()) - set(equal) == {
+        f'roi_heads.{name}.{kind}'
+        for name in ('box_predictor.cls_score', 'box_predictor.bbox_pred', 'mask_predictor.mask_fcn_logits')
+        for kind in ('weight', 'bias')
+    }
+
+
+def test_validates_weights_whose_labels_are_category_ids(folder, tmp_path):
+    """As torchvision's are for COCO: 91 labels for 80 categories."""
+    model = create_detector('fasterrcnn_test_resnet_fpn', num_classes=15)
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    argv = [tmp_path / 'model.safetensors', '--data-dir', folder, '--workers', 0]
+    scores = score(*argv, '--model', 'fasterrcnn_test_resnet_fpn', '--classes', 15)
+    assert 0 <= scores['AP'] < 0.1
+    with pytest.raises(ConfigError, match=r'a file of weights needs --model'):
+        score(*argv)
+
+
+def test_categories_that_the_detector_does_not_know(trained, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / 'data')
+    annotations = tmp_path / 'data' / 'annotations' / 'instances_val.json'
+    content = json.loads(annotations.read_text())
+    content['categories'].append(dict(id=99, name='more'))
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"does not know the categories \[99\] of '.*data'"):
+        score(trained, '--data-dir', tmp_path / 'data')
+
+
+def test_predicts_and_draws(trained, folder, tmp_path):
+    image = folder / 'val' / '000000.jpg'
+    model = from_pretrained(trained)
+    pixels = read_image(image)
+    found = predict(model, pixels, threshold=0.02)
+    assert found['masks'].shape == (len(found['boxes']), 320, 320)
+    assert found['scores'].min() >= 0.02
+    drawn = draw_detections(pixels, found, model.class_names)
+    assert drawn.shape == pixels.shape
+    assert not torch.equal(drawn, pixels)
+    assert torch.equal(draw_detections(pixels, predict(model, pixels, 1.0), model.class_names), pixels)
+    command = [sys.executable, '-m', 'timm_depla.detection.predict']
+    result = subprocess.run([*command, trained, image, '--output', tmp_path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path / '000000.detections.png').size == (320, 320)
+    result = subprocess.run([*command, tmp_path, image], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith('python -m timm_depla.detection.predict: error: ')
+    assert 'has no checkpoint' in result.stderr
+
+
+@pytest.mark.parametrize(
+    'argv,message',
+    [
+        (['--model', 'maskrcnn_resnet50'], "no detector 'maskrcnn_resnet50': give fasterrcnn or maskrcnn"),
+        (['--model-kwargs', 'min_sise=3'], r"cannot create detector .* unknown argument \['min_sise'\]"),
+        (['--batch-size', '13'], r'a batch of 13 is larger than the training set of \d+ images: lower --batch-size'),
+        (['--val-split', 'val2017'], r'no annotation file .*instances_val2017.json.* there are the splits train, val'),
+        (['--gp', 'max'], "'--gp' of timm is not here: it is for classifiers"),
+        (['--recipe', 'better'], "no recipe 'better'.*coco_1x, coco_fishnet, scenes"),
+    ],
+)
+def test_bad_arguments(argv, message, folder, recipe, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        fit(folder, '-c', recipe, '--output', tmp_path, *argv)
+
+
+def test_bad_data(folder, recipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"no annotation file '.*nowhere.annotations.instances_train.json'"):
+        fit(tmp_path / 'nowhere', '-c', recipe)
+    shutil.copytree(folder, tmp_path / 'data')
+    annotations = tmp_path / 'data' / 'annotations' / 'instances_val.json'
+    content = json.loads(annotations.read_text())
+    content['categories'].append(dict(id=99, name='more'))
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r'differ in the categories \[99\]'):
+        fit(tmp_path / 'data', '-c', recipe)
+    annotations.unlink()
+    with pytest.raises(ConfigError, match=r'no annotation file .*there are the splits train: name them'):
+        fit(tmp_path / 'data', '-c', recipe)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_unreadable_images(workers, trained, folder, recipe, tmp_path):
+    shutil.copytree(folder, tmp_path / 'data')
+    args = [tmp_path / 'data', '-c', recipe, '--output', tmp_path, '--workers', workers]
+    (tmp_path / 'data' / 'val' / '000001.jpg').write_bytes(b'')
+    with pytest.raises(TrainingError, match=r'loading data failed: .*val/000001.jpg: cannot identify image'):
+        fit(*args, '--experiment', 'val')
+    (tmp_path / 'data' / 'train' / '000001.jpg').write_bytes(b'')
+    with pytest.raises(TrainingError, match=r"1 of the \d+ images of the split 'train' cannot be read, more than 1%"):
+        fit(*args, '--experiment', 'train')
+    with pytest.raises(ConfigError, match=r'cannot read an image: .*val/000001.jpg: cannot identify image'):
+        score(trained, '--data-dir', tmp_path / 'data', '--workers', workers)
+
+
+def test_checkpoint_of_something_else(trained, folder, tmp_path):
+    shutil.copytree((trained / 'last').resolve(), tmp_path / 'changed')
+    config = json.loads((trained / 'last' / 'config.json').read_text())
+    config['model_args']['out_channels'] = 24
+    (tmp_path / 'changed' / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"the weights in '.*changed' are of another detector .*backbone.fpn"):
+        from_pretrained(tmp_path / 'changed')
+    (tmp_path / 'changed' / 'config.json').write_text(json.dumps(dict(architecture='resnet18', num_classes=10)))
+    with pytest.raises(ConfigError, match=r"changed' holds no detector but 'resnet18'"):
+        score(tmp_path / 'changed', '--data-dir', folder)
+    (tmp_path / 'changed' / 'model.safetensors').write_bytes(b'1234')
+    with pytest.raises(ValueError, match=r"changed' cannot be read"):
+        from_pretrained(tmp_path / 'changed')
+    with pytest.raises(ConfigError, match=r"changed' is no run folder, which would tell its data"):
+        score(tmp_path / 'changed')
+
+
+def test_another_detector_does_not_go_on(trained, folder, recipe):
+    with pytest.raises(ConfigError, match=r"belongs to a training with other arguments: model '.*' -> 'maskrcnn_test"):
+        fit(folder, '-c', recipe, '--resume', trained, '--model', 'maskrcnn_test_resnet_fpn')
+
+
+def test_missing_package(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['train_detection.py'])
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    monkeypatch.setattr('timm_depla.engine.errors.find_spec', lambda name: None)
+    with pytest.raises(SystemExit, match=r'train_detection.py: error: .*pip install "timm-depla\[detection\]"'):
+        runpy.run_path(str(ROOT / 'train_detection.py'), run_name='__main__')
+
+
+@pytest.mark.parametrize('recipe,epochs,milestones', [('coco_1x', 12, (8, 11)), ('coco_fishnet', 24, (20, 22))])
+def test_schedule_of_coco(recipe, epochs, milestones):
+    args = parse_args(create_detection_parser(), ['-c', recipe])
+    assert (args.epochs, args.train_split, args.val_split) == (epochs, 'train2017', 'val2017')
+    args.lr = args.lr_base
+    points = [0.07, 1, *(m + shift for m in milestones for shift in (-0.01, 0))]
+    expected = [0.02, 0.02, 0.02, 0.002, 0.002, 0.0002]
+    assert learning_rates(args, 7329, points) == pytest.approx(expected, rel=1e-4)
+    assert learning_rates(args, 7329, [0]) == pytest.approx([2e-5])
+
+
+@pytest.mark.parametrize('name', list_recipes(RECIPES))
+def test_shipped_recipes_parse(name):
+    assert parse_args(create_detection_parser(), ['-c', name]).recipe == name
+
+
+def test_left_out_flags_are_left_out():
+    assert not create_detection_parser()._option_string_actions.keys() & LEFT_OUT_OF_DETECTION.keys()
+
+
+def test_weights_of_a_checkpoint_are_those_of_the_average(trained):
+    weights = load_file(trained / 'last' / 'model.safetensors')
+    state = torch.load(trained / 'last' / 'state.pt', weights_only=True)
+    assert weights.keys() == state['trainable'].keys()
+    assert any(not torch.equal(weights[name], state['trainable'][name]) for name in weights)

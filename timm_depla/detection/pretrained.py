@@ -1,0 +1,75 @@
+"""Detectors that were trained: a folder with config.json, which rebuilds the detector, and model.safetensors."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence
+
+import safetensors.torch
+from torchvision.models.detection import FasterRCNN
+
+from .rcnn import create_detector
+
+__all__ = ['detector_config', 'from_pretrained']
+
+_LIBRARY = 'timm_depla'
+_KEYS = {'architecture', 'num_classes', 'model_args', 'class_names', 'category_ids'}
+
+
+def detector_config(
+    name: str, class_names: Sequence[str], category_ids: Sequence[int], model_args: Optional[Dict[str, Any]] = None
+) -> bytes:
+    """The config.json of a detector.
+
+    Args:
+        name: Its name for `create_detector`.
+        class_names: Names of the labels from 1 on.
+        category_ids: Their COCO categories.
+        model_args: Further arguments of `create_detector`, of types that JSON has.
+    """
+    config = dict(library_name=_LIBRARY, architecture=name, num_classes=len(class_names) + 1)
+    config.update(model_args=model_args or {}, class_names=list(class_names), category_ids=list(category_ids))
+    return (json.dumps(config, indent=2) + '\n').encode()
+
+
+def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
+    """Load a trained detector, for inference.
+
+    Example:
+        model = from_pretrained('output/RUN', box_score_thresh=0.5)
+        detections = model([image])  # image (3, H, W) from 0 to 1
+
+    Args:
+        source: A run's folder, for its best checkpoint, or a checkpoint's.
+        **kwargs: Arguments of `create_detector` that change those it was trained with.
+
+    Returns:
+        The detector, in evaluation mode; its attributes `class_names` and `category_ids` are those of the labels from
+        1 on.
+
+    Raises:
+        ValueError: If the folder has no detector, or its weights are not those of its configuration.
+    """
+    folder = Path(source)
+    if not (folder / 'config.json').is_file():
+        folder = folder / 'best'
+    try:
+        config = json.loads((folder / 'config.json').read_text())
+        weights = safetensors.torch.load_file(folder / 'model.safetensors')
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"'{source}' has no checkpoint: expected config.json and model.safetensors in it or in its folder best"
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"'{source}' cannot be read: {error}") from error
+    if config.get('library_name') != _LIBRARY or not config.keys() >= _KEYS:
+        raise ValueError(f"'{source}' holds no detector but '{config.get('architecture')}'")
+    arguments = {**config['model_args'], **kwargs}
+    model = create_detector(config['architecture'], num_classes=config['num_classes'], **arguments)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        first = '; '.join(line.strip() for line in str(error).splitlines()[1:4])
+        raise ValueError(f"the weights in '{source}' are of another detector than its config.json: {first}") from error
+    model.class_names, model.category_ids = config['class_names'], config['category_ids']
+    return model.eval()

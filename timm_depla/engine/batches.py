@@ -1,0 +1,79 @@
+"""Batches of a map-style data set from any position on, in worker processes that live as long as the run."""
+
+from argparse import Namespace
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+from torch.utils.data import DataLoader
+
+from timm_depla.data import PositionedBatches, SeededBatches
+
+from .world import World, shield_worker
+
+__all__ = ['ResumableLoader', 'loader_kwargs']
+
+
+def loader_kwargs(args: Namespace, world: World) -> Dict[str, Any]:
+    """What the arguments say of any `DataLoader`."""
+    init = partial(shield_worker, world.busy)
+    return dict(num_workers=args.workers, pin_memory=args.pin_mem, worker_init_fn=init)
+
+
+class ResumableLoader:
+    """The batches of an epoch from a step on, which `seek` sets; the next pass can be started early.
+
+    Args:
+        args: The run's arguments: `batch_size`, `seed`, `workers`, `pin_mem`.
+        dataset: A map-style data set with its transform.
+        sampler: Draws an epoch's indices; see `PositionedBatches`.
+        collate: Makes a batch of a list of samples; may draw.
+        world: The processes that share the samples.
+        mix_epochs: Epochs in which a `collate` that mixes does so; all when None.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        dataset: Any,
+        sampler: Any,
+        collate: Callable,
+        world: World,
+        mix_epochs: Optional[int] = None,
+    ):
+        self.batches = PositionedBatches(sampler, args.batch_size, world.rank, world.size)
+        self.loader = DataLoader(
+            SeededBatches(dataset, collate, args.seed, mix_epochs),
+            batch_sampler=self.batches,
+            collate_fn=_as_it_is,
+            persistent_workers=args.workers > 0,
+            **loader_kwargs(args, world),
+        )
+        self._started: Optional[Iterator[Any]] = None
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return len(self.batches)
+
+    def seek(self, epoch: int, step: int) -> None:
+        """Begin the next iteration at this step of this epoch."""
+        if self.batches.position != (epoch, step):
+            self._started = None
+        self.batches.set_position(epoch, step)
+
+    def prepare(self, epoch: int) -> None:
+        """Let the workers begin to load an epoch, while something else goes on."""
+        self.seek(epoch, 0)
+        self._started = iter(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        started, self._started = self._started, None
+        return iter(self.loader) if started is None else started
+
+    def indices(self, epoch: int, step: int) -> List[int]:
+        """The samples of a batch."""
+        self.batches.set_position(epoch, step)
+        return [index for _, _, index in next(iter(self.batches))]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

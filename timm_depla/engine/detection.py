@@ -1,0 +1,153 @@
+"""Train a detector: torchvision's losses over COCO-format data, in the loop of `training`."""
+
+import logging
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import torch
+import torch.nn as nn
+from timm.task import TrainingTask
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN
+
+from timm_depla.data import Draw, seed_position
+from timm_depla.detection import create_detector, detector_config
+from timm_depla.detection.coco import METRICS, CocoDetection
+from timm_depla.detection.rcnn import split_name
+
+from . import training
+from .detection_loaders import DetectionLoader, ValidationLoader, find_data, open_splits
+from .detection_validation import evaluate
+from .errors import ConfigError
+from .models import create_model, load_weights
+from .plan import count_macs
+from .report import Metric
+from .run import Run
+from .world import Interrupt, World
+
+__all__ = ['build', 'train']
+
+_logger = logging.getLogger(__name__)
+
+_HEADS = ('roi_heads.box_predictor', 'roi_heads.mask_predictor')  # what depends on the classes
+
+
+class DetectionTask(TrainingTask):
+    """timm's task around a detector of torchvision: the sum of its losses."""
+
+    def __init__(self, model: FasterRCNN, **kwargs):
+        super().__init__(**kwargs)
+        self.trainable_module = model
+
+    def prepare_distributed(self, **kwargs) -> 'DetectionTask':
+        self.trainable_module = nn.parallel.DistributedDataParallel(self.trainable_module, **kwargs)
+        return self
+
+    def forward(self, images: List[Tensor], targets: List[Dict[str, Any]]) -> Dict[str, Tensor]:
+        """Images (3, H, W) and targets to torchvision's losses and their sum, `loss`."""
+        losses = self.trainable_module(images, targets)
+        return {'loss': sum(losses.values()), **losses}
+
+
+class DetectionRun(Run):
+    """The training of a detector."""
+
+    script = 'validate_detection.py'
+
+    @property
+    def metrics(self) -> Tuple[Metric, ...]:
+        """Average precision of boxes, and of masks where the detector has them."""
+        kinds = {'': 'box AP'}
+        if self.model.roi_heads.has_mask():
+            kinds['mask_'] = 'mask AP'
+        return tuple(
+            Metric(f'{prefix}{name}', f'{kind}{name[2:]}', kind, 3 if name in ('AP', 'AP50') else None)
+            for prefix, kind in kinds.items()
+            for name in METRICS[:6]
+        )
+
+    def evaluate(self, interrupt: Interrupt) -> Dict[str, float]:
+        scores = evaluate(self.eval_model, self.val_loader, self.args, self.world, interrupt).scores
+        return {metric.name: scores[metric.name] for metric in self.metrics} if scores else {}
+
+    def subject(self) -> Dict[str, str]:
+        args, transform = self.args, self.model.transform
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        size = [32 * math.ceil(side / 32) for side in (max(transform.min_size), transform.max_size)]
+        macs = count_macs(self.model.backbone, (3, *size)) / 1e9
+        images, val_images = self.loader.num_images, self.val_loader.unreadable.num_images
+        return {
+            'model': f'{args.model}, {parameters:.2f} M parameters, {macs:.1f} G multiply-adds in backbone and neck at '
+            f'{size[0]} x {size[1]}',
+            'data': f'{args.data_dir}: {images:,} training and {val_images:,} validation images of '
+            f'{len(self.val_loader.dataset.category_ids):,} categories',
+        }
+
+
+def pretrained_weights(args: Namespace) -> Dict[str, Any]:
+    """Arguments of the backbone that load the file `args.pretrained_path` as if it were published.
+
+    Raises:
+        ConfigError: If it is not of this backbone.
+    """
+    path = Path(args.pretrained_path)
+    if path.is_dir():
+        path = next((f for f in (path / 'model.safetensors', path / 'best' / 'model.safetensors') if f.is_file()), path)
+    classifier = create_model(split_name(args.model)[1], **args.model_kwargs.get('backbone_kwargs', {}))
+    _logger.info('%s: %s', path, load_weights(classifier, str(path)))
+    return dict(pretrained_cfg_overlay=dict(file=str(path), num_classes=-1))
+
+
+def build_model(args: Namespace, dataset: CocoDetection, world: World, is_fresh: bool) -> FasterRCNN:
+    """The detector, on its device; sets `args.backbone_norm`.
+
+    Raises:
+        ConfigError: If there is no such detector, or weights to start from do not fit.
+    """
+    seed_position(args.seed, Draw.INIT)
+    is_pretrained = bool(args.pretrained_backbone or args.pretrained_path)
+    args.backbone_norm = args.backbone_norm or ('frozen' if is_pretrained else 'batch')
+    kwargs = dict(args.model_kwargs)
+    try:
+        if args.pretrained_path and is_fresh:
+            kwargs['backbone_kwargs'] = {**kwargs.get('backbone_kwargs', {}), **pretrained_weights(args)}
+        model = create_detector(
+            args.model,
+            num_classes=len(dataset.category_ids) + 1,
+            pretrained_backbone=is_pretrained and is_fresh,
+            trainable_backbone_layers=args.trainable_backbone_layers,
+            backbone_norm=args.backbone_norm,
+            **kwargs,
+        )
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"cannot create detector '{args.model}': {error}") from error
+    if args.initial_checkpoint and is_fresh:
+        _logger.info('%s: %s', args.initial_checkpoint, load_weights(model, args.initial_checkpoint, _HEADS))
+    if args.grad_checkpointing:
+        model.backbone.body.set_grad_checkpointing()
+    return model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+
+
+def build(args: Namespace, world: World, is_fresh: bool = True) -> DetectionRun:
+    """The run at its start; only a fresh one loads weights to start from.
+
+    Raises:
+        ConfigError: If something asked for cannot be had.
+    """
+    args.data_dir = find_data(args)
+    del args.data  # args.yaml keeps data_dir
+    train_set, val_set = open_splits(args)
+    model = build_model(args, train_set, world, is_fresh)
+    rebuild = dict(args.model_kwargs, backbone_norm=args.backbone_norm)
+    config = detector_config(args.model, train_set.class_names, train_set.category_ids, rebuild)
+    model = training.share_batch_norm(args, model, world)
+    loaders = DetectionLoader(args, train_set, world), ValidationLoader(args, val_set, world)
+    task = DetectionTask(model, device=world.device, verbose=False)
+    return training.assemble(DetectionRun, args, world, task, model, config, loaders)
+
+
+def train(args: Namespace) -> int:
+    """Train a detector: see `training.train`."""
+    return training.train(args, build)

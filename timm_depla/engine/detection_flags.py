@@ -1,0 +1,104 @@
+"""The flags of train_detection.py and validate_detection.py: those of train.py and validate.py where both have them."""
+
+from functools import partial
+
+from timm.utils import ParseKwargs
+
+from timm_depla.detection.coco import METRICS
+
+from .config import RECIPES, FlagParser
+from .flags import (
+    add_device_args,
+    add_loading_args,
+    add_model_args,
+    add_optimizer_args,
+    add_run_args,
+    add_schedule_args,
+    group,
+)
+
+__all__ = ['LEFT_OUT_OF_DETECTION', 'create_detection_parser', 'create_detection_validate_parser']
+
+_CLASSIFIER = 'it is for classifiers'
+_HEADS = 'use --model-kwargs with the names of torchvision, such as min_size=600 or box_detections_per_img=50'
+_STREAM = 'a COCO-format data set tells its number of images'
+LEFT_OUT_OF_DETECTION = {
+    '--drop': _CLASSIFIER,
+    '--drop-block': 'an argument of the backbone: use --model-kwargs backbone_kwargs="{\'drop_block_rate\': 0.1}"',
+    '--drop-path': 'an argument of the backbone: use --model-kwargs backbone_kwargs="{\'drop_path_rate\': 0.1}"',
+    '--epoch-repeats': _STREAM,
+    '--gp': _CLASSIFIER,
+    '--head-init-bias': _CLASSIFIER,
+    '--head-init-scale': _CLASSIFIER,
+    '--img-size': _HEADS,
+    '--input-size': _HEADS,
+    '--layer-decay': 'detectors have no layer groups in timm',
+    '--layer-decay-min-scale': 'detectors have no layer groups in timm',
+    '--layer-decay-no-opt-scale': 'detectors have no layer groups in timm',
+    '--mean': _HEADS,
+    '--num-classes': 'the categories of the data set tell',
+    '--pretrained': 'use --pretrained-backbone, or --initial-checkpoint for a whole detector',
+    '--std': _HEADS,
+    '--torchcompile': 'image sizes change from batch to batch',
+    '--torchcompile-mode': 'image sizes change from batch to batch',
+    '--train-num-samples': _STREAM,
+    '--val-num-samples': _STREAM,
+    '--validation-batch-size': 'images are validated one by one, so that none is padded',
+}
+"""Flags of train.py that train_detection.py lacks, each with the reason."""
+
+
+def _create_parser(script: str, arguments: str, description: str) -> FlagParser:
+    usage = f'{script} {arguments} [--FLAG VALUE ...]'
+    options = dict(left_out=LEFT_OUT_OF_DETECTION, recipes=RECIPES / 'detection')
+    return FlagParser(script, usage, description, **options)
+
+
+def _add_data_args(parser: FlagParser) -> None:
+    add = group(parser, 'data')
+    add('--data-dir', type=str, metavar='DIR', help='data folder: DIR/SPLIT, DIR/annotations/instances_SPLIT.json')
+    add_loading_args(add)
+    evaluators = ['pycocotools', 'faster-coco-eval']
+    add('--evaluator', default=evaluators[0], choices=evaluators, help='what measures average precision')
+
+
+def create_detection_parser() -> FlagParser:
+    """The command line of train_detection.py."""
+    description = 'Train a detector on COCO-format data; without a data folder, on digits in scenes.'
+    parser = _create_parser('train_detection.py', '[DIR] [--recipe NAME]', description)
+    parser.add_argument('data', nargs='?', metavar='DIR', help='data folder')
+    detector = 'maskrcnn_resnet50_fpn_depla'
+    parser.add_argument('-m', '--model', default=detector, metavar='NAME', help='HEAD_BACKBONE_NECK: see the docs')
+    kwargs = dict(nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    parser.add_argument('--model-kwargs', **kwargs, help="arguments of create_detector: ours and torchvision's")
+    parser.add_argument('-b', '--batch-size', type=int, default=2, metavar='N', help='images a step in each process')
+    _add_data_args(parser)
+    add_device_args(parser)
+    add = group(parser, 'backbone')
+    add('--pretrained-backbone', help="start from the backbone's published weights")
+    add('--trainable-backbone-layers', type=int, metavar='N', help='layers to train, from the end (default: see docs)')
+    norms = ['batch', 'frozen']
+    add('--backbone-norm', choices=norms, help="what becomes of BatchNorm (default: 'frozen' with trained weights)")
+    for add_args in (add_model_args, add_optimizer_args, add_schedule_args):
+        add_args(parser)
+    add = group(parser, 'augmentation')
+    add('--hflip', type=float, default=0.5, metavar='X', help='probability of a horizontal flip')
+    metrics = [f'{prefix}{name}' for prefix in ('', 'mask_') for name in METRICS[:6]]
+    add_run_args(parser, metrics, 'val')
+    return parser
+
+
+def create_detection_validate_parser() -> FlagParser:
+    """The command line of validate_detection.py."""
+    description = 'Average precision of a detector: of a run, a checkpoint, or a file of weights of --model.'
+    parser = _create_parser('validate_detection.py', 'RUN|CHECKPOINT|FILE', description)
+    parser.add_argument('target', metavar='RUN|CHECKPOINT|FILE', help='what to validate')
+    _add_data_args(parser)
+    add_device_args(parser)
+    add = group(parser, 'validation')
+    text = partial(add, type=str, default='')
+    text('--split', '--val-split', dest='val_split', metavar='NAME', help="split (default: the run's, or val)")
+    text('-m', '--model', metavar='NAME', help='the detector that a file of weights belongs to')
+    add('--classes', type=int, metavar='N', help='its classes, with the background, if labels are category ids')
+    text('--results-file', metavar='FILE', help="write the detections in COCO's format for submissions")
+    return parser

@@ -1,0 +1,135 @@
+"""Average precision of a detector over a loader, by one process or many; what `validate_detection.py` does."""
+
+import json
+import logging
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+from torchvision.models.detection import FasterRCNN
+
+from timm_depla.data import UnreadableError
+from timm_depla.detection import create_detector, from_pretrained
+from timm_depla.detection.coco import evaluate_coco, to_results
+
+from .checkpoint import write_file
+from .detection_loaders import ValidationLoader, open_split
+from .errors import ConfigError
+from .evaluation import autocast
+from .models import load_weights
+from .report import progress
+from .validation import run_arguments
+from .world import Interrupt, World, setup_world
+
+__all__ = ['Evaluation', 'evaluate', 'validate']
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Evaluation:
+    """What evaluation found.
+
+    Attributes:
+        scores: COCO's metrics of boxes, 'AP' to 'AR_L', and of masks, 'mask_AP' to 'mask_AR_L', from 0 to 1; none if
+            it was interrupted.
+        tables: COCO's tables, by kind: 'bbox' and 'segm'. In the primary process only.
+        results: The detections in COCO's format. In the primary process only.
+    """
+
+    scores: Dict[str, float] = field(default_factory=dict)
+    tables: Dict[str, str] = field(default_factory=dict)
+    results: List[Dict[str, Any]] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: FasterRCNN, loader: ValidationLoader, args: Namespace, world: World, interrupt: Optional[Interrupt] = None
+) -> Evaluation:
+    """Average precision and recall over all processes' images, as COCO defines them.
+
+    Args:
+        model: The detector, on the run's device; its label i is the i-th category of `loader.category_ids`.
+        loader: The images.
+        args: Arguments: `device`, `amp`, `amp_dtype`, `evaluator`.
+        world: The processes that share the images.
+        interrupt: Ends the evaluation early, without scores.
+    """
+    model.eval()
+    found: List[Dict[str, Any]] = []
+    for images, targets in progress('validation', 'images', iterable=loader) if world.is_primary else loader:
+        with autocast(args):
+            detections = model(images)
+        for target, detection in zip(targets, detections, strict=True):
+            found += to_results(target['image_id'], detection, loader.category_ids)
+        if interrupt is not None and interrupt.signal:
+            break
+    if world.highest(interrupt.signal if interrupt is not None else 0):
+        return Evaluation()
+    shares = world.gather(found)
+    evaluation = Evaluation()
+    if world.is_primary:
+        place = {image_id: i for i, image_id in enumerate(loader.dataset.image_ids)}
+        evaluation.results = sorted((r for share in shares for r in share), key=lambda r: place[r['image_id']])
+        for prefix, kind in {'': 'bbox', 'mask_': 'segm'}.items():
+            if kind == 'bbox' or model.roi_heads.has_mask():
+                fast = args.evaluator == 'faster-coco-eval'
+                scores, evaluation.tables[kind] = evaluate_coco(loader.dataset.coco, evaluation.results, kind, fast)
+                evaluation.scores.update({f'{prefix}{name}': score for name, score in scores.items()})
+    evaluation.scores = world.share(evaluation.scores)
+    return evaluation
+
+
+def _open_model(args: Namespace, category_ids: List[int]) -> FasterRCNN:
+    """The detector of a run or checkpoint, or of a file of weights and `args.model`."""
+    path = Path(args.target)
+    try:
+        if path.is_file() and args.model:
+            classes = args.classes or len(category_ids) + 1
+            model = create_detector(args.model, num_classes=classes)
+            model.category_ids = category_ids if not args.classes else list(range(1, classes))
+            load_weights(model, args.target, heads=())
+            return model
+        return from_pretrained(path.parent if path.is_file() else path)
+    except (RuntimeError, TypeError, ValueError) as error:
+        hint = '' if args.model or not path.is_file() else '; a file of weights needs --model'
+        raise ConfigError(f'{error}{hint}') from error
+
+
+def validate(args: Namespace) -> Dict[str, float]:
+    """Validate a detector on `args.data_dir`, by default on the data that its run was trained with.
+
+    Prints COCO's tables, and writes the detections if `args.results_file` asks for them.
+
+    Returns:
+        COCO's metrics, as `Evaluation.scores`.
+
+    Raises:
+        ConfigError: If the target does not load, the data is not to be found or cannot be read, or their categories
+            do not match.
+    """
+    trained = run_arguments(args.target)
+    args.data_dir = args.data_dir or trained.get('data_dir')
+    args.val_split = args.val_split or trained.get('val_split', 'val')
+    if not args.data_dir:
+        raise ConfigError(
+            f"'{args.target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
+        )
+    world = setup_world(args.device)
+    dataset = open_split(args, args.val_split)
+    model = _open_model(args, dataset.category_ids).to(world.device)
+    if unknown := set(dataset.category_ids) - set(model.category_ids):
+        raise ConfigError(f"'{args.target}' does not know the categories {sorted(unknown)[:5]} of '{args.data_dir}'")
+    loader = ValidationLoader(args, dataset, world, model.category_ids)
+    try:
+        evaluation = evaluate(model, loader, args, world)
+    except UnreadableError as error:
+        raise ConfigError(f'cannot read an image: {str(error).splitlines()[-1]}') from error
+    if world.is_primary:
+        for kind, table in evaluation.tables.items():
+            print(f'{kind}, {args.target} on {args.data_dir} {args.val_split}\n{table}', flush=True)
+        if args.results_file:
+            write_file(Path(args.results_file), (json.dumps(evaluation.results) + '\n').encode())
+    return evaluation.scores

@@ -1,0 +1,333 @@
+"""The loop of every kind of training: epochs, steps, checkpoints, signals, and going on."""
+
+import logging
+import math
+import os
+import time
+from argparse import Namespace
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Tuple, Type
+
+import torch
+import torch.nn as nn
+import yaml
+from timm.layers import convert_sync_batchnorm
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad, distribute_bn, unwrap_model
+
+from timm_depla.data import Draw, UnreadableError, seed_position
+
+from .checkpoint import checkpoint_name, find_damage, newest_checkpoint, write_file
+from .errors import ConfigError, TrainingError
+from .evaluation import autocast
+from .plan import describe
+from .report import Report
+from .run import Losses, Run
+from .world import Interrupt, World, keep_memory, setup_world
+
+__all__ = ['assemble', 'run_epoch', 'set_up_device', 'train', 'train_one_epoch']
+
+_logger = logging.getLogger(__name__)
+
+
+def create_optimizer(
+    args: Namespace, trainable: nn.Module, world: World, num_updates: int
+) -> Tuple[torch.optim.Optimizer, Any, int]:
+    """Optimizer, schedule, and the number of epochs, for `num_updates` updates an epoch; sets `args.lr`.
+
+    Raises:
+        ConfigError: If there is no such optimizer or schedule, or it does not take an argument.
+    """
+    if args.lr is None:
+        ratio = args.batch_size * world.size * args.grad_accum_steps / args.lr_base_size
+        adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
+        scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
+        args.lr = args.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
+    try:
+        optimizer = create_optimizer_v2(trainable, **optimizer_kwargs(args), **args.opt_kwargs)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f"cannot create optimizer '{args.opt}': {error}") from error
+    try:
+        scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=num_updates)
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"cannot create schedule '{args.sched}': {error}") from error
+    if scheduler is None:
+        raise ConfigError(f"cannot create schedule '{args.sched}': use one of timm's, such as cosine or constant")
+    if args.stop_epoch is not None and not 0 < args.stop_epoch <= num_epochs:
+        raise ConfigError(f'--stop-epoch {args.stop_epoch} is not within the {num_epochs} epochs of the schedule')
+    return optimizer, scheduler, num_epochs
+
+
+def assemble(
+    kind: Type[Run], args: Namespace, world: World, task: nn.Module, model: nn.Module, config: bytes, loaders: Tuple
+) -> Run:
+    """A run at its start: adds optimizer, schedule and average, and joins the processes.
+
+    Args:
+        kind: The run's class.
+        args: Its arguments.
+        world: The processes that train together.
+        task: timm's training task of the model.
+        model: The network, on its device.
+        config: Its config.json.
+        loaders: The loaders of training and validation.
+
+    Raises:
+        ConfigError: If an argument of optimizer or schedule is out of range.
+    """
+    trainable = unwrap_model(task.get_trainable_module())
+    num_updates = math.ceil(len(loaders[0]) / args.grad_accum_steps)
+    optimizer, scheduler, num_epochs = create_optimizer(args, trainable, world, num_updates)
+    ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+    scaler = NativeScaler(world.device.type) if args.amp and args.amp_dtype == 'float16' else None
+    if world.size > 1:
+        device_ids = None if world.device.type == 'cpu' else [world.device]
+        task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
+    folder = Path(args.output) / (args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{args.model}')
+    return kind(
+        args, world, world.share(folder), model, trainable, task, optimizer, scheduler, scaler, ema, config, *loaders,
+        num_epochs,
+    )  # fmt: skip
+
+
+def share_batch_norm(args: Namespace, model: nn.Module, world: World) -> nn.Module:
+    """The model with norms over all processes' batches, if `args.sync_bn` asks for it.
+
+    Raises:
+        ConfigError: If several processes train on CPUs.
+    """
+    if not args.sync_bn or world.size == 1:
+        return model
+    if world.device.type == 'cpu':
+        raise ConfigError('--sync-bn works on GPUs only: give --no-sync-bn')
+    return convert_sync_batchnorm(model)
+
+
+def set_up_device(args: Namespace, world: World) -> None:
+    """Deterministic kernels, or the fastest ones; a CPU is faster keeping its memory."""
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    if world.device.type == 'cpu':
+        keep_memory()
+    if world.device.type == 'cuda':
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.backends.cudnn.benchmark = not args.deterministic
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def find_resume(args: Namespace, world: World) -> Optional[Path]:
+    """The checkpoint to go on from, if any; sets `args.output` and `args.experiment` to its run's folder.
+
+    Raises:
+        ConfigError: If there is none where one was named, or 'auto' does not know the run.
+    """
+    if not args.resume:
+        return None
+    path = Path(args.resume)
+    if args.resume == 'auto':
+        if not args.experiment:
+            raise ConfigError('--resume auto goes on with a run by name: add --experiment, or give its folder')
+        path = Path(args.output) / args.experiment
+    elif path.resolve().parent.name == 'checkpoints':
+        path = path.resolve()
+    is_checkpoint = path.parent.name == 'checkpoints'
+    damage = find_damage(path) if is_checkpoint else None
+    if damage is not None:
+        raise ConfigError(f"'{path}' is no whole checkpoint ({damage}): give the run's folder for its newest one")
+    checkpoint = world.share(path if is_checkpoint else newest_checkpoint(path))
+    if checkpoint is None and args.resume != 'auto':
+        raise ConfigError(f"'{args.resume}' has no checkpoint to go on from: give a run's folder")
+    run = checkpoint.parent.parent if checkpoint is not None else path
+    args.output, args.experiment = str(run.parent), run.name
+    return checkpoint
+
+
+def open_folder(run: Run, resumed: bool) -> None:
+    """Make the run's folder and write its configuration, args.yaml.
+
+    Raises:
+        ConfigError: If it holds another run already, or cannot be written.
+    """
+    args, folder = run.args, run.folder
+    if not run.world.is_primary:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=resumed or args.resume == 'auto')
+        (folder / 'checkpoints').mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"run folder '{folder}' exists: go on with it by --resume auto, or choose another --experiment or --output"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"cannot write run folder '{folder}': {error}") from error
+    write_file(folder / 'args.yaml', yaml.safe_dump(vars(args), sort_keys=False).encode())
+
+
+def take_step(run: Run, images: Any, targets: Any) -> torch.Tensor:
+    """Forward, backward and, at the end of an accumulation window, the update; returns the loss."""
+    args, accumulate = run.args, run.args.grad_accum_steps
+    first = run.step - run.step % accumulate
+    window = min(accumulate, len(run.loader) - first)
+    is_update = run.step + 1 == first + window
+    seed_position(args.seed, run.epoch, run.step, Draw.MODEL, run.world.rank)
+    with nullcontext() if is_update else run.task.no_sync():
+        with autocast(args):
+            loss = run.task(images, targets)['loss']
+        parameters = run.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+        if run.scaler is not None:
+            clip = dict(clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=parameters)
+            run.scaler(loss / window, run.optimizer, need_update=is_update, **clip)
+        else:
+            (loss / window).backward()
+            if is_update:
+                if args.clip_grad is not None:
+                    dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
+                run.optimizer.step()
+    run.step += 1
+    if is_update:
+        run.optimizer.zero_grad()
+        updates = run.epoch * run.updates_per_epoch + first // accumulate + 1
+        if run.ema is not None:
+            run.ema.update(run.model, step=updates)
+        run.scheduler.step_update(num_updates=updates)
+    return loss
+
+
+def train_one_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
+    """Train to the end of the epoch, or until a signal; returns the signal, 0 for none.
+
+    Raises:
+        TrainingError: If a loss is not finite, too many images cannot be read, or a checkpoint cannot be written.
+    """
+    args, loader, steps = run.args, run.loader, len(run.loader)
+    run.task.get_trainable_module().train()
+    saved = time.monotonic()
+    for images, targets in loader.epoch(run.epoch, run.step):
+        epoch, step, lr = run.epoch, run.step, run.optimizer.param_groups[0]['lr']
+
+        def where(epoch: int = epoch, step: int = step, lr: float = lr) -> str:
+            files = ', '.join(loader.files(epoch, step)[:8])
+            return (
+                f'at epoch {epoch}, step {step}, learning rate {lr:.3g}: lower --lr or set --clip-grad'
+                f'{f". The batch begins with {files}" if files else ""}'
+            )
+
+        run.losses.add(take_step(run, images, targets), len(images), where)
+        report.update(run.step, run.losses.mean, lr)
+        loader.unreadable.collect()
+        run.writer.poll()
+        if run.step % args.grad_accum_steps and run.step < steps:
+            continue
+        late = args.checkpoint_minutes and time.monotonic() - saved > 60 * args.checkpoint_minutes
+        due = late or (args.recovery_interval and run.step % args.recovery_interval == 0)
+        wanted = run.world.highest(interrupt.signal or int(bool(due)))  # 1: save; above: a signal
+        if run.step == steps:
+            break
+        if wanted > 1:
+            return wanted
+        if wanted:
+            run.save()
+            saved = time.monotonic()
+    run.losses.settle()
+    if run.world.size > 1 and args.dist_bn:
+        distribute_bn(run.model, run.world.size, args.dist_bn == 'reduce')
+        if run.ema is not None:
+            distribute_bn(run.ema.module, run.world.size, args.dist_bn == 'reduce')
+    return run.world.highest(interrupt.signal)
+
+
+def end_epoch(run: Run, metrics: Dict[str, float]) -> None:
+    """Add the epoch's row to the history, set the schedule for the next epoch and move there."""
+    total, count = run.world.sum(run.losses.total, run.losses.count)
+    row = {'epoch': run.epoch, 'train_loss': total / max(count, 1)}
+    row.update({f'eval_{key}': value for key, value in metrics.items() if key != 'count'})
+    run.history.append({**row, 'lr': run.optimizer.param_groups[0]['lr']})
+    run.scheduler.step(run.epoch + 1, metrics.get(run.args.eval_metric))
+    run.epoch, run.step, run.losses = run.epoch + 1, 0, Losses()
+
+
+def run_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
+    """Train to the end of the epoch, validate and save; returns the signal that ended it before, 0 for none."""
+    args, done = run.args, run.epoch + 1
+    is_last = done == run.end
+    report.start(run.epoch, run.step)
+    signal = 0
+    if run.step < len(run.loader):
+        signal = train_one_epoch(run, interrupt, report)
+    report.stop()
+    metrics: Dict[str, float] = {}
+    if not signal and not is_last:
+        run.loader.prepare(done)
+    if not signal and (done % args.val_interval == 0 or is_last or done in args.save_epochs):
+        metrics = run.evaluate(interrupt)
+        signal = run.world.highest(interrupt.signal)
+    if not signal:
+        end_epoch(run, metrics)
+        report.epoch_ended(run.history, (run.ranked(run.history) or [{}])[0])
+    run.save()
+    return signal
+
+
+def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> int:
+    """Train; returns the exit code: 0, or 128 + the signal that interrupted it.
+
+    Args:
+        args: The run's arguments.
+        build: Makes the run at its start, of arguments, processes, and whether it loads weights to start from.
+
+    Writes to `args.output`/`args.experiment`: args.yaml (the effective configuration), checkpoints/ with the links best
+    and last, summary.csv (a row an epoch) and curves.png.
+
+    Raises:
+        ConfigError: If something asked for cannot be had.
+        TrainingError: If training cannot go on.
+    """
+    world = setup_world(args.device)
+    set_up_device(args, world)
+    checkpoint = find_resume(args, world)
+    run = build(args, world, checkpoint is None and not args.dry_run)
+    if world.is_primary:
+        print(describe(run), flush=True)
+    if args.dry_run:
+        return 0
+    if checkpoint is not None:
+        run.load(checkpoint)
+        _logger.info('going on from %s: epoch %d, step %d', checkpoint, run.epoch, run.step)
+    open_folder(run, checkpoint is not None)
+    report = Report(run)
+    if checkpoint is not None and world.is_primary:
+        run.publish(checkpoint.name, run.history)
+    signal = 0
+    with Interrupt(world) as interrupt:
+        try:
+            try:
+                while run.epoch < run.end and not signal:
+                    signal = run_epoch(run, interrupt, report)
+                run.loader.unreadable.collect(wait=True)
+                run.val_loader.unreadable.collect(wait=True)
+            finally:
+                run.writer.wait()
+        except Exception as error:
+            report.stop()
+            if isinstance(error, UnreadableError) or 'DataLoader worker' in str(error):
+                raise TrainingError(explain_worker(error)) from error
+            raise
+    best = (run.ranked(run.history) or [{}])[0]
+    if signal:
+        _logger.info('saved %s; go on with --resume %s', checkpoint_name(run.epoch, run.step), run.folder)
+        return 128 + signal
+    if best:
+        metric = next(metric for metric in run.metrics if metric.name == args.eval_metric)
+        _logger.info('best %s at epoch %d: python %s %s', metric.text(best), best['epoch'], run.script, run.folder)
+    return 0
+
+
+def explain_worker(error: Exception) -> str:
+    """What ended data loading, in a sentence."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    cause = lines[-1] if isinstance(error, UnreadableError) or 'Traceback' in str(error) else lines[0]
+    died = 'killed' in cause or 'exited unexpectedly' in cause
+    hint = 'If it was killed, memory may have run out: lower --workers' if died else 'Mend the data'
+    return f'loading data failed: {cause.rstrip(".")}. {hint}, and go on with --resume auto'
