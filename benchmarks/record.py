@@ -36,11 +36,11 @@ def _processor() -> str:
     return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.machine())
 
 
-def save(name: str, command: str, arguments: Dict[str, Any], results: Dict[str, Any]) -> None:
-    """Write records/NAME.json."""
-    record = {
+def create_record(command: str, results: Dict[str, Any], **more: Any) -> Dict[str, Any]:
+    """Results with the command, commit, versions and hardware that they come from."""
+    return {
         'command': command,
-        'arguments': arguments,
+        **more,
         'commit': COMMIT,
         'versions': {
             'python': platform.python_version(),
@@ -51,6 +51,11 @@ def save(name: str, command: str, arguments: Dict[str, Any], results: Dict[str, 
         'hardware': f'{_processor()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads',
         'results': results,
     }
+
+
+def save(name: str, command: str, arguments: Dict[str, Any], results: Dict[str, Any]) -> None:
+    """Write records/NAME.json."""
+    record = create_record(command, results, arguments=arguments)
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f'{name}.json').write_text(json.dumps(record, indent=1) + '\n')
 

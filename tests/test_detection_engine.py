@@ -76,7 +76,7 @@ def fit(*argv):
 
 
 def score(*argv):
-    return validate(parse_args(create_detection_validate_parser(), [str(a) for a in argv]))
+    return validate(parse_args(create_detection_validate_parser(), [str(a) for a in argv])).scores
 
 
 @pytest.fixture(scope='module')

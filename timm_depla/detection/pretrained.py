@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
 import safetensors.torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torchvision.models.detection import FasterRCNN
 
 from .rcnn import create_detector
@@ -32,6 +34,16 @@ def detector_config(
     return (json.dumps(config, indent=2) + '\n').encode()
 
 
+def _pull(source: str) -> Path:
+    """The folder of a repository of the Hub in the cache, without its pickles if it has any."""
+    repository, _, revision = source.removeprefix('hf-hub:').partition('@')
+    try:
+        files = ['config.json', 'model.safetensors']
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"cannot pull '{source}': {error}") from error
+
+
 def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
     """Load a trained detector, for inference.
 
@@ -40,7 +52,8 @@ def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
         detections = model([image])  # image (3, H, W) from 0 to 1
 
     Args:
-        source: A run's folder, for its best checkpoint, or a checkpoint's.
+        source: A run's folder, for its best checkpoint, or a checkpoint's; or 'hf-hub:ORG/NAME', with '@REVISION' if
+            not the newest, of the Hugging Face Hub.
         **kwargs: Arguments of `create_detector` that change those it was trained with.
 
     Returns:
@@ -50,7 +63,7 @@ def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
     Raises:
         ValueError: If the folder has no detector, or its weights are not those of its configuration.
     """
-    folder = Path(source)
+    folder = _pull(str(source)) if str(source).startswith('hf-hub:') else Path(source)
     if not (folder / 'config.json').is_file():
         folder = folder / 'best'
     try:

@@ -16,7 +16,7 @@ from timm_depla.data import Draw, seed_position
 from . import training
 from .errors import ConfigError
 from .evaluation import evaluate
-from .loaders import TrainLoader, count_classes, create_val_loader, find_data, mixes, open_splits
+from .loaders import TrainLoader, class_names, count_classes, create_val_loader, find_data, mixes, open_splits
 from .models import create_model, load_model, load_weights, model_config
 from .plan import count_macs
 from .report import Metric
@@ -135,7 +135,7 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Classificatio
     train_set, val_set = open_splits(args)
     args.num_classes = count_classes(args, train_set)
     model, data_config = build_model(args, world, is_fresh)
-    config = model_config(model, rebuild_args(args))
+    config = model_config(model, rebuild_args(args), [str(name) for name in class_names(train_set)])
     model = training.share_batch_norm(args, model, world)
     loaders = TrainLoader(args, train_set, data_config, world), create_val_loader(args, val_set, data_config, world)
     task = create_task(args, model, world)

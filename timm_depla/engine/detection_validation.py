@@ -37,11 +37,13 @@ class Evaluation:
             it was interrupted.
         tables: COCO's tables, by kind: 'bbox' and 'segm'. In the primary process only.
         results: The detections in COCO's format. In the primary process only.
+        images: How many were validated.
     """
 
     scores: Dict[str, float] = field(default_factory=dict)
     tables: Dict[str, str] = field(default_factory=dict)
     results: List[Dict[str, Any]] = field(default_factory=list)
+    images: int = 0
 
 
 @torch.inference_mode()
@@ -69,7 +71,7 @@ def evaluate(
     if world.highest(interrupt.signal if interrupt is not None else 0):
         return Evaluation()
     shares = world.gather(found)
-    evaluation = Evaluation()
+    evaluation = Evaluation(images=len(loader.dataset))
     if world.is_primary:
         place = {image_id: i for i, image_id in enumerate(loader.dataset.image_ids)}
         evaluation.results = sorted((r for share in shares for r in share), key=lambda r: place[r['image_id']])
@@ -98,13 +100,10 @@ def _open_model(args: Namespace, category_ids: List[int]) -> FasterRCNN:
         raise ConfigError(f'{error}{hint}') from error
 
 
-def validate(args: Namespace) -> Dict[str, float]:
+def validate(args: Namespace) -> Evaluation:
     """Validate a detector on `args.data_dir`, by default on the data that its run was trained with.
 
     Prints COCO's tables, and writes the detections if `args.results_file` asks for them.
-
-    Returns:
-        COCO's metrics, as `Evaluation.scores`.
 
     Raises:
         ConfigError: If the target does not load, the data is not to be found or cannot be read, or their categories
@@ -132,4 +131,4 @@ def validate(args: Namespace) -> Dict[str, float]:
             print(f'{kind}, {args.target} on {args.data_dir} {args.val_split}\n{table}', flush=True)
         if args.results_file:
             write_file(Path(args.results_file), (json.dumps(evaluation.results) + '\n').encode())
-    return evaluation.scores
+    return evaluation

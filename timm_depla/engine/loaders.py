@@ -23,7 +23,16 @@ from .errors import ConfigError
 from .report import UnreadableImages
 from .world import World
 
-__all__ = ['TrainLoader', 'create_val_loader', 'find_data', 'mixes', 'open_split', 'open_splits']
+__all__ = [
+    'TrainLoader',
+    'class_names',
+    'count_classes',
+    'create_val_loader',
+    'find_data',
+    'mixes',
+    'open_split',
+    'open_splits',
+]
 
 _logger = logging.getLogger(__name__)
 

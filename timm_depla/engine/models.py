@@ -1,5 +1,6 @@
 """Models by name, and from what training left."""
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
@@ -18,17 +19,21 @@ __all__ = ['create_model', 'load_model', 'load_weights', 'model_config']
 _SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # timm's prefixes of a model's name
 
 
-def model_config(model: nn.Module, model_args: Dict[str, Any]) -> bytes:
+def model_config(model: nn.Module, model_args: Dict[str, Any], label_names: Sequence[str] = ()) -> bytes:
     """timm's config.json, which rebuilds the model beside its weights.
 
     Args:
         model: The model, with the `pretrained_cfg` of its own training.
         model_args: Arguments that rebuild the model, beside its name.
+        label_names: Names of the classes, in order.
     """
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / 'config.json'
-        save_config_for_hf(model, path, model_args=model_args)
-        return path.read_bytes()
+        labels = dict(label_names=list(label_names)) if label_names else None
+        save_config_for_hf(model, path, model_config=labels, model_args=model_args)
+        config = json.loads(path.read_text())
+    config.get('model_args', {}).pop('num_classes', None)  # it stands above them, and transformers wants it there alone
+    return (json.dumps(config, indent=2) + '\n').encode()
 
 
 def create_model(name: str, **kwargs) -> nn.Module:

@@ -20,11 +20,11 @@ from .errors import ConfigError, TrainingError
 from .report import Metric, draw_curves
 from .world import Interrupt, World
 
-__all__ = ['Losses', 'Run']
+__all__ = ['CHANGE_NOTHING', 'Losses', 'Run']
 
 _logger = logging.getLogger(__name__)
 
-_CHANGE_NOTHING = {
+CHANGE_NOTHING = {
     'checkpoint_hist', 'checkpoint_minutes', 'data_dir', 'dataset_download', 'dry_run', 'experiment',
     'initial_checkpoint', 'log_interval', 'log_tensorboard', 'log_wandb', 'no_resume_opt', 'output', 'pin_mem',
     'pretrained', 'pretrained_backbone', 'pretrained_path', 'recipe', 'recovery_interval', 'resume',
@@ -156,7 +156,7 @@ class Run:
 
     def arguments(self) -> Dict[str, Any]:
         """What makes this training and no other."""
-        kept = {key: value for key, value in vars(self.args).items() if key not in _CHANGE_NOTHING}
+        kept = {key: value for key, value in vars(self.args).items() if key not in CHANGE_NOTHING}
         return {
             **kept,
             'device': self.world.device.type,

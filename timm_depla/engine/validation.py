@@ -17,6 +17,8 @@ from timm.data import RealLabelsImagenet, resolve_data_config
 from timm.layers import apply_test_time_pool
 from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 
+from timm_depla.data import digits_folder
+
 from .checkpoint import write_file
 from .errors import ConfigError, UserError
 from .evaluation import evaluate
@@ -24,16 +26,23 @@ from .loaders import class_names, count_classes, create_val_loader, open_split
 from .models import load_model
 from .world import World, setup_world
 
-__all__ = ['validate', 'validate_all']
+__all__ = ['measure', 'validate', 'validate_all']
 
 _logger = logging.getLogger(__name__)
 
 
 def run_arguments(target: str) -> Dict[str, Any]:
     """The arguments of the run that a target is, or is in; none for other targets."""
-    path = Path(target).resolve()
+    path = Path(target.removeprefix('local-dir:')).resolve()
     found = [folder / 'args.yaml' for folder in (path, *list(path.parents)[:3]) if (folder / 'args.yaml').is_file()]
     return yaml.safe_load(found[0].read_text()) if found else {}
+
+
+def trained_on_digits(target: str) -> bool:
+    """Whether a published folder says that it was trained on the embedded digits."""
+    record = Path(target.removeprefix('local-dir:'), 'record.json')
+    content = json.loads(record.read_text()) if record.is_file() else {}
+    return content.get('dataset', {}).get('id') == 'digits'
 
 
 def find_targets(args: Namespace) -> List[str]:
@@ -87,6 +96,8 @@ def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
     """The data set and the model; without data of their own, the arguments take the data of the target's run."""
     if args.data_dir is None and not args.dataset:
         trained = run_arguments(target)
+        if not trained and trained_on_digits(target):
+            trained = {'data_dir': str(digits_folder())}
         if not trained:
             raise ConfigError(
                 f"'{target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
@@ -107,11 +118,11 @@ def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
     return dataset, model
 
 
-def validate(args: Namespace, target: str, world: Optional[World] = None) -> Dict[str, Any]:
-    """Validate a run, a checkpoint or a model on `args.data_dir`, by default on the data that its run was trained with.
+def measure(args: Namespace, target: str, world: Optional[World] = None) -> Dict[str, Any]:
+    """Measure a run, a checkpoint or a model on `args.data_dir`, by default on the data that its run was trained with.
 
     Returns:
-        A row of timm's table of results, with the images per second.
+        `loss`, `top1` and `top5` in percent, `images`, `images_per_second`, `parameters`, and timm's `data_config`.
 
     Raises:
         ConfigError: If the target does not load, the data is not to be found, or their classes do not match.
@@ -133,22 +144,29 @@ def validate(args: Namespace, target: str, world: Optional[World] = None) -> Dic
     metrics = evaluate(model, loader, args, world, observe=observe)
     rate = metrics['count'] / (time.perf_counter() - start)
     loader.unreadable.collect(wait=True)
+    images = int(metrics.pop('count'))
     if args.real_labels:
         metrics.update(top1=args.real.get_accuracy(k=1), top5=args.real.get_accuracy(k=5))
     scores = f'top-1 {metrics["top1"]:.2f}  top-5 {metrics["top5"]:.2f}  loss {metrics["loss"]:.3f}'
     data = args.data_dir or args.dataset
-    _logger.info('%s on %s, %d images: %s  %.0f images/s', target, data, metrics['count'], scores, rate)
+    _logger.info('%s on %s, %d images: %s  %.0f images/s', target, data, images, scores, rate)
+    return dict(metrics, images=images, images_per_second=rate, parameters=parameters, data_config=data_config)
+
+
+def validate(args: Namespace, target: str, world: Optional[World] = None) -> Dict[str, Any]:
+    """As `measure`, as a row of timm's table of results."""
+    found = measure(args, target, world)
     return dict(
         model=target,
-        top1=round(metrics['top1'], 4),
-        top1_err=round(100 - metrics['top1'], 4),
-        top5=round(metrics['top5'], 4),
-        top5_err=round(100 - metrics['top5'], 4),
-        param_count=round(parameters / 1e6, 2),
-        img_size=data_config['input_size'][-1],
-        crop_pct=data_config['crop_pct'],
-        interpolation=data_config['interpolation'],
-        images_per_second=round(rate, 1),
+        top1=round(found['top1'], 4),
+        top1_err=round(100 - found['top1'], 4),
+        top5=round(found['top5'], 4),
+        top5_err=round(100 - found['top5'], 4),
+        param_count=round(found['parameters'] / 1e6, 2),
+        img_size=found['data_config']['input_size'][-1],
+        crop_pct=found['data_config']['crop_pct'],
+        interpolation=found['data_config']['interpolation'],
+        images_per_second=round(found['images_per_second'], 1),
     )
 
 

@@ -158,6 +158,8 @@ def shield_worker(busy: Any, _: int) -> None:
 def run_command(name: str, main: Any) -> None:
     """Run a command's main function; a UserError ends it with its message, an interrupt with 128 + signal."""
     setup_default_logging()
+    for library in ('httpx', 'httpx2'):  # a line for each request to the Hub
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         code = main()
     except UserError as error:

@@ -16,11 +16,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, create_classifier, get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint_seq, clean_state_dict, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, clean_state_dict, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from timm_depla.layers import Depla, check_depla_args, match_size
+
+from .builder import build_model
 
 __all__ = ['FishNet']  # register_model adds each entrypoint
 
@@ -486,7 +488,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
 
 
 def _create_fishnet(variant: str, pretrained: bool = False, **kwargs) -> FishNet:
-    return build_model_with_cfg(
+    return build_model(
         FishNet,
         variant,
         pretrained,

@@ -14,10 +14,12 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_ntuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from timm_depla.layers import Depla, check_depla_args
+
+from .builder import build_model
 
 __all__ = ['BasicBlockDepla', 'BottleneckDepla', 'ResNetDepla']  # register_model adds each entrypoint
 
@@ -161,7 +163,7 @@ def _create_resnet_depla(
 ) -> ResNetDepla:
     """Build a variant; the caller's `depla` overrides the variant's key by key."""
     depla = {**(variant_depla or {}), **(depla or {})}
-    return build_model_with_cfg(ResNetDepla, variant, pretrained, depla=depla, **kwargs)
+    return build_model(ResNetDepla, variant, pretrained, depla=depla, **kwargs)
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:

@@ -1,0 +1,174 @@
+"""Model cards in the Hub's format, every number of them from the record beside it."""
+
+from typing import Any, Dict, List
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from timm_depla.detection.coco import METRICS
+
+__all__ = ['create_card']
+
+_PAPER = (
+    'https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html'
+)
+_ARGUMENTS = (
+    'batch_size', 'opt', 'lr', 'momentum', 'weight_decay', 'sched', 'warmup_epochs', 'decay_milestones', 'clip_grad',
+    'smoothing', 'aa', 'mixup', 'cutmix', 'drop_path', 'model_ema', 'model_kwargs', 'seed',
+)  # fmt: skip
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ summary }}
+
+{{ usage }}
+
+## Details
+
+{{ details }}
+
+## Evaluation
+
+{{ evaluation }}
+
+Measured by `{{ record.command }}` at commit `{{ record.commit }}` ({{ versions }}; {{ record.hardware }}).
+
+## Training
+
+{{ training }}
+
+## Limitations
+
+{{ limitations }}
+
+## Licence and citation
+
+The weights are under the {{ licence }} licence.
+
+```bibtex
+@inproceedings{sun2021depla,
+  title = {Aggregation With Feature Detection},
+  author = {Sun, Shuyang and Yue, Xiaoyu and Qi, Xiaojuan and Ouyang, Wanli and Prisacariu, Victor Adrian and
+            Torr, Philip H.S.},
+  booktitle = {ICCV},
+  year = {2021}
+}
+```
+"""
+_CLASSIFIER_USAGE = """```python
+import timm, timm_depla  # importing timm_depla registers the architecture
+from timm.data import create_transform, resolve_model_data_config
+
+model = timm.create_model('{source}', pretrained=True).eval()
+transform = create_transform(**resolve_model_data_config(model), is_training=False)
+probabilities = model(transform(image)[None]).softmax(-1)  # image: a PIL image of mode {mode}
+```
+
+`features_only=True`, `num_classes=` and `in_chans=` work as for any model of timm."""
+_DETECTOR_USAGE = """```python
+from timm_depla.detection import from_pretrained
+from timm_depla.detection.predict import draw_detections, predict, read_image
+
+model = from_pretrained('{source}')
+image = read_image('photo.jpg')
+drawn = draw_detections(image, predict(model, image), model.class_names)
+```"""
+
+
+def _table(rows: Dict[str, Any], header: List[str]) -> str:
+    lines = [header, ['---'] * len(header), *([name, value] for name, value in rows.items())]
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
+
+
+def _name(source: str) -> str:
+    return source.rpartition('/')[2]
+
+
+def _metrics(record: Dict[str, Any]) -> Dict[str, tuple]:
+    """Label, Hub's metric type, value as printed, by the metric's key in the results."""
+    results = record['results']
+    if record['task'] == 'image-classification':
+        names = {'top1': ('top-1 accuracy (%)', 'accuracy'), 'top5': ('top-5 accuracy (%)', 'accuracy')}
+        return {key: (*label, f'{results[key]:.2f}') for key, label in names.items()}
+    return {
+        f'{prefix}{name}': (f'{kind} {name}', 'mean_average_precision', f'{results[f"{prefix}{name}"]:.3f}')
+        for prefix, kind in {'': 'box', 'mask_': 'mask'}.items()
+        for name in METRICS[:6]
+        if f'{prefix}{name}' in results
+    }
+
+
+def _data(record: Dict[str, Any], source: str, licence: str) -> ModelCardData:
+    """The metadata, with the metrics as evaluation results."""
+    data = record['dataset']
+    results = [
+        EvalResult(
+            task_type=record['task'],
+            dataset_type=data['id'],
+            dataset_name=data['name'],
+            dataset_split=data['split'],
+            metric_type=kind,
+            metric_name=label,
+            metric_value=float(value),
+        )
+        for label, kind, value in _metrics(record).values()
+    ]
+    return ModelCardData(
+        model_name=_name(source),
+        library_name='timm' if record['task'] == 'image-classification' else 'timm_depla',
+        license=licence,
+        pipeline_tag=record['task'],
+        tags=[record['task'], 'timm', 'depla'],
+        datasets=[data['hub_id']] if data.get('hub_id') else None,
+        eval_results=results,
+    )
+
+
+def create_card(record: Dict[str, Any], recipe: Dict[str, Any], source: str, licence: str = 'apache-2.0') -> ModelCard:
+    """The card of published weights.
+
+    Args:
+        record: What evaluated them, as `publish` writes it to record.json.
+        recipe: The arguments that trained them.
+        source: What loads them: a name on the Hub or a folder.
+        licence: The weights' licence, as the Hub names it.
+    """
+    results, data = record['results'], record['dataset']
+    is_classifier = record['task'] == 'image-classification'
+    name = record['architecture']
+    size = results['image_size']
+    details = {
+        'architecture': f'`{name}`',
+        'parameters': f'{results["parameters"] / 1e6:.2f} M',
+        f'multiply-adds at {size[-2]} x {size[-1]}': f'{results["macs"] / 1e6:,.1f} M'
+        + ('' if is_classifier else ' (backbone and neck)'),
+        'classes': results['num_classes'],
+    }
+    rows = {label: value for label, _, value in _metrics(record).values()}
+    rows['images per second'] = f'{results["images_per_second"]:.1f}'
+    arguments = ', '.join(f'`{key}={recipe[key]!r}`' for key in _ARGUMENTS if recipe.get(key))
+    summary = (
+        f'`{name}` trained on {data["name"]} by timm-depla: DEPLA, of [Aggregation with Feature Detection]({_PAPER}).'
+    )
+    if 'candidates' in results:
+        scores = ', '.join(f'{key} {value:.4g}' for key, value in results['candidates'].items())
+        summary += f' The weights are the {results["weights"]} ({results["selected_by"]}: {scores}).'
+    usage = _CLASSIFIER_USAGE if is_classifier else _DETECTOR_USAGE
+    return ModelCard.from_template(
+        _data(record, source, licence),
+        template_str=_TEMPLATE,
+        name=_name(source),
+        summary=summary,
+        usage=usage.format(source=source, mode='RGB' if size[0] == 3 else 'L'),
+        details=_table(details, ['', '']),
+        evaluation=f'{data["name"]}, split {data["split"]}, {results["images"]} images.\n\n'
+        + _table(rows, ['metric', 'value']),
+        record=record,
+        versions=', '.join(f'{package} {version}' for package, version in record['versions'].items()),
+        training=f'Epochs: {results["epochs"]}, of the recipe `{record["recipe"]}`, with {arguments}; all are in '
+        '`recipe.yaml`. Time and energy of training were not recorded.',
+        limitations=data['limitations'],
+        licence=licence,
+    )

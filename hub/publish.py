@@ -1,0 +1,231 @@
+"""From a run to a repository folder, and with --push to the Hugging Face Hub: `python -m hub.publish RUN --output DIR`.
+
+The folder has the weights (safetensors only), config.json, which rebuilds the model, recipe.yaml, which trained it,
+record.json, the evaluation that this command makes of it, and the model card README.md. Where training kept an average
+of the weights, both the average and the plain weights are evaluated, and the better ones published.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Dict, Tuple
+
+import safetensors.torch
+import torch
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+import timm_depla
+from benchmarks.record import create_record
+from timm_depla.data import digits_folder
+from timm_depla.detection import from_pretrained
+from timm_depla.engine import detection_validation, validation
+from timm_depla.engine.checkpoint import find_damage
+from timm_depla.engine.config import parse_args
+from timm_depla.engine.detection_flags import create_detection_validate_parser
+from timm_depla.engine.errors import ConfigError
+from timm_depla.engine.flags import create_validate_parser
+from timm_depla.engine.models import load_model
+from timm_depla.engine.plan import count_macs
+from timm_depla.engine.run import CHANGE_NOTHING
+from timm_depla.engine.world import run_command
+
+from .card import create_card
+
+__all__ = ['publish', 'push']
+
+FILES = ('README.md', 'config.json', 'model.safetensors', 'recipe.yaml', 'record.json')
+DIGITS = dict(
+    id='digits',
+    name="scikit-learn's handwritten digits",
+    limitations='It knows small grey images of single handwritten digits, 8 x 8 pixels enlarged, and nothing else: it '
+    'shows that the block trains, and is no measure of the paper.',
+)
+SCENES = dict(
+    id='digits-in-scenes',
+    name='digits in scenes',
+    limitations='It knows handwritten digits pasted on textured backgrounds, and nothing else: it shows that the '
+    'detector trains, and is no measure of the paper.',
+)
+OTHER = 'It has been measured on this data only. Whoever uses it elsewhere should measure it there first.'
+
+
+def find_checkpoint(source: str) -> Tuple[Path, Dict[str, Any]]:
+    """The checkpoint's folder of a run (its best) or checkpoint, and the arguments of its training.
+
+    Raises:
+        ConfigError: If there is none, or it is damaged.
+    """
+    path = Path(source).resolve()
+    folder = path if (path / 'config.json').is_file() else (path / 'best').resolve()
+    arguments = folder.parent.parent / 'args.yaml'
+    if not (folder / 'state.pt').is_file() or not arguments.is_file():
+        raise ConfigError(f"'{source}' is no run of train.py or train_detection.py, and no checkpoint of one")
+    damage = find_damage(folder)
+    if damage is not None:
+        raise ConfigError(f"checkpoint '{folder}' is damaged: {damage}")
+    return folder, yaml.safe_load(arguments.read_text())
+
+
+def describe_data(args: Namespace, trained: Dict[str, Any], is_detector: bool) -> Dict[str, Any]:
+    """What the card says of the data set; the embedded ones are known.
+
+    Raises:
+        ConfigError: If it is another one and has no name.
+    """
+    folder, split = Path(trained['data_dir'] or ''), trained['val_split']
+    annotations = folder / 'annotations' / f'instances_{split}.json'
+    if args.dataset_name:
+        known = dict(id=args.dataset_name.lower().replace(' ', '-'), name=args.dataset_name, limitations=OTHER)
+    elif is_detector and json.loads(annotations.read_text()).get('info', {}).get('description') == 'Digits in scenes':
+        known = SCENES
+    elif not is_detector and folder.resolve() == digits_folder().resolve():
+        known = DIGITS
+    else:
+        raise ConfigError('name the data set for the card with --dataset-name, such as "ImageNet-1k"')
+    return {**known, 'split': split, **({'hub_id': args.dataset_hub_id} if args.dataset_hub_id else {})}
+
+
+def evaluate(folder: Path, is_detector: bool) -> Dict[str, Any]:
+    """The metrics of a run's weights on its validation split, by the code of the commands that validate."""
+    argv = [str(folder), '--device', 'cuda' if torch.cuda.is_available() else 'cpu']
+    start = time.perf_counter()
+    if is_detector:
+        args = parse_args(create_detection_validate_parser(), argv)
+        evaluation = detection_validation.validate(args)
+        seconds = time.perf_counter() - start
+        return {**evaluation.scores, 'images': evaluation.images, 'images_per_second': evaluation.images / seconds}
+    metrics = validation.measure(parse_args(create_validate_parser(), argv), str(folder))
+    return {key: metrics[key] for key in ('top1', 'top5', 'loss', 'images', 'images_per_second')}
+
+
+def candidates(checkpoint: Path, scratch: Path, uses_average: bool) -> Dict[str, Path]:
+    """Folders that can be validated, by what their weights are."""
+    found = {'average of the weights' if uses_average else 'weights': scratch / 'kept'}
+    plain = torch.load(checkpoint / 'state.pt', map_location='cpu', weights_only=True).get('trainable', {})
+    kept = safetensors.torch.load_file(checkpoint / 'model.safetensors')
+    if uses_average and plain.keys() == kept.keys():
+        found['weights without averaging'] = scratch / 'plain'
+    for folder in found.values():
+        folder.mkdir()
+        shutil.copy(checkpoint / 'config.json', folder)
+        shutil.copy(checkpoint.parent.parent / 'args.yaml', folder)  # tells validation the data
+        shutil.copy(checkpoint / 'model.safetensors', folder)
+    if len(found) > 1:
+        plain = {name: value.contiguous() for name, value in plain.items()}
+        safetensors.torch.save_file(plain, scratch / 'plain' / 'model.safetensors', metadata={'format': 'pt'})
+    return found
+
+
+def describe_model(folder: Path, is_detector: bool) -> Dict[str, Any]:
+    """Size and cost of the network."""
+    if is_detector:
+        model = from_pretrained(folder)
+        size = [3, *(32 * math.ceil(side / 32) for side in (max(model.transform.min_size), model.transform.max_size))]
+        network, num_classes = model.backbone, len(model.class_names)
+    else:
+        model = load_model(str(folder))
+        size, network, num_classes = list(model.pretrained_cfg['input_size']), model, model.num_classes
+    parameters = sum(p.numel() for p in model.parameters())
+    return dict(parameters=parameters, macs=count_macs(network, size), image_size=size, num_classes=num_classes)
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder that holds anything but what this command writes."""
+    others = sorted(path.name for path in folder.iterdir() if path.name not in FILES) if folder.is_dir() else []
+    if others or (folder.exists() and not folder.is_dir()):
+        raise ConfigError(f"'{folder}' holds something else ({', '.join(others[:3])}): give another --output")
+
+
+def publish(args: Namespace) -> Path:
+    """Write the repository folder of a run; returns it.
+
+    Raises:
+        ConfigError: If the source is no run, its data set has no name, or the folder holds something else.
+    """
+    output = Path(args.output)
+    check_output(output)
+    checkpoint, trained = find_checkpoint(args.source)
+    config = json.loads((checkpoint / 'config.json').read_text())
+    is_detector = config.get('library_name') == 'timm_depla'
+    data = describe_data(args, trained, is_detector)
+    recipe = {k: v for k, v in trained.items() if k not in CHANGE_NOTHING and v not in (None, '', [], {})}
+    metric = trained['eval_metric']
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = candidates(checkpoint, Path(scratch), trained.get('model_ema', False))
+        scores = {name: evaluate(folder, is_detector) for name, folder in folders.items()}
+        best = (min if metric == 'loss' else max)(scores, key=lambda name: scores[name][metric])
+        results = dict(weights=best, **scores[best], **describe_model(folders[best], is_detector))
+        results['epochs'] = json.loads((checkpoint / 'record.json').read_text())['epoch']
+        if len(scores) > 1:
+            results.update(selected_by=metric, candidates={name: score[metric] for name, score in scores.items()})
+        task = 'image-classification'
+        if is_detector:
+            task = 'image-segmentation' if config['architecture'].startswith('mask') else 'object-detection'
+        record = create_record(f'python -m hub.publish {shlex.join(sys.argv[1:])}', results)
+        record.update(task=task, architecture=config['architecture'], recipe=Path(trained['recipe']).stem, dataset=data)
+        source = f'hf-hub:{args.push}' if args.push else str(output) if is_detector else f'local-dir:{output}'
+        folder = Path(scratch, 'repository')
+        folder.mkdir()
+        (folder / 'record.json').write_text(json.dumps(record, indent=2) + '\n')
+        (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+        (folder / 'config.json').write_bytes((checkpoint / 'config.json').read_bytes())
+        shutil.copy(folders[best] / 'model.safetensors', folder)
+        create_card(record, recipe, source, args.licence).save(folder / 'README.md')
+        shutil.copytree(folder, output, dirs_exist_ok=True)
+    return output
+
+
+def push(folder: Path, repo: str, private: bool = False) -> str:
+    """Upload a repository folder to the Hub in one commit, which also removes pickles; returns its address.
+
+    Raises:
+        ConfigError: If the Hub refuses.
+    """
+    api = HfApi(library_name='timm_depla', library_version=timm_depla.__version__)
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            allow_patterns=list(FILES),
+            delete_patterns=['*.bin', '*.ckpt', '*.pkl', '*.pt', '*.pth'],
+            commit_message=f'Publish {folder.name}',
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise ConfigError(f"cannot push to '{repo}': {error}; `hf auth login` logs in") from error
+    return commit.commit_url
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='python -m hub.publish', description=__doc__.split(':')[0])
+    parser.add_argument('source', metavar='RUN', help='a run of train.py or train_detection.py, or a checkpoint of one')
+    parser.add_argument('--output', required=True, metavar='DIR', help='folder to write')
+    parser.add_argument('--push', default='', metavar='ORG/NAME', help='upload it to this repository of the Hub')
+    parser.add_argument('--private', action='store_true', help='as a private repository, if it is new')
+    parser.add_argument('--dry-run', action='store_true', help='with --push: list what would be sent')
+    parser.add_argument('--dataset-name', default='', metavar='NAME', help='the data set, for the card')
+    parser.add_argument('--dataset-hub-id', default='', metavar='ID', help='its id on the Hub, for the card')
+    parser.add_argument('--licence', default='apache-2.0', metavar='ID', help="the weights' licence")
+    args = parser.parse_args()
+    folder = publish(args)
+    for name in FILES:
+        data = (folder / name).read_bytes()
+        print(f'{name:18} {len(data):12,} bytes  sha256 {hashlib.sha256(data).hexdigest()}')
+    if args.push and args.dry_run:
+        print(f"would be sent to '{args.push}'")
+    elif args.push:
+        print(push(folder, args.push, args.private))
+
+
+if __name__ == '__main__':
+    run_command('hub.publish', main)

@@ -1,0 +1,348 @@
+"""Publishing and pulling, against a server of the Hub's protocol: no function of huggingface_hub is replaced."""
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from hub_server import serve
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+
+from hub.card import create_card
+from hub.publish import FILES, publish
+from timm_depla.data import digits_folder, scenes
+from timm_depla.detection import from_pretrained
+from timm_depla.engine import classification, detection
+from timm_depla.engine.config import parse_args
+from timm_depla.engine.detection_flags import create_detection_parser
+from timm_depla.engine.errors import ConfigError
+from timm_depla.engine.flags import create_train_parser
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = sorted(path for path in (ROOT / 'hub' / 'weights').iterdir())
+SCRIPT = """
+import json, pathlib, sys, torch, timm, timm_depla
+from timm_depla.detection import from_pretrained
+
+def load(source, cache):
+    model = timm.create_model(source, pretrained=True, cache_dir=cache).eval()
+    return model(torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32))
+
+def detect(source, cache):
+    return from_pretrained(source)([torch.linspace(0, 1, 3 * 64 * 64).reshape(3, 64, 64)])[0]
+"""
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """A classifier, whose weights are averaged, and a detector, each hardly trained."""
+    output = tmp_path_factory.mktemp('runs')
+    argv = [
+        '--recipe',
+        'digits',
+        '--epochs',
+        1,
+        '--img-size',
+        32,
+        '--workers',
+        0,
+        '--device',
+        'cpu',
+        '--output',
+        output,
+    ]
+    argv += ['--model-ema', '--model-ema-decay', 0.5, '--experiment', 'classifier']
+    classification.train(parse_args(create_train_parser(), [str(a) for a in argv]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, 'IMAGES', {'train': 4, 'val': 2})
+        folder = scenes.scenes_folder(output / 'data')
+    recipe = yaml.safe_load((ROOT / 'timm_depla' / 'recipes' / 'detection' / 'scenes.yaml').read_text())
+    recipe['model_kwargs'].update(min_size=64, max_size=64, out_channels=16, box_score_thresh=0.0)
+    recipe.update(batch_size=2, epochs=1, workers=0, device='cpu', output=str(output), experiment='detector')
+    (output / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+    detection.train(parse_args(create_detection_parser(), [str(folder), '-c', str(output / 'recipe.yaml')]))
+    return output
+
+
+def run_publish(run, folder, *argv, **environment):
+    command = [sys.executable, '-m', 'hub.publish', run, '--output', folder, *argv]
+    environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_DISABLE_XET': '1', **environment}
+    return subprocess.run(
+        [str(c) for c in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+def run_script(text, tmp_path, **environment):
+    environment = {**os.environ, 'HF_HOME': str(tmp_path / 'cache'), 'HF_HUB_DISABLE_XET': '1', **environment}
+    command = [sys.executable, '-c', SCRIPT + text, str(tmp_path)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope='module')
+def published(runs, tmp_path_factory):
+    """Repository folders of both runs."""
+    output = tmp_path_factory.mktemp('published')
+    for name in ('classifier', 'detector'):
+        arguments = dict(source=str(runs / name), output=str(output / name), push='', dataset_name='', licence='mit')
+        publish(Namespace(**arguments, dataset_hub_id=''))
+    return output
+
+
+def test_publish_then_pull_then_offline(runs, tmp_path):
+    """The same outputs bit for bit: from the folder, in a process with an empty cache, and with the server gone."""
+    with serve() as hub:
+        environment = dict(HF_ENDPOINT=hub.url, HF_TOKEN='hf_token', HF_HOME=str(tmp_path / 'other'))
+        for name in ('classifier', 'detector'):
+            hub.commit(f'user/{name}', {'pytorch_model.bin': b'old', '.gitattributes': b''})
+            result = run_publish(runs / name, tmp_path / name, '--push', f'user/{name}', **environment)
+            assert result.returncode == 0, result.stderr
+            assert f'{hub.url}/user/{name}/commit/' in result.stdout
+            assert set(hub.find(f'user/{name}', 'main')[1]) == {*FILES, '.gitattributes'}
+            assert (
+                hub.find(f'user/{name}', 'main')[1]['model.safetensors']
+                == (tmp_path / name / 'model.safetensors').read_bytes()
+            )
+        pinned = hub.find('user/classifier', 'main')[0]
+        hub.commit('user/classifier', {'model.safetensors': b'newer and broken'})
+        script = f"""
+torch.save([load('hf-hub:user/classifier@{pinned}', None), detect('hf-hub:user/detector', None)], sys.argv[1] + '/out')
+"""
+        result = run_script(script, tmp_path, HF_ENDPOINT=hub.url)
+        assert result.returncode == 0, result.stderr
+        assert not any('pytorch_model' in request for request in hub.requests)
+    pulled = (tmp_path / 'out').read_bytes()
+    result = run_script(script, tmp_path, HF_ENDPOINT=hub.url)  # nobody answers there
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / 'out').read_bytes() == pulled
+    local = script.replace(f'hf-hub:user/classifier@{pinned}', f'local-dir:{tmp_path / "classifier"}')
+    result = run_script(local.replace('hf-hub:user/detector', str(tmp_path / 'detector')), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / 'out').read_bytes() == pulled
+
+
+def test_faults(published, tmp_path):
+    """Each ends in a clear error; no pickle is asked for, and nothing half-written stays."""
+    files = {name: (published / 'classifier' / name).read_bytes() for name in FILES}
+    detector = {name: (published / 'detector' / name).read_bytes() for name in FILES}
+    config = json.loads(files['config.json'])
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / 'executed',)
+
+    weights = files['model.safetensors']
+    stripped = {k: v for k, v in files.items() if k != 'model.safetensors'}
+    repositories = {
+        'whole': files,
+        'truncated': {**files, 'model.safetensors': weights[: len(weights) // 2]},
+        'tampered': {**files, 'model.safetensors': weights[:8] + b'x' + weights[9:]},
+        'pickle': {**stripped, 'pytorch_model.bin': pickle.dumps(Evil())},
+        'architecture': {**files, 'config.json': json.dumps({**config, 'architecture': 'resnet51_depla'}).encode()},
+        'argument': {**files, 'config.json': json.dumps({**config, 'model_args': {'dept': 3}}).encode()},
+        'cut': files,
+        'busy': files,
+        'down': files,
+        'detector-pickle': {
+            **{k: v for k, v in detector.items() if k != 'model.safetensors'},
+            'pytorch_model.bin': pickle.dumps(Evil()),
+        },
+        'detector-truncated': {**detector, 'model.safetensors': detector['model.safetensors'][:9999]},
+    }
+    with serve() as hub:
+        for name, content in repositories.items():
+            hub.commit(f'user/{name}', {**content, 'which': name.encode()})
+        script = """
+found = {}
+for name in NAMES:
+    cache = pathlib.Path(sys.argv[1], name)
+    try:
+        (detect if name.startswith('detector') else load)(f'hf-hub:user/{name}', cache)
+        found[name] = 'loaded'
+    except Exception as error:
+        found[name] = f'{type(error).__name__}: {error}'
+        print(found[name], file=sys.stderr)
+print(json.dumps(found))
+"""
+        names = ['whole', 'truncated', 'tampered', 'pickle', 'architecture', 'argument', 'nowhere', 'detector-pickle']
+        names += ['detector-truncated', 'detector-nowhere']
+        result = run_script(script.replace('NAMES', repr(names)), tmp_path, HF_ENDPOINT=hub.url)
+        assert result.returncode == 0, result.stderr
+        found = json.loads(result.stdout)
+        assert found['whole'] == 'loaded'
+        for name in ('truncated', 'tampered'):
+            assert re.match(r'RuntimeError: model.safetensors is damaged \(.*\): remove it from the cache', found[name])
+        assert found['pickle'].startswith('RuntimeError: the repository has no model.safetensors, and timm_depla loads')
+        assert 'resnet51_depla' in found['architecture']
+        assert 'dept' in found['argument']
+        assert 'user/nowhere' in found['nowhere']
+        assert "ValueError: 'hf-hub:user/detector-pickle' has no checkpoint" in found['detector-pickle']
+        assert "ValueError: 'hf-hub:user/detector-truncated' cannot be read" in found['detector-truncated']
+        assert "ValueError: cannot pull 'hf-hub:user/detector-nowhere'" in found['detector-nowhere']
+        assert not any('pytorch_model' in request for request in hub.requests)
+
+        hub.cut['model.safetensors'] = 1000  # the first request for it, the connection is cut within
+        result = run_script(script.replace('NAMES', "['cut']"), tmp_path, HF_ENDPOINT=hub.url)
+        assert json.loads(result.stdout) == {'cut': 'loaded'}, result.stdout
+        hub.failures['model.safetensors'] = [500]
+        result = run_script(script.replace('NAMES', "['busy', 'busy']"), tmp_path, HF_ENDPOINT=hub.url)
+        assert json.loads(result.stdout) == {'busy': 'loaded'}, result.stdout  # the second time
+        assert re.search(r'HfHubHTTPError: .*500.*user/busy/resolve/main/model.safetensors', result.stderr)
+        hub.failures['config.json'] = [500] * 50
+        result = run_script(script.replace('NAMES', "['down']"), tmp_path, HF_ENDPOINT=hub.url)
+        assert '500' in json.loads(result.stdout)['down']
+    assert not (tmp_path / 'executed').exists()
+    assert not [path for path in tmp_path.rglob('*.incomplete')]
+
+
+def numbers(text):
+    """Numbers as they are printed."""
+    return re.findall(r'(?<![\w.-])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?!\w)', text)
+
+
+@pytest.mark.parametrize('name', ['classifier', 'detector'])
+def test_card(name, published):
+    folder = published / name
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    card = ModelCard.load(folder / 'README.md')  # reads, and so checks, the metadata
+    record = json.loads((folder / 'record.json').read_text())
+    results = record['results']
+    assert card.data.license == 'mit'
+    assert card.data.library_name == {'classifier': 'timm', 'detector': 'timm_depla'}[name]
+    for result in card.data.eval_results:
+        key = {'top-1 accuracy (%)': 'top1', 'top-5 accuracy (%)': 'top5'}.get(result.metric_name)
+        key = key or result.metric_name.replace('box ', '').replace('mask ', 'mask_')
+        assert result.metric_value == pytest.approx(results[key], abs=0.006)
+    printed = card.text.split('## Details')[1].split('## Licence')[0]
+    assert record['commit'] in printed
+    assert record['hardware'] in printed
+    assert all(f'{package} {version}' in printed for package, version in record['versions'].items())
+    known = [*numbers(json.dumps([results, record['dataset']]))]
+    tables = printed.split('Measured by')[0] + printed.split('## Training')[1]
+    for number in numbers(re.sub(r'`[^`]*`|top-\d|AP\d+', '', tables)):
+        half = 0.5 * 10 ** -len(number.partition('.')[2])
+        value = float(number.replace(',', ''))
+        assert any(abs(float(k) / scale - value) <= half * 1.001 for k in known for scale in (1, 1e6)), number
+    assert f"'local-dir:{folder}'" in card.text or f"'{folder}'" in card.text
+
+
+def test_the_better_of_average_and_plain_weights(runs, published):
+    record = json.loads((published / 'classifier' / 'record.json').read_text())['results']
+    assert set(record['candidates']) == {'average of the weights', 'weights without averaging'}
+    assert record['candidates'][record['weights']] == max(record['candidates'].values()) == record['top1']
+    weights = load_file(published / 'classifier' / 'model.safetensors')
+    kept = load_file(runs / 'classifier' / 'best' / 'model.safetensors')
+    same = all(torch.equal(weights[name], kept[name]) for name in kept)
+    assert same == (record['weights'] == 'average of the weights')
+
+
+def test_label_names(published):
+    config = json.loads((published / 'classifier' / 'config.json').read_text())
+    assert config['label_names'] == [str(digit) for digit in range(10)]
+    assert str(ROOT) not in (published / 'classifier' / 'recipe.yaml').read_text()
+
+
+def test_dry_run_sends_nothing(runs, tmp_path):
+    with serve() as hub:
+        result = run_publish(
+            runs / 'classifier', tmp_path / 'out', '--push', 'user/name', '--dry-run', HF_ENDPOINT=hub.url
+        )
+        assert result.returncode == 0, result.stderr
+        assert "would be sent to 'user/name'" in result.stdout
+        assert [line.split()[0] for line in result.stdout.splitlines()[:5]] == list(FILES)
+        assert hub.requests == []
+
+
+def test_bad_publishing(runs, published, tmp_path):
+    arguments = dict(push='', dataset_name='', dataset_hub_id='', licence='mit', output=str(tmp_path / 'out'))
+    with pytest.raises(ConfigError, match=r'is no run of train.py or train_detection.py'):
+        publish(Namespace(source=str(published / 'classifier'), **arguments))
+    (tmp_path / 'used').mkdir()
+    (tmp_path / 'used' / 'thesis.tex').touch()
+    with pytest.raises(ConfigError, match=r"used' holds something else \(thesis.tex\)"):
+        publish(Namespace(source=str(runs / 'classifier'), **{**arguments, 'output': str(tmp_path / 'used')}))
+    with serve() as hub:
+        result = run_publish(runs / 'classifier', tmp_path / 'out', '--push', 'a/b/c', HF_ENDPOINT=hub.url)
+    assert result.returncode == 1
+    assert re.search(r"hub.publish: error: cannot push to 'a/b/c': Repo id must", result.stderr)
+    assert 'Traceback' not in result.stderr
+
+
+def test_changes_of_a_published_model(published):
+    """Classes, channels and features, as for any model of timm."""
+    source = f'local-dir:{published / "classifier"}'
+    original = timm.create_model(source, pretrained=True)
+    changed = timm.create_model(source, pretrained=True, num_classes=3, in_chans=1)
+    assert changed.get_classifier().weight.shape[0] == 3
+    assert torch.allclose(changed.conv1[0].weight[:, 0], original.conv1[0].weight.sum(1), atol=1e-6)
+    features = timm.create_model(source, pretrained=True, features_only=True)
+    assert torch.equal(features.layer3[0].conv1.weight, original.layer3[0].conv1.weight)
+
+
+def test_pretrained_tag_that_names_a_repository(published, tmp_path):
+    """As a cfg of ours will, once there are weights."""
+    with serve() as hub:
+        hub.commit('user/name', {name: (published / 'classifier' / name).read_bytes() for name in FILES})
+        script = """
+overlay = dict(hf_hub_id='user/name', num_classes=10)
+model = timm.create_model('test_resnet_depla', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10)
+torch.save(model.state_dict(), sys.argv[1] + '/weights')
+"""
+        result = run_script(script, tmp_path, HF_ENDPOINT=hub.url)
+        assert result.returncode == 0, result.stderr
+    weights = torch.load(tmp_path / 'weights')
+    expected = load_file(published / 'classifier' / 'model.safetensors')
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_transformers_loads_a_published_folder(published):
+    transformers = pytest.importorskip('transformers')
+    folder = published / 'classifier'
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    ours = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(x).logits, ours(x))
+
+
+def test_torch_hub():
+    model = torch.hub.load(str(ROOT), 'test_resnet_depla', source='local', num_classes=3)
+    assert model.num_classes == 3
+
+
+@pytest.mark.parametrize('folder', WEIGHTS, ids=lambda path: path.name)
+def test_shipped_weights(folder):
+    record = json.loads((folder / 'record.json').read_text())
+    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
+    text = str(create_card(record, recipe, f'local-dir:{folder.relative_to(ROOT)}'))
+    assert text.strip() == (folder / 'README.md').read_text().strip()
+    command = [sys.executable, ROOT / 'validate.py', f'local-dir:{folder}', '--device', 'cpu']
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=200)
+    assert f'359 images: top-1 {record["results"]["top1"]:.2f}  top-5' in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize('folder', WEIGHTS, ids=lambda path: path.name)
+def test_shipped_weights_know_a_digit(folder):
+    """What the README shows."""
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    files = sorted((digits_folder() / 'validation').glob('*/*.png'))[::30]
+    images = torch.stack([transform(Image.open(file).convert('RGB')) for file in files])
+    labels = [model.pretrained_cfg['label_names'][i] for i in model(images).argmax(1)]
+    assert np.mean([label == file.parent.name for label, file in zip(labels, files, strict=True)]) > 0.9
+
+
+def test_detector_from_the_published_folder(published):
+    model = from_pretrained(published / 'detector')
+    assert model.class_names == [str(digit) for digit in range(10)]

@@ -1,0 +1,37 @@
+"""Weights from the Hugging Face Hub as safetensors or not at all."""
+
+from typing import Any, Dict, Optional, Type
+
+import torch.nn as nn
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from timm.models import build_model_with_cfg
+
+__all__ = ['build_model']
+
+_FILE = 'model.safetensors'
+
+
+def build_model(
+    model_cls: Type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+    **kwargs,
+) -> nn.Module:
+    """timm's `build_model_with_cfg` without its way out of a missing safetensors file, which is to load a pickle.
+
+    Raises:
+        RuntimeError: If the repository has no model.safetensors, or it is damaged.
+    """
+    overlay = {'hf_hub_filename': _FILE, **(pretrained_cfg_overlay or {})}
+    try:
+        return build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+    except LocalEntryNotFoundError:  # an outage, which says so itself
+        raise
+    except EntryNotFoundError as error:
+        raise RuntimeError(f'the repository has no {_FILE}, and timm_depla loads nothing else: {error}') from error
+    except SafetensorError as error:
+        raise RuntimeError(
+            f'{_FILE} is damaged ({error}): remove it from the cache (`hf cache rm`) or from its folder, and pull again'
+        ) from error

@@ -1,0 +1,127 @@
+"""What DEPLA detects in the identity X, takes from the candidate Y, and where it puts it.
+
+`capture` returns the maps of every block for any images. `python -m timm_depla.visualize IMAGE --model RUN` draws them
+(as the paper's Figure 8), `python -m timm_depla.visualize FOLDER --model RUN --summary` measures them over a folder.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Dict, Iterator, List, Union
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from timm_depla.layers import Depla
+
+__all__ = ['BlockCapture', 'capture', 'capturing']
+
+
+@dataclass
+class BlockCapture:
+    """What went through a DEPLA block, without gradients, on the model's device.
+
+    Attributes:
+        identity: X (B, C1, H, W), or smaller if the candidate is the larger map.
+        candidate: Y (B, C2, h, w).
+        maps: ROI maps M (B, L, D, H, W), each a distribution over its positions.
+        features: What each group puts back, (B, L, C1): pooled, transformed and projected, before the norm.
+        heatmaps: Back-filling heatmaps B (B, L, H, W), as the back-filling network gives them: over the groups plain
+            ones sum to one at each position, adaptive ones over the positions for each group.
+        output: (B, C1, H, W).
+    """
+
+    identity: Tensor
+    candidate: Tensor
+    maps: Tensor
+    features: Tensor
+    heatmaps: Tensor
+    output: Tensor
+
+
+def find_blocks(model: nn.Module) -> Dict[str, Depla]:
+    """The DEPLA blocks of a model by their module names.
+
+    Raises:
+        ValueError: If it has none, or is compiled or scripted, so that hooks would change or miss what runs.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError('a scripted model cannot be looked into: pass the model that it was scripted from')
+        if hasattr(module, '_orig_mod') or getattr(module, '_compiled_call_impl', None) is not None:
+            raise ValueError('a compiled model cannot be looked into: pass the model as it was before torch.compile')
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, Depla)}
+    if not blocks:
+        raise ValueError(f'{type(model).__name__} has no DEPLA block to look into')
+    return blocks
+
+
+@contextmanager
+def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
+    """Within it, each call of the model fills the dictionary that it gives, by the blocks' module names.
+
+    Hooks read what passes and change nothing; they are removed at the end, also after an error.
+
+    Raises:
+        ValueError: If the model has no DEPLA block, or is compiled or scripted.
+    """
+    blocks = find_blocks(model)
+    found: Dict[str, BlockCapture] = {}
+    seen: Dict[str, Dict[str, Any]] = {name: {} for name in blocks}
+    handles = []
+
+    def keep(name: str, key: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            seen[name][key] = output
+
+        return hook
+
+    def end(name: str) -> Any:
+        def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
+            parts, size = seen[name], output.shape[2:]
+            found[name] = BlockCapture(
+                identity=inputs[0].detach(),
+                candidate=inputs[1].detach(),
+                maps=parts['maps'].detach().unflatten(3, size),
+                features=parts['features'].detach(),
+                heatmaps=parts['bfn'][1].detach().unflatten(2, size),
+                output=output.detach(),
+            )
+            parts.clear()
+
+        return hook
+
+    try:
+        for name, block in blocks.items():
+            parts = dict(maps=block.rpn, bfn=block.bfn, features=block.proj)
+            handles += [part.register_forward_hook(keep(name, key)) for key, part in parts.items()]
+            handles.append(block.register_forward_hook(end(name)))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def capture(model: nn.Module, images: Union[Tensor, List[Tensor]]) -> Dict[str, BlockCapture]:
+    """Run a model in evaluation mode and return what went through its DEPLA blocks, by their module names.
+
+    Example:
+        blocks = capture(model, images)
+        blocks['layer3.5.depla'].maps  # (B, L, D, H, W)
+
+    Args:
+        model: A classifier, backbone or detector; its mode is what it was afterwards.
+        images: What it takes: (B, C, H, W), or a list of (C, H, W) for a detector.
+
+    Raises:
+        ValueError: If the model has no DEPLA block, or is compiled or scripted.
+    """
+    was_training = [module for module in model.modules() if module.training]
+    try:
+        with capturing(model) as found, torch.no_grad():
+            model.eval()
+            model(images)
+    finally:
+        for module in was_training:
+            module.training = True
+    return found
