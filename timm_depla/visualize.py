@@ -4,17 +4,35 @@
 (as the paper's Figure 8), `python -m timm_depla.visualize FOLDER --model RUN --summary` measures them over a folder.
 """
 
+import argparse
+import json
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Union
+from functools import partial
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
+from timm_depla.detection import from_pretrained
+from timm_depla.detection.predict import read_image
+from timm_depla.engine.errors import ConfigError, require
+from timm_depla.engine.models import load_model
+from timm_depla.engine.world import run_command
 from timm_depla.layers import Depla
+from timm_depla.layers.depla import match_size
 
-__all__ = ['BlockCapture', 'capture', 'capturing']
+__all__ = ['BlockCapture', 'capture', 'capturing', 'draw_block', 'measure', 'strength', 'summarize']
+
+UNIFORM = 0.99  # entropy above which a group's maps tell nothing
+DEAD = 0.01  # of the strongest group's strength, below which a group does nothing
+_MIN_SIDE = 8  # pixels
+_SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.webp'}
 
 
 @dataclass
@@ -80,12 +98,12 @@ def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
         def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
             parts, size = seen[name], output.shape[2:]
             found[name] = BlockCapture(
-                identity=inputs[0].detach(),
-                candidate=inputs[1].detach(),
+                identity=inputs[0].detach().clone(),  # an activation in place may follow
+                candidate=inputs[1].detach().clone(),
                 maps=parts['maps'].detach().unflatten(3, size),
                 features=parts['features'].detach(),
                 heatmaps=parts['bfn'][1].detach().unflatten(2, size),
-                output=output.detach(),
+                output=output.detach().clone(),
             )
             parts.clear()
 
@@ -125,3 +143,196 @@ def capture(model: nn.Module, images: Union[Tensor, List[Tensor]]) -> Dict[str, 
         for module in was_training:
             module.training = True
     return found
+
+
+def strength(block: BlockCapture) -> Tensor:
+    """How much each group changes the output, (B, L): what it puts back times how unevenly it puts it."""
+    heatmaps = block.heatmaps.flatten(2)
+    contrast = (heatmaps * heatmaps.shape[-1]).std(dim=2)  # (B, L)
+    return block.features.norm(dim=2) * contrast
+
+
+def measure(block: BlockCapture) -> Dict[str, Tensor]:
+    """Measures of each group's maps, (B, L).
+
+    Returns:
+        `entropy` of its ROI maps, their mean over D, from 0 (one position) to 1 (uniform); `coverage`, the share of
+        positions where the mean of its maps is above the uniform one; `strength`, as the function.
+    """
+    maps = block.maps.flatten(3).double()  # (B, L, D, N)
+    count = maps.shape[-1]
+    entropy = -torch.special.xlogy(maps, maps).sum(3) / max(math.log(count), 1e-12)
+    coverage = (maps.mean(2) > (1 + 1e-4) / count).double().mean(2)
+    return dict(entropy=entropy.mean(2), coverage=coverage, strength=strength(block).double())
+
+
+def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: int = 5) -> 'Figure':  # noqa: F821
+    """A figure of one image in one block: features, the strongest groups' ROI maps, and where they are put.
+
+    Args:
+        image: (3, H, W) from 0 to 1.
+        block: Of one image.
+        title: Above the figure.
+        num_groups: Groups to show, the strongest first.
+
+    Returns:
+        A figure of matplotlib, without a window.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    strengths = strength(block)[0]
+    groups = strengths.argsort(descending=True)[:num_groups].tolist()
+    columns = max(len(groups), 5)
+    figure = Figure(figsize=(2.1 * columns, 7.2), layout='constrained')
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    axes = figure.subplots(3, columns)
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    size = image.shape[1:]
+
+    def show(place: Any, values: Tensor, name: str, cmap: str, is_overlay: bool = False) -> None:
+        values = values.float().cpu()
+        if is_overlay:
+            place.imshow(pixels.mean(2), cmap='gray', vmin=0, vmax=1)
+            values = nn.functional.interpolate(values[None, None], size=size, mode='bilinear')[0, 0]
+        drawn = place.imshow(values, cmap=cmap, alpha=0.7 if is_overlay else 1.0)
+        figure.colorbar(drawn, ax=place, location='bottom', shrink=0.8, aspect=15, format='%.2g')
+        place.set_title(name, fontsize=9)
+
+    def energy(x: Tensor) -> Tensor:
+        return x[0].square().mean(0).sqrt()
+
+    axes[0, 0].imshow(pixels)
+    axes[0, 0].set_title('image', fontsize=9)
+    change = block.output - match_size(block.identity, block.output, 'bilinear')
+    features = {'identity X': block.identity, 'candidate Y': block.candidate, 'output - X': change}
+    features['output'] = block.output
+    for place, (name, x) in zip(axes[0, 1:], features.items(), strict=False):
+        show(place, energy(x), f'{name}, RMS', 'viridis')
+    count = block.maps[0, 0, 0].numel()
+    for column, group in enumerate(groups):
+        maps, heatmap = block.maps[0, group].mean(0) * count, block.heatmaps[0, group] * count
+        show(axes[1, column], maps, f'group {group}: detected in X', 'magma', is_overlay=True)
+        show(axes[2, column], heatmap, f'put back, strength {strengths[group]:.2g}', 'magma', is_overlay=True)
+    for place in axes.flat:
+        place.set_axis_off()
+    return figure
+
+
+def load_any(target: str) -> nn.Module:
+    """A classifier or a detector: a run, a checkpoint, a published folder, or a model with pretrained weights.
+
+    Raises:
+        ConfigError: If it does not load.
+    """
+    folder = Path(target.removeprefix('local-dir:'))
+    configs = [path for path in (folder / 'config.json', folder / 'best' / 'config.json') if path.is_file()]
+    if configs and json.loads(configs[0].read_text()).get('library_name') == 'timm_depla':
+        try:
+            return from_pretrained(folder)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+    return load_model(target).eval()
+
+
+def read_input(model: nn.Module, file: Path) -> Tuple[Tensor, Any]:
+    """An image file as it is shown, (3, H, W) from 0 to 1, and as the model takes it.
+
+    Raises:
+        ConfigError: If it is no image, or too small.
+    """
+    try:
+        pixels = read_image(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read '{file}' as an image: {error}") from error
+    if min(pixels.shape[1:]) < _MIN_SIDE:
+        height, width = pixels.shape[1:]
+        raise ConfigError(f"'{file}' is {width} x {height} pixels: too small, give one of {_MIN_SIDE} a side or more")
+    if not hasattr(model, 'pretrained_cfg'):  # a detector
+        image = pixels / 255
+        return image, [image]
+    config = resolve_model_data_config(model)
+    transform = create_transform(**config, is_training=False)
+    x = transform(to_pil_image(pixels))
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
+    return (x * std + mean).clamp(0, 1).expand(3, -1, -1), x[None]
+
+
+def pick_block(blocks: Dict[str, Any], name: str) -> str:
+    """The block of this name, the last one if empty.
+
+    Raises:
+        ConfigError: If there is none, with those there are.
+    """
+    if name and name not in blocks:
+        raise ConfigError(f"no block '{name}'; there are {', '.join(blocks)}")
+    return name or list(blocks)[-1]
+
+
+def summarize(model: nn.Module, files: Sequence[Path]) -> Dict[str, Dict[str, Tensor]]:
+    """Means of `measure` over image files, (L,), by block."""
+    totals: Dict[str, Dict[str, Tensor]] = {}
+    for file in files:
+        for name, block in capture(model, read_input(model, file)[1]).items():
+            for key, value in measure(block).items():
+                sums = totals.setdefault(name, {})
+                sums[key] = sums.get(key, 0) + value[0] / len(files)
+    return totals
+
+
+def render_summary(totals: Dict[str, Dict[str, Tensor]]) -> str:
+    """A Markdown table: a row for each block, over its groups."""
+    lines = [
+        '| block | entropy: mean (lowest to highest) | coverage | uniform groups | dead groups |',
+        '|---|---|---|---|---|',
+    ]
+    for name, values in totals.items():
+        entropy, coverage, strengths = (values[key] for key in ('entropy', 'coverage', 'strength'))
+        uniform = (entropy > UNIFORM).nonzero().flatten().tolist()
+        dead = (strengths < DEAD * strengths.max()).nonzero().flatten().tolist()
+        ranges = [f'{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})' for v in (entropy, coverage)]
+        lists = [', '.join(map(str, groups)) or 'none' for groups in (uniform, dead)]
+        lines.append(f'| `{name}` | {" | ".join(ranges + lists)} |')
+    return '\n'.join(lines) + '\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='python -m timm_depla.visualize', description=__doc__.splitlines()[0])
+    parser.add_argument('image', metavar='IMAGE|FOLDER', help='an image, or with --summary a folder of images')
+    parser.add_argument('--model', required=True, metavar='RUN|MODEL', help='a run, a checkpoint or a pretrained model')
+    parser.add_argument('--block', default='', metavar='NAME', help='the DEPLA block (default: the last)')
+    parser.add_argument('--out', default='depla.png', metavar='FILE', help='the figure to write (default: depla.png)')
+    parser.add_argument('--summary', action='store_true', help='measure the maps of all blocks over a folder')
+    args = parser.parse_args()
+    run_command('timm_depla.visualize', partial(run, args))
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the command does.
+
+    Raises:
+        ConfigError: If the model, the image or the block is not to be had.
+    """
+    model = load_any(args.model)
+    try:
+        blocks = find_blocks(model)
+    except ValueError as error:
+        raise ConfigError(f"'{args.model}': {error}") from error
+    if args.summary:
+        files = sorted(file for file in Path(args.image).rglob('*') if file.suffix.lower() in _SUFFIXES)
+        if not files:
+            raise ConfigError(f"no images in '{args.image}'")
+        print(f'{len(files)} images\n\n{render_summary(summarize(model, files))}', end='')
+        return
+    require('matplotlib', 'plot')
+    name = pick_block(blocks, args.block)
+    image, x = read_input(model, Path(args.image))
+    block = capture(model, x)[name]
+    title = f'{args.model}, block {name}, T = {blocks[name].rpn.temperature:g}'
+    draw_block(image, block, title).savefig(args.out, dpi=100)
+    print(args.out)
+
+
+if __name__ == '__main__':
+    main()

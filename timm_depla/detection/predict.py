@@ -96,6 +96,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    import timm_depla  # noqa: F401  (registers the backbones)
-
     main()

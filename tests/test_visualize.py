@@ -1,0 +1,180 @@
+"""What is captured is what ran, and looking changes nothing."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_depla  # noqa: F401  (registers the models)
+from timm_depla.data import digits_folder
+from timm_depla.detection import create_detector
+from timm_depla.layers.depla import back_fill, match_size, soft_roi_pool
+from timm_depla.visualize import capture, capturing, find_blocks, measure, render_summary, strength, summarize
+
+ROOT = Path(__file__).parent.parent
+DIGITS = f'local-dir:{ROOT / "hub" / "weights" / "test_resnet_depla.digits"}'
+ADAPTIVE = dict(depla=dict(bfn='adaptive', temperature=0.5))
+
+
+@pytest.fixture(scope='module')
+def digit():
+    return next((digits_folder() / 'validation' / '4').iterdir())
+
+
+def build(name):
+    torch.manual_seed(0)
+    if '_fpn' in name:
+        model = create_detector(name, num_classes=5, min_size=64, max_size=64, out_channels=16)
+        return model.eval(), [torch.rand(3, 64, 80)]
+    name, _, kind = name.partition(':')
+    model = timm.create_model(name, num_classes=5, **(ADAPTIVE if kind else {})).eval()
+    return model, torch.randn(2, 3, 96, 96)
+
+
+MODELS = [
+    'test_resnet_depla',
+    'test_resnet_depla:adaptive',
+    'test_fishnet_depla',
+    'maskrcnn_test_resnet_fpn_depla',
+    'fasterrcnn_test_resnet_depla_fpn',
+]
+
+
+@pytest.mark.parametrize('name', MODELS)
+@torch.no_grad()
+def test_captured_maps_give_the_output(name):
+    model, x = build(name)
+    found = capture(model, x)
+    assert found.keys() == find_blocks(model).keys()
+    for key, module in find_blocks(model).items():
+        block = found[key]
+        assert block.maps.shape[1:3] == (module.rpn.num_groups, module.maps_per_group)
+        assert block.maps.shape[3:] == block.heatmaps.shape[2:] == block.output.shape[2:]
+        assert (block.maps.flatten(3).sum(3) - 1).abs().max() < 1e-5
+        values = match_size(module.candidate(block.candidate), block.output, module.upsample)
+        values = values.flatten(2).unflatten(1, (module.maps_per_group, -1)).transpose(1, 2)
+        pooled = soft_roi_pool(block.maps.flatten(3), values)
+        features = module.proj(module.bfn.transform(pooled))
+        assert torch.allclose(features, block.features, atol=1e-5)
+        identity = match_size(block.identity, block.output, module.upsample)
+        heatmaps = block.heatmaps.flatten(2)
+        filled = back_fill(features, heatmaps * heatmaps.shape[2], identity, add=False)
+        again = identity + module.norm(filled)
+        assert (again - block.output).abs().max() <= 1e-5 * block.output.abs().max()
+
+
+@pytest.mark.parametrize('name', MODELS)
+@torch.no_grad()
+def test_looking_changes_nothing(name):
+    model, x = build(name)
+    before = model(x)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with capturing(model) as found:
+        during = model(x)
+    assert found
+    after = model(x)
+    for output in (during, after):
+        if torch.is_tensor(before):
+            assert torch.equal(output, before)
+        else:
+            assert all(torch.equal(output[0][key], before[0][key]) for key in before[0])
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_mode_is_restored_and_hooks_removed_after_an_error():
+    model, x = build('test_resnet_depla')
+    model.train()
+    model.layer1.eval()
+    modes = [module.training for module in model.modules()]
+    capture(model, x)
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(RuntimeError):
+        capture(model, torch.zeros(1, 5, 8, 8))
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_models_that_cannot_be_looked_into():
+    model, x = build('test_resnet_depla')
+    with pytest.raises(ValueError, match='ResNet has no DEPLA block'):
+        capture(timm.create_model('test_resnet'), x)
+    with pytest.raises(ValueError, match='a scripted model cannot be looked into'):
+        capture(torch.jit.script(model), x)
+    with pytest.raises(ValueError, match='a compiled model cannot be looked into'):
+        capture(torch.compile(model, backend='eager'), x)
+    model.layer3.compile(backend='eager')
+    with pytest.raises(ValueError, match='a compiled model cannot be looked into'):
+        capture(model, x)
+
+
+def test_measures_tell_uniform_and_dead_groups():
+    model, x = build('test_resnet_depla:adaptive')
+    blocks = find_blocks(model)
+    name, module = next(iter(blocks.items()))
+    groups = module.rpn.num_groups
+    with torch.no_grad():
+        module.rpn.conv.weight.unflatten(0, (-1, groups))[:, 3] = 0  # channels are D times L
+        module.rpn.temperature = 0.02
+        block = capture(model, x)[name]
+        values = measure(block)
+    assert values['entropy'][:, 3] == pytest.approx(1, abs=1e-6)
+    assert 0 < values['entropy'].min() < 0.999
+    assert ((values['coverage'] >= 0) & (values['coverage'] < 1)).all()
+    block.features[:, 5] = 0
+    assert (strength(block)[:, 5] == 0).all()
+    totals = {name: {key: value.mean(0) for key, value in measure(block).items()}}
+    row = render_summary(totals).splitlines()[2]
+    assert row.startswith(f'| `{name}` | ')
+    assert row.split(' | ')[-2].split(', ')[0] == '3'
+    assert '5' in row.split(' | ')[-1].rstrip(' |').split(', ')
+
+
+def test_summary_is_the_mean_over_the_files(digit):
+    model, _ = build('test_resnet_depla')
+    files = sorted(digit.parent.iterdir())[:3]
+    each = [summarize(model, [file]) for file in files]
+    for name, values in summarize(model, files).items():
+        for key, value in values.items():
+            assert torch.allclose(value, torch.stack([e[name][key] for e in each]).mean(0))
+
+
+def run(*argv):
+    command = [sys.executable, '-m', 'timm_depla.visualize', *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+
+
+def test_command(digit, tmp_path):
+    file = tmp_path / 'figure.png'
+    result = run(digit, '--model', DIGITS, '--out', file)
+    assert result.returncode == 0, result.stderr
+    image = Image.open(file)
+    assert image.width >= 1000
+    assert len(image.convert('RGB').getcolors(1 << 24)) > 500
+    result = run(digit.parent, '--model', DIGITS, '--summary')
+    assert result.returncode == 0, result.stderr
+    assert re.search(r'^\| `layer3\.\d\.depla` \| 0\.\d{3} \(0\.\d{3} to 0\.\d{3}\) \|', result.stdout, re.MULTILINE)
+
+
+def test_bad_input(digit, tmp_path):
+    (tmp_path / 'text.png').write_text('no image')
+    Image.new('RGB', (30, 5)).save(tmp_path / 'small.png')
+    plain = timm.create_model('test_resnet', num_classes=2)
+    timm.models.save_for_hf(plain, tmp_path / 'plain', safe_serialization=True)
+    for argv, message in [
+        ((tmp_path / 'text.png', '--model', DIGITS), r"cannot read '.*text.png' as an image"),
+        ((tmp_path / 'small.png', '--model', DIGITS), r"small.png' is 30 x 5 pixels: too small, give one of 8 a side"),
+        ((digit, '--model', DIGITS, '--block', 'layer9'), r"no block 'layer9'; there are layer3\.\d\.depla"),
+        ((digit, '--model', f'local-dir:{tmp_path / "plain"}'), r"plain': ResNet has no DEPLA block to look into"),
+        ((digit, '--model', 'test_resnet_depla_'), r"is no run folder, checkpoint or model; did you mean 'test_resnet"),
+        ((tmp_path / 'plain', '--model', DIGITS, '--summary'), r"no images in '.*plain'"),
+    ]:
+        result = run(*argv)
+        assert result.returncode == 1
+        assert re.search(rf'^timm_depla.visualize: error: .*{message}', result.stderr, re.MULTILINE), result.stderr
+        assert 'Traceback' not in result.stderr
