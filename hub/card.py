@@ -148,7 +148,9 @@ def create_card(record: Dict[str, Any], recipe: Dict[str, Any], source: str, lic
     }
     rows = {label: value for label, _, value in _metrics(record).values()}
     rows['images per second'] = f'{results["images_per_second"]:.1f}'
-    arguments = ', '.join(f'`{key}={recipe[key]!r}`' for key in _ARGUMENTS if recipe.get(key))
+    left_out = () if recipe['sched'] == 'multistep' else ('decay_milestones',)
+    shown = [key for key in _ARGUMENTS if recipe.get(key) and key not in left_out]
+    arguments = ', '.join(f'`{key}={recipe[key]!r}`' for key in shown)
     summary = (
         f'`{name}` trained on {data["name"]} by timm-depla: DEPLA, of [Aggregation with Feature Detection]({_PAPER}).'
     )

@@ -14,7 +14,7 @@ import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.data import digits_folder
 from timm_depla.detection import create_detector
 from timm_depla.layers.depla import back_fill, match_size, soft_roi_pool
-from timm_depla.visualize import capture, capturing, find_blocks, measure, render_summary, strength, summarize
+from timm_depla.visualize import capture, capturing, find_blocks, main, measure, render_summary, strength, summarize
 
 ROOT = Path(__file__).parent.parent
 DIGITS = f'local-dir:{ROOT / "hub" / "weights" / "test_resnet_depla.digits"}'
@@ -161,7 +161,7 @@ def test_command(digit, tmp_path):
     assert re.search(r'^\| `layer3\.\d\.depla` \| 0\.\d{3} \(0\.\d{3} to 0\.\d{3}\) \|', result.stdout, re.MULTILINE)
 
 
-def test_bad_input(digit, tmp_path):
+def test_bad_input(digit, tmp_path, monkeypatch):
     (tmp_path / 'text.png').write_text('no image')
     Image.new('RGB', (30, 5)).save(tmp_path / 'small.png')
     plain = timm.create_model('test_resnet', num_classes=2)
@@ -174,7 +174,6 @@ def test_bad_input(digit, tmp_path):
         ((digit, '--model', 'test_resnet_depla_'), r"is no run folder, checkpoint or model; did you mean 'test_resnet"),
         ((tmp_path / 'plain', '--model', DIGITS, '--summary'), r"no images in '.*plain'"),
     ]:
-        result = run(*argv)
-        assert result.returncode == 1
-        assert re.search(rf'^timm_depla.visualize: error: .*{message}', result.stderr, re.MULTILINE), result.stderr
-        assert 'Traceback' not in result.stderr
+        monkeypatch.setattr(sys, 'argv', ['visualize', *map(str, argv)])
+        with pytest.raises(SystemExit, match=rf'^timm_depla.visualize: error: .*{message}'):
+            main()

@@ -197,7 +197,7 @@ def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: 
             place.imshow(pixels.mean(2), cmap='gray', vmin=0, vmax=1)
             values = nn.functional.interpolate(values[None, None], size=size, mode='bilinear')[0, 0]
         drawn = place.imshow(values, cmap=cmap, alpha=0.7 if is_overlay else 1.0)
-        figure.colorbar(drawn, ax=place, location='bottom', shrink=0.8, aspect=15, format='%.2g')
+        figure.colorbar(drawn, ax=place, location='bottom', shrink=0.8, aspect=15, format='%.3g')
         place.set_title(name, fontsize=9)
 
     def energy(x: Tensor) -> Tensor:

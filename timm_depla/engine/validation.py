@@ -103,7 +103,7 @@ def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
                 f"'{target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
             )
         for key in ('dataset', 'data_dir', 'class_map', 'input_key', 'target_key', 'input_img_mode'):
-            setattr(args, key, getattr(args, key) or trained.get(key))
+            setattr(args, key, getattr(args, key) or trained.get(key, getattr(args, key)))
     dataset = open_split(args, args.val_split)
     options = dict(num_classes=args.num_classes, in_chans=args.in_chans, global_pool=args.gp)
     options = {key: value for key, value in options.items() if value is not None}
