@@ -214,7 +214,7 @@ def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: 
     for column, group in enumerate(groups):
         maps, heatmap = block.maps[0, group].mean(0) * count, block.heatmaps[0, group] * count
         show(axes[1, column], maps, f'group {group}: detected in X', 'magma', is_overlay=True)
-        show(axes[2, column], heatmap, f'put back, strength {strengths[group]:.2g}', 'magma', is_overlay=True)
+        show(axes[2, column], heatmap, f'put back, strength {strengths[group]:.3g}', 'magma', is_overlay=True)
     for place in axes.flat:
         place.set_axis_off()
     return figure
@@ -236,8 +236,26 @@ def load_any(target: str) -> nn.Module:
     return load_model(target).eval()
 
 
+def prepare(model: nn.Module, pixels: Tensor, name: str = 'the image') -> Tuple[Tensor, Any]:
+    """An image, uint8 (3, H, W), as it is shown, (3, H, W) from 0 to 1, and as the model takes it.
+
+    Raises:
+        ConfigError: If it is too small.
+    """
+    height, width = pixels.shape[1:]
+    if min(height, width) < _MIN_SIDE:
+        raise ConfigError(f'{name} is {width} x {height} pixels: too small, give one of {_MIN_SIDE} a side or more')
+    if not hasattr(model, 'pretrained_cfg'):  # a detector
+        image = pixels / 255
+        return image, [image]
+    config = resolve_model_data_config(model)
+    x = create_transform(**config, is_training=False)(to_pil_image(pixels))
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
+    return (x * std + mean).clamp(0, 1).expand(3, -1, -1), x[None]
+
+
 def read_input(model: nn.Module, file: Path) -> Tuple[Tensor, Any]:
-    """An image file as it is shown, (3, H, W) from 0 to 1, and as the model takes it.
+    """As `prepare`, of an image file.
 
     Raises:
         ConfigError: If it is no image, or too small.
@@ -246,17 +264,7 @@ def read_input(model: nn.Module, file: Path) -> Tuple[Tensor, Any]:
         pixels = read_image(file)
     except OSError as error:
         raise ConfigError(f"cannot read '{file}' as an image: {error}") from error
-    if min(pixels.shape[1:]) < _MIN_SIDE:
-        height, width = pixels.shape[1:]
-        raise ConfigError(f"'{file}' is {width} x {height} pixels: too small, give one of {_MIN_SIDE} a side or more")
-    if not hasattr(model, 'pretrained_cfg'):  # a detector
-        image = pixels / 255
-        return image, [image]
-    config = resolve_model_data_config(model)
-    transform = create_transform(**config, is_training=False)
-    x = transform(to_pil_image(pixels))
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
-    return (x * std + mean).clamp(0, 1).expand(3, -1, -1), x[None]
+    return prepare(model, pixels, f"'{file}'")
 
 
 def pick_block(blocks: Dict[str, Any], name: str) -> str:

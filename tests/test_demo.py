@@ -1,0 +1,194 @@
+"""The page, used in a real browser where there is one."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from timm_depla.data import digits_folder
+from timm_depla.demo import WEIGHTS, drawn_digit, find_models, look, open_model
+from timm_depla.engine.errors import ConfigError
+from timm_depla.visualize import capture, find_blocks, load_any, prepare
+
+ROOT = Path(__file__).parent.parent
+DIGITS = f'local-dir:{WEIGHTS / "test_resnet_depla.digits"}'
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+
+
+@pytest.fixture(scope='module')
+def digit():
+    return sorted((digits_folder() / 'validation' / '4').iterdir())[0]
+
+
+def test_temperature_is_set_for_the_look_alone(digit):
+    model = open_model(DIGITS)
+    pixels = pil_to_tensor(Image.open(digit).convert('RGB'))
+    found, image, blocks = look(model, pixels, 0.1)
+    assert max(found, key=found.get) == '4'
+    assert sum(found.values()) == pytest.approx(1, abs=1e-5)
+    assert image.shape == (3, 128, 128)
+    assert all(block.rpn.temperature == 1.0 for block in find_blocks(model).values())
+    sharp = load_any(DIGITS)
+    for block in find_blocks(sharp).values():
+        block.rpn.temperature = 0.1
+    expected = capture(sharp, prepare(sharp, pixels)[1])
+    assert all(torch.equal(blocks[name].maps, expected[name].maps) for name in expected)
+
+
+def test_drawing_becomes_a_digit_of_the_data_set():
+    ink = np.zeros((280, 280, 4), np.uint8)
+    ink[40:240, 130:150, 3] = 255
+    digit = np.asarray(drawn_digit({'layers': [Image.fromarray(ink)]}))
+    assert digit.shape == (8, 8)
+    assert (digit[:, 3:5] > 60).all()
+    assert (digit[:, :3] == 0).all()
+    assert drawn_digit(None) is None
+    assert drawn_digit({'layers': [Image.new('RGBA', (280, 280))]}) is None
+
+
+def test_models_that_the_page_does_not_take(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r'is no run folder, checkpoint or model'):
+        find_models([str(tmp_path / 'nowhere')])
+    monkeypatch.setattr('timm_depla.demo.WEIGHTS', tmp_path / 'nowhere')
+    with pytest.raises(ConfigError, match='no networks here: name runs or pretrained models with --model'):
+        find_models([])
+
+
+@pytest.fixture(scope='module')
+def address():
+    """The page, served as the command does."""
+    pytest.importorskip('gradio')
+    pytest.importorskip('playwright')
+    if CHROMIUM is None:
+        pytest.skip('no Chromium')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, '-m', 'timm_depla.demo', '--port', str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if 'Running on local URL' in line:
+            break
+    else:
+        raise AssertionError(''.join(lines))
+    yield f'http://127.0.0.1:{port}'
+    process.terminate()
+    process.wait(timeout=30)
+
+
+@pytest.fixture
+def page(address):
+    """A page on a desktop's width; at the end nothing may have gone wrong in its console."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+        page = browser.new_page(viewport={'width': 1280, 'height': 900})
+        errors, requests = [], []
+        page.on('console', lambda message: errors.append(message.text) if message.type == 'error' else None)
+        page.on('pageerror', lambda error: errors.append(str(error)))
+        page.on('request', lambda request: requests.append(request.url))
+        page.goto(address)
+        page.wait_for_selector('text=What DEPLA sees', timeout=60_000)
+        page.errors = errors
+        yield page
+        assert errors == []
+        assert all(url.startswith((address, 'data:', 'blob:')) for url in requests)  # it works offline
+        browser.close()
+
+
+def wait_for(change, seconds=30):
+    """What `change` returns once it is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := change():
+            return value
+        time.sleep(0.1)
+    raise AssertionError('nothing changed')
+
+
+def numbers(page):
+    return next((t for t in page.locator('.prose').all_inner_texts() if t.startswith('Group')), '')
+
+
+def pictures(page):
+    return [page.locator('img').nth(i).get_attribute('src') for i in range(page.locator('img').count())]
+
+
+def upload(page, file):
+    page.set_input_files('input[type=file] >> nth=0', str(file))
+    return wait_for(lambda: numbers(page))
+
+
+def test_page_shows_what_is_asked(page, digit):
+    first = upload(page, digit)
+    assert first.startswith('Group 0: entropy 0.')
+    assert page.locator('[data-testid=label-output-value]').inner_text() == '4'
+    before = pictures(page)
+
+    slider = page.get_by_label('range slider for Group')
+    slider.focus()
+    page.keyboard.press('ArrowRight')  # by keyboard
+    second = wait_for(lambda: numbers(page).startswith('Group 1:') and numbers(page))
+    assert wait_for(lambda: pictures(page) != before)
+    before = pictures(page)
+
+    temperature = page.get_by_label('number input for Temperature')
+    temperature.fill('0.1')
+    temperature.press('Enter')
+    third = wait_for(lambda: numbers(page) != second and numbers(page))
+    entropies = [float(re.search(r'entropy (\d\.\d+)', text)[1]) for text in (second, third)]
+    assert entropies[1] < entropies[0] - 0.05
+    assert wait_for(lambda: pictures(page) != before)
+
+    page.get_by_label('Block').click()
+    page.get_by_role('option', name='layer3.1.depla').click()
+    assert wait_for(lambda: numbers(page) != third)
+    page.get_by_label('Model').click()
+    page.get_by_role('option', name='test_fishnet_depla.digits').click()
+    wait_for(
+        lambda: (
+            'fish' in page.get_by_label('Block').input_value()
+            or 'layer' not in page.get_by_label('Block').input_value()
+        )
+    )
+    assert wait_for(lambda: numbers(page).startswith('Group 0:'))
+
+
+def test_page_on_a_phone(page, digit):
+    page.set_viewport_size({'width': 390, 'height': 844})
+    upload(page, digit)
+    assert page.evaluate('document.documentElement.scrollWidth') <= 390
+
+
+def test_drawing(page):
+    page.get_by_role('tab', name='Draw').click()
+    page.get_by_role('button', name='Brush').first.click()
+    canvas = page.locator('canvas').first
+    canvas.wait_for()
+    box = wait_for(canvas.bounding_box)
+    x, y = box['x'] + box['width'] / 2, box['y'] + box['height'] / 2
+    page.mouse.move(x, y - 80)
+    page.mouse.down()
+    for step in range(17):
+        page.mouse.move(x, y - 80 + 10 * step)
+    page.mouse.up()
+    assert wait_for(lambda: numbers(page))
+    assert page.locator('[data-testid=label-output-value]').inner_text() == '1'
+
+
+def test_bad_images_on_the_page(page, tmp_path):
+    Image.new('RGB', (30, 5)).save(tmp_path / 'small.png')
+    page.set_input_files('input[type=file] >> nth=0', str(tmp_path / 'small.png'))
+    page.wait_for_selector('text=30 x 5 pixels: too small, give one of 8 a side or more', timeout=30_000)

@@ -1,0 +1,256 @@
+"""A page to look into DEPLA with, on this machine: `python -m timm_depla.demo`.
+
+Upload or draw an image, see the prediction, and what each group of a block detects and where it is put, at any
+temperature. Without --model it has the networks of `hub/weights`, which know digits.
+"""
+
+import argparse
+import threading
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from timm_depla.data import digits_folder
+from timm_depla.engine.errors import ConfigError, require
+from timm_depla.engine.world import run_command
+from timm_depla.visualize import BlockCapture, capturing, find_blocks, load_any, measure, prepare
+
+__all__ = ['create_app', 'launch', 'look']
+
+WEIGHTS = Path(__file__).parent.parent / 'hub' / 'weights'
+_LOCK = threading.Lock()  # a model's temperature is set for one visitor at a time
+_FONTS = ['system-ui', 'sans-serif']  # of the visitor's machine: nothing is fetched
+_HEADING = """# What DEPLA sees
+
+A group detects regions in the identity X, pools the candidate Y over them, and puts what it found back where its
+heatmap says."""
+_CSS = 'footer {display: none !important} #picture img {width: 100%; height: 100%; object-fit: contain}'
+
+
+@contextmanager
+def temperature_set(model: nn.Module, temperature: float) -> Iterator[None]:
+    """Within it all DEPLA blocks have this temperature."""
+    blocks = find_blocks(model).values()
+    before = [block.rpn.temperature for block in blocks]
+    try:
+        for block in blocks:
+            block.rpn.temperature = temperature
+        yield
+    finally:
+        for block, value in zip(blocks, before, strict=True):
+            block.rpn.temperature = value
+
+
+def look(
+    model: nn.Module, pixels: Tensor, temperature: float
+) -> Tuple[Dict[str, float], Tensor, Dict[str, BlockCapture]]:
+    """Classify an image and capture the DEPLA blocks at a temperature.
+
+    Args:
+        model: A classifier.
+        pixels: uint8 (3, H, W).
+        temperature: T of all blocks.
+
+    Returns:
+        Probabilities by class name, the image as the model saw it, (3, H, W) from 0 to 1, and the blocks.
+
+    Raises:
+        ConfigError: If the image is too small.
+    """
+    image, x = prepare(model, pixels)
+    with _LOCK, temperature_set(model, temperature), capturing(model) as blocks, torch.no_grad():
+        probabilities = model(x)[0].softmax(0).tolist()
+    names = model.pretrained_cfg.get('label_names') or range(len(probabilities))
+    return {str(name): p for name, p in zip(names, probabilities, strict=True)}, image, blocks
+
+
+def overlay(image: Tensor, values: Tensor) -> np.ndarray:
+    """A map (h, w) in colour over the grey image (3, H, W), 320 pixels high, as uint8 (H, W, 3)."""
+    from matplotlib import colormaps
+
+    size = (320, round(320 * image.shape[2] / image.shape[1]))
+    resize = partial(nn.functional.interpolate, size=size, mode='bilinear')
+    grey = resize(image.mean(0)[None, None])[0, 0, ..., None].numpy()
+    spread = (values.max() - values.min()).clamp(min=1e-12)
+    values = resize(((values - values.min()) / spread).float()[None, None])[0, 0].clamp(0, 1).numpy()
+    return (255 * (0.3 * grey + 0.7 * colormaps['magma'](values)[..., :3])).round().astype(np.uint8)
+
+
+def describe(block: BlockCapture, group: int) -> str:
+    """The numbers of a group."""
+    found = {key: value[0] for key, value in measure(block).items()}
+    rank = int((found['strength'] > found['strength'][group]).sum()) + 1
+    entropy, coverage, strength = (found[key][group] for key in ('entropy', 'coverage', 'strength'))
+    return (
+        f'Group {group}: entropy {entropy:.4f} of 1, coverage {coverage:.0%} of the positions, '
+        f'strength {strength:.3g}, number {rank} of {len(found["strength"])} in strength.'
+    )
+
+
+def drawn_digit(drawing: Optional[Dict[str, Any]]) -> Optional[Image.Image]:
+    """A drawing as the data set has its digits: white on black, its box 8 x 8 pixels; None if nothing is drawn."""
+    if not drawing or not drawing['layers']:
+        return None
+    ink = np.max([np.asarray(layer.convert('RGBA'))[..., 3] for layer in drawing['layers']], axis=0)
+    rows, columns = ink.any(1).nonzero()[0], ink.any(0).nonzero()[0]
+    if not len(rows):
+        return None
+    side = max(np.ptp(rows), np.ptp(columns)) + 1
+    box = Image.new('L', (side, side))
+    cut = Image.fromarray(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    box.paste(cut, ((side - cut.width) // 2, (side - cut.height) // 2))
+    return box.resize((8, 8), Image.Resampling.BOX)
+
+
+@lru_cache(maxsize=4)
+def open_model(target: str) -> nn.Module:
+    """A classifier with DEPLA, kept.
+
+    Raises:
+        ConfigError: If it does not load, or is no classifier, or has no DEPLA block.
+    """
+    model = load_any(target)
+    if not hasattr(model, 'pretrained_cfg'):
+        raise ConfigError(f"'{target}' is a detector, the page takes classifiers: see python -m timm_depla.visualize")
+    try:
+        find_blocks(model)
+    except ValueError as error:
+        raise ConfigError(f"'{target}': {error}") from error
+    return model
+
+
+def examples() -> List[str]:
+    """Files of digits, one of each class, where they can be made."""
+    try:
+        folder = digits_folder() / 'validation'
+    except (ModuleNotFoundError, OSError, RuntimeError):
+        return []
+    return [str(sorted(path.glob('*.png'))[0]) for path in sorted(folder.iterdir())]
+
+
+def create_app(models: Dict[str, str]) -> Any:
+    """The page, a `gradio.Blocks`.
+
+    Args:
+        models: What `open_model` takes, by the name to show.
+    """
+    import gradio as gr
+
+    first = open_model(next(iter(models.values())))
+    first_blocks = find_blocks(first)
+    last = next(reversed(first_blocks.values()))
+
+    def choose(name: str) -> Tuple[Any, Any, Any]:
+        blocks = find_blocks(open_model(models[name]))
+        block = next(reversed(blocks.values()))
+        return (
+            gr.update(choices=list(blocks), value=list(blocks)[-1]),
+            gr.update(maximum=block.rpn.num_groups - 1, value=0),
+            gr.update(value=block.rpn.temperature),
+        )
+
+    def update(
+        image: Any, drawing: Any, source: str, name: str, block: str, group: float, temperature: float
+    ) -> Tuple[Any, Any, Any, str]:
+        picture = drawn_digit(drawing) if source == 'drawing' else image
+        if picture is None:
+            return None, None, None, 'Upload, pick or draw an image.'
+        model = open_model(models[name])
+        try:
+            found, shown, blocks = look(model, pil_to_tensor(picture.convert('RGB')), temperature)
+        except ConfigError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        block = block if block in blocks else list(blocks)[-1]
+        part, group = blocks[block], int(group)
+        maps, heatmap = part.maps[0, group].mean(0), part.heatmaps[0, group]
+        return found, overlay(shown, maps), overlay(shown, heatmap), describe(part, group)
+
+    with gr.Blocks(title='timm-depla', analytics_enabled=False) as app:
+        gr.Markdown(_HEADING)
+        source = gr.State('image')
+        with gr.Row():
+            with gr.Column(min_width=280):
+                with gr.Tab('Image'):
+                    image = gr.Image(
+                        type='pil', sources=['upload', 'clipboard'], label='Image', height=240, elem_id='picture'
+                    )
+                    files = examples()
+                    if files:
+                        gr.Examples(files, image, label='Digits that it was not trained on')
+                with gr.Tab('Draw'):
+                    brush = gr.Brush(default_size=16, colors=['#000000'], color_mode='fixed')
+                    drawing = gr.Sketchpad(
+                        type='pil', label='Draw a digit', canvas_size=(280, 280), brush=brush, layers=False, height=320
+                    )
+                prediction = gr.Label(num_top_classes=3, label='Prediction')
+            with gr.Column(min_width=280):
+                name = gr.Dropdown(list(models), value=next(iter(models)), label='Model')
+                block = gr.Dropdown(list(first_blocks), value=list(first_blocks)[-1], label='Block')
+                group = gr.Slider(0, last.rpn.num_groups - 1, 0, step=1, label='Group')
+                temperature = gr.Slider(0.05, 2, last.rpn.temperature, step=0.05, label='Temperature T')
+                numbers = gr.Markdown('Upload, pick or draw an image.')
+                with gr.Row():
+                    roi = gr.Image(label='Detected in X', interactive=False, min_width=140, buttons=[])
+                    heat = gr.Image(label='Put back', interactive=False, min_width=140, buttons=[])
+        inputs = [image, drawing, source, name, block, group, temperature]
+        outputs = [prediction, roi, heat, numbers]
+        image.change(lambda: 'image', None, source).then(update, inputs, outputs)
+        drawing.change(lambda: 'drawing', None, source).then(update, inputs, outputs)
+        name.change(choose, name, [block, group, temperature]).then(update, inputs, outputs)
+        for control in (block, group, temperature):
+            control.change(update, inputs, outputs, show_progress='hidden')
+    return app
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='python -m timm_depla.demo', description=__doc__.splitlines()[0])
+    parser.add_argument('--model', nargs='+', default=[], metavar='RUN|MODEL', help='classifiers to look into')
+    parser.add_argument('--port', type=int, default=None, metavar='N', help='port on localhost (default: a free one)')
+    args = parser.parse_args()
+    run_command('timm_depla.demo', partial(launch, args.model, args.port))
+
+
+def find_models(targets: List[str]) -> Dict[str, str]:
+    """What the page offers, by name: the targets, or the shipped weights.
+
+    Raises:
+        ConfigError: If there are none, or one does not load.
+    """
+    models = {Path(target).name: target for target in targets}
+    if not models and WEIGHTS.is_dir():
+        models = {folder.name: f'local-dir:{folder}' for folder in sorted(WEIGHTS.iterdir(), reverse=True)}
+    if not models:
+        raise ConfigError('no networks here: name runs or pretrained models with --model')
+    for target in models.values():
+        open_model(target)
+    return models
+
+
+def launch(targets: List[str], port: Optional[int] = None) -> None:
+    """Serve the page until interrupted.
+
+    Args:
+        targets: Classifiers: runs, checkpoints, models with pretrained weights; the shipped ones if empty.
+        port: On localhost; a free one if None.
+
+    Raises:
+        ConfigError: If a package is not installed, or a classifier does not load.
+    """
+    require('gradio', 'demo')
+    require('matplotlib', 'plot')
+    import gradio as gr
+
+    theme = gr.themes.Default(font=_FONTS, font_mono=['monospace'])
+    create_app(find_models(targets)).launch(server_port=port, theme=theme, css=_CSS, footer_links=[])
+
+
+if __name__ == '__main__':
+    main()
