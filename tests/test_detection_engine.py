@@ -35,6 +35,7 @@ from timm_depla.engine.detection_flags import (
 )
 from timm_depla.engine.detection_validation import validate
 from timm_depla.engine.errors import ConfigError, TrainingError
+from timm_depla.engine.models import load_model
 from timm_depla.engine.plan import learning_rates
 from timm_depla.engine.world import World
 
@@ -304,6 +305,8 @@ def test_checkpoint_of_something_else(trained, folder, tmp_path):
     (tmp_path / 'changed' / 'config.json').write_text(json.dumps(dict(architecture='resnet18', num_classes=10)))
     with pytest.raises(ConfigError, match=r"changed' holds no detector but 'resnet18'"):
         score(tmp_path / 'changed', '--data-dir', folder)
+    with pytest.raises(ConfigError, match=r"run' holds a detector: python validate_detection.py validates it"):
+        load_model(str(trained))
     (tmp_path / 'changed' / 'model.safetensors').write_bytes(b'1234')
     with pytest.raises(ValueError, match=r"changed' cannot be read"):
         from_pretrained(tmp_path / 'changed')

@@ -5,14 +5,14 @@ import logging
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torchvision.models.detection import FasterRCNN
 
 from timm_depla.data import UnreadableError
 from timm_depla.detection import create_detector, from_pretrained
-from timm_depla.detection.coco import evaluate_coco, to_results
+from timm_depla.detection.coco import CocoDetection, evaluate_coco, to_results
 
 from .checkpoint import write_file
 from .detection_loaders import ValidationLoader, open_split
@@ -84,20 +84,24 @@ def evaluate(
     return evaluation
 
 
-def _open_model(args: Namespace, category_ids: List[int]) -> FasterRCNN:
-    """The detector of a run or checkpoint, or of a file of weights and `args.model`."""
+def _open(args: Namespace) -> Tuple[FasterRCNN, CocoDetection]:
+    """The detector of a run or checkpoint, or of a file of weights and `args.model`; and the data."""
     path = Path(args.target)
+    is_weights = path.is_file() and bool(args.model)
     try:
-        if path.is_file() and args.model:
-            classes = args.classes or len(category_ids) + 1
+        model = None if is_weights else from_pretrained(path.parent if path.is_file() else args.target)
+        dataset = open_split(args, args.val_split)
+        if model is None:
+            classes = args.classes or len(dataset.category_ids) + 1
             model = create_detector(args.model, num_classes=classes)
-            model.category_ids = category_ids if not args.classes else list(range(1, classes))
+            model.category_ids = list(range(1, classes)) if args.classes else dataset.category_ids
             load_weights(model, args.target, heads=())
-            return model
-        return from_pretrained(path.parent if path.is_file() else path)
+    except ConfigError:
+        raise
     except (RuntimeError, TypeError, ValueError) as error:
-        hint = '' if args.model or not path.is_file() else '; a file of weights needs --model'
+        hint = '; a file of weights needs --model' if path.is_file() and not args.model else ''
         raise ConfigError(f'{error}{hint}') from error
+    return model, dataset
 
 
 def validate(args: Namespace) -> Evaluation:
@@ -117,8 +121,8 @@ def validate(args: Namespace) -> Evaluation:
             f"'{args.target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
         )
     world = setup_world(args.device)
-    dataset = open_split(args, args.val_split)
-    model = _open_model(args, dataset.category_ids).to(world.device)
+    model, dataset = _open(args)
+    model.to(world.device)
     if unknown := set(dataset.category_ids) - set(model.category_ids):
         raise ConfigError(f"'{args.target}' does not know the categories {sorted(unknown)[:5]} of '{args.data_dir}'")
     loader = ValidationLoader(args, dataset, world, model.category_ids)
