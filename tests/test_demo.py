@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla.data import digits_folder
-from timm_depla.demo import WEIGHTS, drawn_digit, find_models, look, open_model
+from timm_depla.demo import WEIGHTS, find_models, look, open_model, pixels_of
 from timm_depla.engine.errors import ConfigError
 from timm_depla.visualize import capture, find_blocks, load_any, prepare
 
@@ -47,12 +47,13 @@ def test_temperature_is_set_for_the_look_alone(digit):
 def test_drawing_becomes_a_digit_of_the_data_set():
     ink = np.zeros((280, 280, 4), np.uint8)
     ink[40:240, 130:150, 3] = 255
-    digit = np.asarray(drawn_digit({'layers': [Image.fromarray(ink)]}))
-    assert digit.shape == (8, 8)
+    digit = pixels_of({'layers': [Image.fromarray(ink)]})
+    assert digit.shape == (3, 8, 8)
+    digit = digit[0].numpy()
     assert (digit[:, 3:5] > 60).all()
     assert (digit[:, :3] == 0).all()
-    assert drawn_digit(None) is None
-    assert drawn_digit({'layers': [Image.new('RGBA', (280, 280))]}) is None
+    assert pixels_of(None) is None
+    assert pixels_of({'layers': [Image.new('RGBA', (280, 280))]}) is None
 
 
 def test_models_that_the_page_does_not_take(tmp_path, monkeypatch):
@@ -192,3 +193,7 @@ def test_bad_images_on_the_page(page, tmp_path):
     Image.new('RGB', (30, 5)).save(tmp_path / 'small.png')
     page.set_input_files('input[type=file] >> nth=0', str(tmp_path / 'small.png'))
     page.wait_for_selector('text=30 x 5 pixels: too small, give one of 8 a side or more', timeout=30_000)
+    (tmp_path / 'text.png').write_text('no image')
+    page.reload()
+    page.set_input_files('input[type=file] >> nth=0', str(tmp_path / 'text.png'))
+    page.wait_for_selector('text=as an image: cannot identify image file', timeout=30_000)

@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from timm_depla.data import digits_folder
 from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.world import run_command
-from timm_depla.visualize import BlockCapture, capturing, find_blocks, load_any, measure, prepare
+from timm_depla.visualize import BlockCapture, capturing, find_blocks, load_any, measure, prepare, read_pixels
 
 __all__ = ['create_app', 'launch', 'look']
 
@@ -95,8 +95,12 @@ def describe(block: BlockCapture, group: int) -> str:
     )
 
 
-def drawn_digit(drawing: Optional[Dict[str, Any]]) -> Optional[Image.Image]:
-    """A drawing as the data set has its digits: white on black, its box 8 x 8 pixels; None if nothing is drawn."""
+def pixels_of(drawing: Optional[Dict[str, Any]]) -> Optional[Tensor]:
+    """A drawing as the data set has its digits, white on black, its box 8 x 8 pixels; None if nothing is drawn.
+
+    Returns:
+        uint8 (3, 8, 8).
+    """
     if not drawing or not drawing['layers']:
         return None
     ink = np.max([np.asarray(layer.convert('RGBA'))[..., 3] for layer in drawing['layers']], axis=0)
@@ -107,7 +111,7 @@ def drawn_digit(drawing: Optional[Dict[str, Any]]) -> Optional[Image.Image]:
     box = Image.new('L', (side, side))
     cut = Image.fromarray(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
     box.paste(cut, ((side - cut.width) // 2, (side - cut.height) // 2))
-    return box.resize((8, 8), Image.Resampling.BOX)
+    return pil_to_tensor(box.resize((8, 8), Image.Resampling.BOX).convert('RGB'))
 
 
 @lru_cache(maxsize=4)
@@ -160,12 +164,12 @@ def create_app(models: Dict[str, str]) -> Any:
     def update(
         image: Any, drawing: Any, source: str, name: str, block: str, group: float, temperature: float
     ) -> Tuple[Any, Any, Any, str]:
-        picture = drawn_digit(drawing) if source == 'drawing' else image
-        if picture is None:
-            return None, None, None, 'Upload, pick or draw an image.'
         model = open_model(models[name])
         try:
-            found, shown, blocks = look(model, pil_to_tensor(picture.convert('RGB')), temperature)
+            pixels = pixels_of(drawing) if source == 'drawing' else None if image is None else read_pixels(Path(image))
+            if pixels is None:
+                return None, None, None, 'Upload, pick or draw an image.'
+            found, shown, blocks = look(model, pixels, temperature)
         except ConfigError as error:
             raise gr.Error(str(error), print_exception=False) from error
         block = block if block in blocks else list(blocks)[-1]
@@ -180,8 +184,10 @@ def create_app(models: Dict[str, str]) -> Any:
             with gr.Column(min_width=280):
                 with gr.Tab('Image'):
                     image = gr.Image(
-                        type='pil', sources=['upload', 'clipboard'], label='Image', height=240, elem_id='picture'
+                        type='filepath', sources=['upload', 'clipboard'], label='Image', height=240, elem_id='picture'
                     )
+                    # gr.Image would open the file and fail in terms of its own: take its path, and open it here
+                    image.preprocess = lambda payload: None if payload is None else payload.path
                     files = examples()
                     if files:
                         gr.Examples(files, image, label='Digits that it was not trained on')

@@ -254,17 +254,25 @@ def prepare(model: nn.Module, pixels: Tensor, name: str = 'the image') -> Tuple[
     return (x * std + mean).clamp(0, 1).expand(3, -1, -1), x[None]
 
 
+def read_pixels(file: Path) -> Tensor:
+    """An image file as uint8 (3, H, W).
+
+    Raises:
+        ConfigError: If it is no image.
+    """
+    try:
+        return read_image(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read '{file}' as an image: {error}") from error
+
+
 def read_input(model: nn.Module, file: Path) -> Tuple[Tensor, Any]:
     """As `prepare`, of an image file.
 
     Raises:
         ConfigError: If it is no image, or too small.
     """
-    try:
-        pixels = read_image(file)
-    except OSError as error:
-        raise ConfigError(f"cannot read '{file}' as an image: {error}") from error
-    return prepare(model, pixels, f"'{file}'")
+    return prepare(model, read_pixels(file), f"'{file}'")
 
 
 def pick_block(blocks: Dict[str, Any], name: str) -> str:
