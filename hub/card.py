@@ -4,8 +4,6 @@ from typing import Any, Dict, List
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from timm_depla.detection.coco import METRICS
-
 __all__ = ['create_card']
 
 _PAPER = (
@@ -92,11 +90,10 @@ def _metrics(record: Dict[str, Any]) -> Dict[str, tuple]:
     if record['task'] == 'image-classification':
         names = {'top1': ('top-1 accuracy (%)', 'accuracy'), 'top5': ('top-5 accuracy (%)', 'accuracy')}
         return {key: (*label, f'{results[key]:.2f}') for key, label in names.items()}
+    found = {key: key.removeprefix('mask_') for key in results if key.removeprefix('mask_').startswith('AP')}
     return {
-        f'{prefix}{name}': (f'{kind} {name}', 'mean_average_precision', f'{results[f"{prefix}{name}"]:.3f}')
-        for prefix, kind in {'': 'box', 'mask_': 'mask'}.items()
-        for name in METRICS[:6]
-        if f'{prefix}{name}' in results
+        key: (f'{"box" if key == name else "mask"} {name}', 'mean_average_precision', f'{results[key]:.3f}')
+        for key, name in found.items()
     }
 
 

@@ -28,11 +28,10 @@ import timm_depla
 from benchmarks.record import create_record
 from timm_depla.data import digits_folder
 from timm_depla.detection import from_pretrained
-from timm_depla.engine import detection_validation, validation
+from timm_depla.engine import validation
 from timm_depla.engine.checkpoint import find_damage
 from timm_depla.engine.config import parse_args
-from timm_depla.engine.detection_flags import create_detection_validate_parser
-from timm_depla.engine.errors import ConfigError
+from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.flags import create_validate_parser
 from timm_depla.engine.models import load_model
 from timm_depla.engine.plan import count_macs
@@ -100,8 +99,11 @@ def evaluate(folder: Path, is_detector: bool) -> Dict[str, Any]:
     argv = [str(folder), '--device', 'cuda' if torch.cuda.is_available() else 'cpu']
     start = time.perf_counter()
     if is_detector:
-        args = parse_args(create_detection_validate_parser(), argv)
-        evaluation = detection_validation.validate(args)
+        require('pycocotools', 'detection')
+        from timm_depla.engine.detection_flags import create_detection_validate_parser
+        from timm_depla.engine.detection_validation import validate
+
+        evaluation = validate(parse_args(create_detection_validate_parser(), argv))
         seconds = time.perf_counter() - start
         return {**evaluation.scores, 'images': evaluation.images, 'images_per_second': evaluation.images / seconds}
     metrics = validation.measure(parse_args(create_validate_parser(), argv), str(folder))
