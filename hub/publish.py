@@ -26,8 +26,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 import timm_depla
 from benchmarks.record import create_record
+from timm_depla import detection
 from timm_depla.data import digits_folder
-from timm_depla.detection import from_pretrained
 from timm_depla.engine import validation
 from timm_depla.engine.checkpoint import find_damage
 from timm_depla.engine.config import parse_args
@@ -131,7 +131,7 @@ def candidates(checkpoint: Path, scratch: Path, uses_average: bool) -> Dict[str,
 def describe_model(folder: Path, is_detector: bool) -> Dict[str, Any]:
     """Size and cost of the network."""
     if is_detector:
-        model = from_pretrained(folder)
+        model = detection.from_pretrained(folder)
         size = [3, *(32 * math.ceil(side / 32) for side in (max(model.transform.min_size), model.transform.max_size))]
         network, num_classes = model.backbone, len(model.class_names)
     else:
@@ -158,7 +158,7 @@ def publish(args: Namespace) -> Path:
     check_output(output)
     checkpoint, trained = find_checkpoint(args.source)
     config = json.loads((checkpoint / 'config.json').read_text())
-    is_detector = config.get('library_name') == 'timm_depla'
+    is_detector = detection.is_detector(checkpoint)
     data = describe_data(args, trained, is_detector)
     recipe = {k: v for k, v in trained.items() if k not in CHANGE_NOTHING and v not in (None, '', [], {})}
     metric = trained['eval_metric']

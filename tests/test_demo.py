@@ -192,8 +192,8 @@ def test_drawing(page):
 def test_bad_images_on_the_page(page, tmp_path):
     Image.new('RGB', (30, 5)).save(tmp_path / 'small.png')
     page.set_input_files('input[type=file] >> nth=0', str(tmp_path / 'small.png'))
-    page.wait_for_selector('text=30 x 5 pixels: too small, give one of 8 a side or more', timeout=30_000)
+    assert page.wait_for_selector('text=30 x 5 pixels: too small, give one of 8 a side or more', timeout=30_000)
     (tmp_path / 'text.png').write_text('no image')
     page.reload()
     page.set_input_files('input[type=file] >> nth=0', str(tmp_path / 'text.png'))
-    page.wait_for_selector('text=as an image: cannot identify image file', timeout=30_000)
+    assert page.wait_for_selector('text=as an image: cannot identify image file', timeout=30_000)

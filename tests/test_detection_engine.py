@@ -166,6 +166,16 @@ def test_faster_rcnn_with_what_is_optional(folder, recipe, tmp_path, caplog):
     assert Image.open(tmp_path / 'run' / 'curves.png').size == (1200, 350)
 
 
+def test_gradient_checkpointing_of_a_backbone_that_timm_wraps(folder, recipe):
+    argv = [str(folder), '-c', str(recipe), '--device', 'cpu', '--model', 'fasterrcnn_test_fishnet_depla_fpn']
+    model = build(
+        parse_args(create_detection_parser(), [*argv, '--grad-checkpointing']), World(torch.device('cpu'))
+    ).model
+    assert any(getattr(module, 'grad_checkpointing', False) for module in model.backbone.body.modules())
+    model.backbone(torch.rand(2, 3, 64, 64))['0'].mean().backward()
+    assert all(parameter.grad is not None for parameter in model.backbone.body.model.stem.parameters())
+
+
 def test_starts_from_a_classifier(folder, recipe, tmp_path, caplog):
     backbone = timm.create_model('test_resnet_depla', num_classes=3)
     with torch.no_grad():

@@ -5,7 +5,6 @@
 """
 
 import argparse
-import json
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from timm_depla.detection import from_pretrained
+from timm_depla.detection import from_pretrained, is_detector
 from timm_depla.detection.predict import read_image
 from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.models import load_model
@@ -44,8 +43,7 @@ class BlockCapture:
         candidate: Y (B, C2, h, w).
         maps: ROI maps M (B, L, D, H, W), each a distribution over its positions.
         features: What each group puts back, (B, L, C1): pooled, transformed and projected, before the norm.
-        heatmaps: Back-filling heatmaps B (B, L, H, W), as the back-filling network gives them: over the groups plain
-            ones sum to one at each position, adaptive ones over the positions for each group.
+        heatmaps: Back-filling heatmaps B (B, L, H, W), each a distribution over its positions.
         output: (B, C1, H, W).
     """
 
@@ -166,7 +164,7 @@ def measure(block: BlockCapture) -> Dict[str, Tensor]:
     return dict(entropy=entropy.mean(2), coverage=coverage, strength=strength(block).double())
 
 
-def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: int = 5) -> 'Figure':  # noqa: F821
+def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: int = 5) -> Any:
     """A figure of one image in one block: features, the strongest groups' ROI maps, and where they are put.
 
     Args:
@@ -227,8 +225,7 @@ def load_any(target: str) -> nn.Module:
         ConfigError: If it does not load.
     """
     folder = Path(target.removeprefix('local-dir:'))
-    configs = [path for path in (folder / 'config.json', folder / 'best' / 'config.json') if path.is_file()]
-    if configs and json.loads(configs[0].read_text()).get('library_name') == 'timm_depla':
+    if is_detector(folder):
         try:
             return from_pretrained(folder)
         except (TypeError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Object detection and instance segmentation: torchvision's detectors with DEPLA."""
 
 from .fpn import FeaturePyramidNetworkDepla
-from .pretrained import detector_config, from_pretrained
+from .pretrained import detector_config, from_pretrained, is_detector
 from .rcnn import BackboneWithFPN, create_detector, list_detectors
 
 __all__ = [
@@ -10,5 +10,6 @@ __all__ = [
     'create_detector',
     'detector_config',
     'from_pretrained',
+    'is_detector',
     'list_detectors',
 ]

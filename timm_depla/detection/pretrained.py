@@ -12,7 +12,7 @@ from torchvision.models.detection import FasterRCNN
 
 from .rcnn import create_detector
 
-__all__ = ['detector_config', 'from_pretrained']
+__all__ = ['detector_config', 'from_pretrained', 'is_detector']
 
 _LIBRARY = 'timm_depla'
 _KEYS = {'architecture', 'num_classes', 'model_args', 'class_names', 'category_ids'}
@@ -42,6 +42,17 @@ def _pull(source: str) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"cannot pull '{source}': {error}") from error
+
+
+def is_detector(folder: os.PathLike) -> bool:
+    """Whether a run's folder (its best checkpoint) or a checkpoint's holds a detector of ours."""
+    for path in (Path(folder, 'config.json'), Path(folder, 'best', 'config.json')):
+        if path.is_file():
+            try:
+                return json.loads(path.read_text()).get('library_name') == _LIBRARY
+            except (AttributeError, OSError, ValueError):
+                return False
+    return False
 
 
 def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:

@@ -126,7 +126,13 @@ def build_model(args: Namespace, dataset: CocoDetection, world: World, is_fresh:
     if args.initial_checkpoint and is_fresh:
         _logger.info('%s: %s', args.initial_checkpoint, load_weights(model, args.initial_checkpoint, _HEADS))
     if args.grad_checkpointing:
-        model.backbone.body.set_grad_checkpointing()
+        body = model.backbone.body
+        body = (
+            body if hasattr(body, 'set_grad_checkpointing') else getattr(body, 'model', body)
+        )  # timm's feature getter
+        if not hasattr(body, 'set_grad_checkpointing'):
+            raise ConfigError(f"--grad-checkpointing: the backbone of '{args.model}' has none, leave it out")
+        body.set_grad_checkpointing()
     return model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
 
 

@@ -122,7 +122,7 @@ def validate(args: Namespace) -> Evaluation:
         )
     world = setup_world(args.device)
     model, dataset = _open(args)
-    model.to(world.device)
+    model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if unknown := set(dataset.category_ids) - set(model.category_ids):
         raise ConfigError(f"'{args.target}' does not know the categories {sorted(unknown)[:5]} of '{args.data_dir}'")
     loader = ValidationLoader(args, dataset, world, model.category_ids)

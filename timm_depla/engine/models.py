@@ -9,6 +9,7 @@ import timm
 import torch.nn as nn
 from timm.models._hub import save_config_for_hf
 
+from timm_depla.detection import is_detector
 from timm_depla.models import load_trunk
 
 from .config import closest
@@ -68,7 +69,7 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
         folder = path if (path / 'config.json').is_file() else path / 'best'
         if not (folder / 'model.safetensors').is_file():
             raise ConfigError(f"'{target}' has no checkpoint: expected model.safetensors in it or in its folder best")
-        if json.loads((folder / 'config.json').read_text()).get('library_name') == 'timm_depla':
+        if is_detector(folder):
             raise ConfigError(f"'{target}' holds a detector: python validate_detection.py validates it")
         return create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
     if path.is_file():
