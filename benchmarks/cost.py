@@ -1,4 +1,9 @@
-"""What each model costs: parameters, and multiply-adds of its convolutions and matrix products, beside the paper's."""
+"""What each model costs: parameters, multiply-adds and activations, beside the multiply-adds that the paper prints.
+
+Multiply-adds are those of convolutions and matrix products, activations what convolutions and linear layers put out,
+both by the layers that the model is made of. "As run" counts the multiply-adds that the implementation needs: a
+residual block whose candidate is not made does not run its last convolution.
+"""
 
 import argparse
 import json
@@ -7,7 +12,7 @@ from typing import Any, Dict
 
 import timm
 
-from timm_depla.engine.plan import count_macs
+from timm_depla.engine.plan import count_cost, count_macs
 
 from .record import table
 
@@ -23,8 +28,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         for model_name in (base, name) if timm.is_model(base) else (name,):
             model = timm.create_model(model_name, device='meta')
             size = model.default_cfg['input_size']
-            parameters = sum(p.numel() for p in model.parameters())
-            results[model_name] = dict(size=size[-1], macs=count_macs(model, size), parameters=parameters)
+            results[model_name] = dict(size=size[-1], **count_cost(model, size), run=count_macs(model.eval(), size))
     return results
 
 
@@ -38,7 +42,15 @@ def _printed() -> Dict[str, float]:
 def render(results: Dict[str, Any]) -> str:
     printed = _printed()
     rows = [
-        [f'`{name}`', r['size'], f'{r["macs"] / 1e9:.2f}', printed.get(name, ''), f'{r["parameters"] / 1e6:.1f}']
+        [
+            f'`{name}`',
+            r['size'],
+            *(f'{r[key] / 1e9:.2f}' for key in ('macs', 'run')),
+            printed.get(name, ''),
+            *(f'{r[key] / 1e6:.1f}' for key in ('activations', 'parameters')),
+        ]
         for name, r in results.items()
     ]
-    return table(['model', 'pixels', 'G multiply-adds', 'in the paper', 'M parameters'], rows)
+    return table(
+        ['model', 'pixels', 'G multiply-adds', 'as run', 'in the paper', 'M activations', 'M parameters'], rows
+    )

@@ -10,7 +10,7 @@ from torch import nn
 
 from timm_depla.detection import create_detector
 
-from .pairs import memory_row, peak_memory, render_rows, time_pairs, time_row
+from .pairs import memory_row, peak_memory, render_rows, time_rounds, time_row
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
@@ -50,17 +50,17 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     for detector in detectors:  # what untrained detectors find differs: both score the same proposals and report none
         detector.rpn.register_forward_hook(lambda _, __, output: ([proposals], output[1]))
         detector.roi_heads.score_thresh = 1.0
-    results['detector'] = time_pairs(*(partial(_infer, detector, [image]) for detector in detectors), args.pairs)
+    results['detector'] = time_rounds([partial(_infer, detector, [image]) for detector in detectors], args.pairs)
     results['detector memory'] = [peak_memory(partial(_infer, detector, [image])) for detector in detectors]
     boxes = proposals[:10]
     masks = torch.ones(10, args.img_size, args.img_size, dtype=torch.uint8)
     target = dict(boxes=boxes, labels=torch.arange(1, 11), masks=masks)
     steps = [partial(_train_detector, detector.train(), image, target) for detector in detectors]
     results['detector training memory'] = [peak_memory(step) for step in steps]
-    results['neck'] = time_pairs(*(partial(_infer, neck.eval(), maps) for neck in necks), args.pairs)
+    results['neck'] = time_rounds([partial(_infer, neck.eval(), maps) for neck in necks], args.pairs)
     maps = OrderedDict((name, level.clone().requires_grad_()) for name, level in maps.items())
     steps = [partial(_train_step, neck.train(), maps) for neck in necks]
-    results['neck training'] = time_pairs(*steps, args.pairs)
+    results['neck training'] = time_rounds(steps, args.pairs)
     results['neck memory'] = [peak_memory(step) for step in steps]
     return results
 

@@ -1,37 +1,52 @@
-"""Two things measured against each other: in turn, in one process, so that a drift of the machine cancels."""
+"""Things measured against each other: in turn, in one process, so that a drift of the machine cancels."""
 
 import json
+import math
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, List, Sequence
+from typing import Any, Callable, List, Sequence, Tuple
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from .record import table
 
-HEADER = ['', 'base, median', 'model, median', 'ratio', 'ratio by pair: median (quartiles)']
+HEADER = ['', 'base, median', 'model, median', 'ratio', 'ratio by pair: median (95% interval)']
 
 
-def time_pairs(model: Callable[[], Any], base: Callable[[], Any], pairs: int) -> List[List[float]]:
-    """Seconds of both calls, pair by pair, after three calls of each to warm up."""
-    calls = (model, base)
-    for call in calls * 3:
+def _time(call: Callable[[], Any], device: str) -> float:
+    if device == 'cpu':
+        start = time.perf_counter()
         call()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def time_rounds(calls: Sequence[Callable[[], Any]], rounds: int, device: str = 'cpu') -> List[List[float]]:
+    """Seconds of each call, round by round, forwards and backwards in turn; after three rounds to warm up."""
     samples = []
-    for pair in range(pairs):
+    for i in range(-3, rounds):
         seconds = {}
-        for i in (0, 1) if pair % 2 else (1, 0):
-            start = time.perf_counter()
-            calls[i]()
-            seconds[i] = round(time.perf_counter() - start, 5)
-        samples.append([seconds[0], seconds[1]])
-    return samples
+        for j in range(len(calls)) if i % 2 else reversed(range(len(calls))):
+            seconds[j] = round(_time(calls[j], device), 6)
+        samples.append([seconds[j] for j in range(len(calls))])
+    return samples[3:]
 
 
-def peak_memory(call: Callable[[], Any]) -> int:
-    """Most bytes that PyTorch allocates on the CPU at a time during a call, beside what it has before."""
+def peak_memory(call: Callable[[], Any], device: str = 'cpu') -> int:
+    """Most bytes that PyTorch allocates at a time during a call, beside what it has before."""
+    if device != 'cpu':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     with tempfile.TemporaryDirectory() as folder:
@@ -43,15 +58,34 @@ def peak_memory(call: Callable[[], Any]) -> int:
     return max(event['args']['Total Allocated'] for event in memory) - before
 
 
+def median_interval(values: Sequence[float]) -> Tuple[float, float, float]:
+    """Median, and the ends of its 95% interval by order statistics (sign test), for any distribution of the values."""
+    ordered, count = sorted(values), len(values)
+    below, rank = 0.0, 0
+    while rank < count // 2:  # the most values outside each end that chance leaves there in less than 2.5% of cases
+        below += math.comb(count, rank) / 2**count
+        if below > 0.025:
+            break
+        rank += 1
+    low = max(rank - 1, 0)
+    return statistics.median(ordered), ordered[low], ordered[count - 1 - low]
+
+
+def ratio_text(ratios: Sequence[float]) -> str:
+    middle, low, high = median_interval(ratios)
+    return f'{middle:.3f} ({low:.3f} to {high:.3f})'
+
+
+def seconds_text(seconds: float) -> str:
+    return f'{seconds:.3f} s' if seconds >= 0.1 else f'{seconds * 1000:.2f} ms'
+
+
 def time_row(name: str, samples: Sequence[Sequence[float]]) -> List[str]:
+    """Of a model's seconds and its base's."""
     model, base = zip(*samples, strict=True)
-    ratios = [a / b for a, b in samples]
-    low, _, high = statistics.quantiles(ratios, n=4)
     medians = statistics.median(base), statistics.median(model)
-    return [
-        name, *(f'{seconds:.3f} s' for seconds in medians), f'{medians[1] / medians[0]:.3f}',
-        f'{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})',
-    ]  # fmt: skip
+    ratios = [a / b for a, b in samples]
+    return [name, *map(seconds_text, medians), f'{medians[1] / medians[0]:.3f}', ratio_text(ratios)]
 
 
 def memory_row(name: str, sizes: Sequence[int]) -> List[str]:

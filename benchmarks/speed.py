@@ -1,52 +1,116 @@
-"""Time and memory of a model against its base: pairs in turn in one process, so that a drift of the machine cancels."""
+"""Time and memory of models against a base: in turn in one process, so that a drift of the machine cancels.
+
+A training step is forward and backward, without the optimizer's. Memory is what PyTorch allocates during a step beside
+the weights and buffers, and these. On a CPU the C library keeps freed memory, as train.py has it do. After a colon
+stands one of timm's attention layers, which the residual blocks then have.
+"""
 
 import argparse
+import statistics
 from functools import partial
-from typing import Any, Dict
+from typing import Any, Callable, Dict
 
 import timm
 import torch
 
-from .pairs import memory_row, peak_memory, render_rows, time_pairs, time_row
+from timm_depla.engine.world import keep_memory
+
+from .pairs import peak_memory, ratio_text, seconds_text, time_rounds
+from .record import table
+
+IMAGENET = 1_281_167  # training images
+EPOCHS = 400  # of the recipe `better`
+KINDS = ('inference', 'training step')
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--model', default='resnet50_depla', help='model to time')
-    parser.add_argument('--base', default='resnet50', help='model to compare it with')
+    parser.add_argument(
+        '--model', nargs='+', default=['resnet50_depla'], metavar='MODEL[:ATTENTION]', help='models to time'
+    )
+    parser.add_argument('--base', default='resnet50', help='model to compare them with')
     parser.add_argument('--batch-size', type=int, default=8, help='images')
     parser.add_argument('--img-size', type=int, default=224, help='pixels')
-    parser.add_argument('--pairs', type=int, default=40, help='pairs of timings')
+    parser.add_argument('--pairs', type=int, default=40, help='timings of each')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--amp', action='store_true', help='under autocast to bfloat16')
+    parser.add_argument('--torchcompile', action='store_true', help='compile every model')
 
 
-def _infer(model: torch.nn.Module, x: torch.Tensor) -> None:
+def create_model(spec: str, img_size: int) -> torch.nn.Module:
+    """A model of timm, in channels-last format; after a colon, its attention layer. Some need to know the size."""
+    name, _, attention = spec.partition(':')
+    kwargs: Dict[str, Any] = dict(block_args=dict(attn_layer=attention)) if attention else {}
+    if timm.models.get_pretrained_cfg_value(name, 'fixed_input_size'):
+        kwargs['img_size'] = img_size
+    return timm.create_model(name, **kwargs).to(memory_format=torch.channels_last)
+
+
+def infer(model: Callable, x: torch.Tensor) -> None:
     with torch.inference_mode():
-        model.eval()(x)
+        model(x)
 
 
-def _train_step(model: torch.nn.Module, x: torch.Tensor) -> None:
-    model.train().zero_grad()
-    model(x).logsumexp(1).mean().backward()
+def train_step(model: torch.nn.Module, x: torch.Tensor, amp: bool = False) -> None:
+    model.zero_grad()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        loss = model(x).logsumexp(1).mean()
+    loss.backward()
+
+
+def _infer(model: torch.nn.Module, x: torch.Tensor, amp: bool) -> None:
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        infer(model, x)
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise SystemExit('no CUDA GPU here: run this command on a machine with one, or leave out --device cuda')
     torch.manual_seed(0)
-    models = [timm.create_model(name).to(memory_format=torch.channels_last) for name in (args.model, args.base)]
-    x = torch.randn(args.batch_size, 3, args.img_size, args.img_size).to(memory_format=torch.channels_last)
-    results: Dict[str, Any] = dict(model=args.model, base=args.base, batch_size=args.batch_size, img_size=args.img_size)
-    for name, function in (('inference', _infer), ('training step', _train_step)):
-        results[name] = time_pairs(*(partial(function, model, x) for model in models), args.pairs)
+    keep_memory()
+    names = [*args.model, args.base]
+    models = [create_model(name, args.img_size).to(args.device) for name in names]
+    x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
+    x = x.to(memory_format=torch.channels_last)
+    results: Dict[str, Any] = {name: [] for name in KINDS}
+    keys = ('batch_size', 'img_size', 'device', 'amp', 'torchcompile')
+    results.update(names=names, **{key: getattr(args, key) for key in keys})
+    if args.device == 'cuda':
+        results['gpu'] = torch.cuda.get_device_name()
+    called = [torch.compile(model) if args.torchcompile else model for model in models]
+    for kind, function in zip(KINDS, (_infer, train_step), strict=True):
+        for model in models:
+            model.train(kind == 'training step')
+        calls = [partial(function, model, x, args.amp) for model in called]
+        results[kind] = time_rounds(calls, args.pairs, args.device)
     results['peak memory'] = []
-    for model in models:
+    for model, call in zip(models, calls, strict=True):
         model.zero_grad()
-        step = peak_memory(partial(_train_step, model, x))
-        results['peak memory'].append(step + sum(tensor.nbytes for tensor in model.state_dict().values()))
+        state = sum(tensor.nbytes for tensor in model.state_dict().values())
+        results['peak memory'].append(peak_memory(call, args.device) + state)
+        model.zero_grad()
     return results
 
 
 def render(results: Dict[str, Any]) -> str:
-    rows = [time_row(name, results[name]) for name in ('inference', 'training step')]
-    rows.append(memory_row('peak memory of a training step', results['peak memory']))
+    *names, base = results['names']
+    rows = []
+    for i, name in enumerate([*names, base]):
+        row = [f'`{name}`']
+        for kind in KINDS:
+            row.append(seconds_text(statistics.median(sample[i] for sample in results[kind])))
+            row.append(ratio_text([sample[i] / sample[-1] for sample in results[kind]]) if name != base else '1')
+        memory = results['peak memory']
+        row += [f'{memory[i] / 2**20:.0f} MiB', f'{memory[i] / memory[-1]:.3f}']
+        if results['device'] == 'cuda':
+            step = statistics.median(sample[i] for sample in results['training step'])
+            row.append(f'{EPOCHS * IMAGENET / results["batch_size"] * step / 3600:.0f}')
+        rows.append(row)
+    header = ['', 'inference', 'ratio', 'training step', 'ratio', 'peak memory of a step', 'ratio']
+    header += [f'GPU-hours of {EPOCHS} epochs of ImageNet'] if results['device'] == 'cuda' else []
+    how = [results.get('gpu', 'CPU'), 'compiled' if results['torchcompile'] else 'eager']
+    how += ['autocast to bfloat16'] if results['amp'] else []
     return (
-        f'`{results["model"]}` against `{results["base"]}`, batch {results["batch_size"]} at {results["img_size"]} '
-        f'pixels, channels last, {len(results["inference"])} pairs in turn.\n\n' + render_rows(rows)
+        f'Batch {results["batch_size"]} at {results["img_size"]} pixels, channels last, {", ".join(how)}, '
+        f'{len(results[KINDS[0]])} timings of each in turn. Medians; ratios to `{base}` by pair: median (95% '
+        'interval).\n\n' + table(header, rows)
     )

@@ -34,7 +34,7 @@ from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.flags import create_validate_parser
 from timm_depla.engine.models import load_model
-from timm_depla.engine.plan import count_macs
+from timm_depla.engine.plan import count_cost
 from timm_depla.engine.run import CHANGE_NOTHING
 from timm_depla.engine.world import run_command
 
@@ -138,7 +138,7 @@ def describe_model(folder: Path, is_detector: bool) -> Dict[str, Any]:
         model = load_model(str(folder))
         size, network, num_classes = list(model.pretrained_cfg['input_size']), model, model.num_classes
     parameters = sum(p.numel() for p in model.parameters())
-    return dict(parameters=parameters, macs=count_macs(network, size), image_size=size, num_classes=num_classes)
+    return dict(parameters=parameters, macs=count_cost(network, size)['macs'], image_size=size, num_classes=num_classes)
 
 
 def check_output(folder: Path) -> None:

@@ -254,7 +254,7 @@ def test_script_fx_compile(bfn):
     with torch.no_grad():
         expected = block(x, y)
         traced = torch.fx.symbolic_trace(block)
-        assert torch.equal(traced(x, y), expected)
+        torch.testing.assert_close(traced(x, y), expected)
         torch.testing.assert_close(torch.jit.script(traced)(x, y), expected)
         torch.testing.assert_close(torch.jit.script(block)(x, y), expected)
         compiled = torch.compile(block, fullgraph=True, backend='aot_eager')

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -72,6 +72,11 @@ def find_blocks(model: nn.Module) -> Dict[str, Depla]:
     return blocks
 
 
+def _candidate(x: Tensor, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> Tensor:
+    """The candidate Y as `Depla` is given it, or made from what it is given instead."""
+    return x if weight is None else nn.functional.conv2d(x, weight[:, :, None, None].type_as(x), bias.type_as(x))
+
+
 @contextmanager
 def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
     """Within it, each call of the model fills the dictionary that it gives, by the blocks' module names.
@@ -97,7 +102,7 @@ def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
             parts, size = seen[name], output.shape[2:]
             found[name] = BlockCapture(
                 identity=inputs[0].detach().clone(),  # an activation in place may follow
-                candidate=inputs[1].detach().clone(),
+                candidate=_candidate(*inputs[1:]).detach().clone(),
                 maps=parts['maps'].detach().unflatten(3, size),
                 features=parts['features'].detach(),
                 heatmaps=parts['bfn'][1].detach().unflatten(2, size),

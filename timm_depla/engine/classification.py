@@ -18,7 +18,7 @@ from .errors import ConfigError
 from .evaluation import evaluate
 from .loaders import TrainLoader, class_names, count_classes, create_val_loader, find_data, mixes, open_splits
 from .models import create_model, load_model, load_weights, model_config
-from .plan import count_macs
+from .plan import count_cost
 from .report import Metric
 from .run import Run
 from .world import Interrupt, World
@@ -113,8 +113,8 @@ class ClassificationRun(Run):
 
     def subject(self) -> Dict[str, str]:
         args, size = self.args, self.model.pretrained_cfg['input_size']
-        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        macs = count_macs(self.model, size) / 1e9
+        cost = count_cost(self.model, size)
+        parameters, macs = cost['parameters'] / 1e6, cost['macs'] / 1e9
         images, val_images = self.loader.num_images, self.val_loader.unreadable.num_images
         return {
             'model': f'{args.model}, {parameters:.2f} M parameters, '

@@ -22,7 +22,7 @@ from .detection_loaders import DetectionLoader, ValidationLoader, find_data, ope
 from .detection_validation import evaluate
 from .errors import ConfigError
 from .models import create_model, load_weights
-from .plan import count_macs
+from .plan import count_cost
 from .report import Metric
 from .run import Run
 from .world import Interrupt, World
@@ -76,7 +76,7 @@ class DetectionRun(Run):
         args, transform = self.args, self.model.transform
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         size = [32 * math.ceil(side / 32) for side in (max(transform.min_size), transform.max_size)]
-        macs = count_macs(self.model.backbone, (3, *size)) / 1e9
+        macs = count_cost(self.model.backbone, (3, *size))['macs'] / 1e9
         images, val_images = self.loader.num_images, self.val_loader.unreadable.num_images
         return {
             'model': f'{args.model}, {parameters:.2f} M parameters, {macs:.1f} G multiply-adds in backbone and neck at '

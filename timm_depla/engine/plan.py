@@ -3,19 +3,38 @@
 import copy
 import textwrap
 from argparse import Namespace
-from typing import Any, List, Sequence
+from typing import Any, Dict, List, Sequence
 
 import torch
 import torch.nn as nn
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['count_macs', 'describe', 'learning_rates']
+__all__ = ['count_cost', 'count_macs', 'describe', 'learning_rates']
+
+
+def count_cost(model: nn.Module, size: Sequence[int]) -> Dict[str, int]:
+    """What a network costs for one image of this size (C, H, W), by the layers that it is made of.
+
+    Returns:
+        `macs`, multiply-adds of convolutions and matrix products; `activations`, elements that convolutions and linear
+        layers put out; `parameters`.
+    """
+    model = copy.deepcopy(model).to('meta').eval()
+    sizes = []
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):  # hooks also have each layer run that could be folded away
+            module.register_forward_hook(lambda _, __, output: sizes.append(output.numel()))
+    macs = count_macs(model, size)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return dict(macs=macs, activations=sum(sizes), parameters=parameters)
 
 
 def count_macs(model: nn.Module, size: Sequence[int]) -> int:
-    """Multiply-adds of convolutions and matrix products for one image of this size (C, H, W)."""
-    model = copy.deepcopy(model).to('meta').eval()
+    """Multiply-adds of the convolutions and matrix products that run for one image of this size (C, H, W).
+
+    The model is on the meta device and in evaluation mode.
+    """
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(torch.empty(1, *size, device='meta'))

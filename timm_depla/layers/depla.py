@@ -18,7 +18,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from .batch_norm import can_fold, fold_into_features
+from .matmul import Linear, matmul
+
 __all__ = ['SoftRPN', 'soft_roi_pool', 'PlainBFN', 'AdaptiveBFN', 'Depla', 'check_depla_args', 'match_size']
+
+torch.fx.wrap('matmul')  # a leaf here too, as in its own file
 
 # What the `depla` argument of a network may set in its blocks: the network knows the rest.
 DEPLA_ARGS = ('num_groups', 'pooled_chs', 'maps_per_group', 'temperature', 'bfn', 'rescale_maps')
@@ -50,31 +55,11 @@ def check_channels(identity: Tensor, identity_chs: int, candidate: Tensor, candi
         )
 
 
-@torch.fx.wrap
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in the precision of its operands, also under autocast (ruling 9)."""
-    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
-        if torch.amp.is_autocast_available(a.device.type):
-            with torch.autocast(a.device.type, enabled=False):
-                return a @ b
-    return a @ b
-
-
-def add_matmul(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x + a @ b, as `matmul`, in one pass over x."""
-    if not torch.jit.is_scripting():  # noqa: SIM102
-        if torch.amp.is_autocast_available(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return torch.baddbmm(x, a, b)
-    return torch.baddbmm(x, a, b)
-
-
-class Linear(nn.Linear):
-    """Linear layer in the precision of its parameters, also under autocast: its inputs are small (ruling 9)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = matmul(x, self.weight.t())
-        return x if self.bias is None else x + self.bias
+def compose_conv(x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor) -> Tensor:
+    """The 1x1 convolution by a kernel (K, C, 1, 1) of weight @ x + bias, (B, K, H, W), in one convolution of x."""
+    kernel = kernel.flatten(1).type_as(weight)
+    composed = matmul(kernel, weight)[:, :, None, None]
+    return F.conv2d(x, composed.type_as(x), matmul(kernel, bias).type_as(x))
 
 
 @torch.fx.wrap
@@ -97,66 +82,17 @@ def soft_roi_pool(maps: Tensor, values: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def back_fill(features: Tensor, heatmaps: Tensor, identity: Tensor, add: bool) -> Tensor:
-    """Back-filling, F[c, n] = sum over l of features[l, c] * heatmaps[l, n], and the identity where `add` says so.
+def back_fill(features: Tensor, heatmaps: Tensor, identity: Tensor) -> Tensor:
+    """Back-filling, F[c, n] = sum over l of features[l, c] * heatmaps[l, n].
 
     Takes features (B, L, C1) and heatmaps (B, L, N); returns a map in the shape and memory format of the identity
-    (B, C1, H, W), and in its data type where it is added.
+    (B, C1, H, W).
     """
-    channels_last = identity.is_contiguous(memory_format=torch.channels_last)
-    rows = identity.flatten(2)  # (B, C1, N)
-    if channels_last:
-        rows, features, heatmaps = rows.transpose(1, 2), heatmaps.transpose(1, 2), features
+    if identity.is_contiguous(memory_format=torch.channels_last):
+        filled = matmul(heatmaps.transpose(1, 2), features).transpose(1, 2)
     else:
-        features = features.transpose(1, 2)
-    if not add:
-        filled = matmul(features, heatmaps)
-    elif identity.dtype == features.dtype:
-        filled = add_matmul(rows, features, heatmaps)
-    else:
-        filled = rows + matmul(features, heatmaps).type_as(rows)
-    return (filled.transpose(1, 2) if channels_last else filled).unflatten(2, identity.shape[2:])
-
-
-@torch.fx.wrap
-def fold_batch_norm(
-    features: Tensor,
-    contrast: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor,
-    momentum: float,
-    eps: float,
-    training: bool,
-) -> Tensor:
-    """Move the BatchNorm of a back-filled map into the vectors that it is filled from, without making the map.
-
-    A heatmap is one, its mean over the positions, plus its contrast. So the mean of the map is that of the summed
-    vectors, and its variance follows from the products of the contrasts with each other. Takes features (B, L, C1) and
-    contrast (B, L, N); returns (B, L + 1, C1): vectors for the contrasts, and one for all positions alike. In training
-    it updates the running statistics as BatchNorm does.
-    """
-    dtype = features.dtype
-    features, contrast = features.type_as(weight), contrast.type_as(weight)
-    means = features.sum(1)  # (B, C1), over the positions
-    if training:
-        count = contrast.shape[0] * contrast.shape[2]
-        if count == 1:
-            raise ValueError('batch statistics need more than one position in training, got one image of size 1 x 1')
-        mean = means.mean(0)
-        gram = matmul(contrast, contrast.transpose(1, 2)) / contrast.shape[2]  # (B, L, L)
-        var = (features * matmul(gram, features)).sum(1).mean(0) + means.var(0, correction=0)
-        with torch.no_grad():
-            num_batches_tracked += 1
-            running_mean.lerp_(mean, momentum)
-            running_var.lerp_(var * (count / (count - 1)), momentum)
-    else:
-        mean, var = running_mean, running_var
-    scale = weight * (var + eps).rsqrt()
-    level = bias + (means - mean) * scale  # (B, C1)
-    return torch.cat([features * scale, level.unsqueeze(1)], dim=1).to(dtype)
+        filled = matmul(features.transpose(1, 2), heatmaps)
+    return filled.unflatten(2, identity.shape[2:])
 
 
 class SoftRPN(nn.Module):
@@ -293,15 +229,23 @@ class Depla(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, identity: Tensor, candidate: Tensor) -> Tensor:
+    def forward(
+        self, identity: Tensor, candidate: Tensor, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None
+    ) -> Tensor:
         """Refine the identity X (B, C1, H, W) with the candidate Y (B, C2, h, w).
+
+        With weight (C2, P) and bias (C2), Y = weight @ candidate + bias of a candidate (B, P, h, w), and is not made.
 
         If the sizes differ, the smaller map is up-sampled and the result has the larger size. What is linear is done
         where it is cheapest: maps are up-sampled after their 1x1 convolutions, which leave fewer channels, and the
         output projection and a BatchNorm come before back-filling, on L vectors instead of N positions.
         """
-        check_channels(identity, self.identity_chs, candidate, self.candidate_chs)
-        values = match_size(self.candidate(candidate), identity, self.upsample)  # (B, D*C, H, W)
+        if isinstance(weight, Tensor) and isinstance(bias, Tensor):  # neither None nor symbolic
+            values = compose_conv(candidate, weight, bias, self.candidate.weight)
+        else:
+            check_channels(identity, self.identity_chs, candidate, self.candidate_chs)
+            values = self.candidate(candidate)
+        values = match_size(values, identity, self.upsample)  # (B, D*C, H, W)
         maps = self.rpn(identity, values, self.upsample)  # (B, L, D, N)
         identity = match_size(identity, values, self.upsample)
         values = values.flatten(2).unflatten(1, (self.maps_per_group, -1)).transpose(1, 2)  # (B, C, D, N)
@@ -310,23 +254,9 @@ class Depla(nn.Module):
         features = self.proj(features)  # (B, L, C1)
         heatmaps = heatmaps * heatmaps.shape[-1]  # ruling 4(a): without N the result would fade with the resolution
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
-            if self.can_fold_norm():
+            if isinstance(identity, Tensor) and can_fold(self.norm):  # not symbolic
                 heatmaps = torch.cat([heatmaps - 1, torch.ones_like(heatmaps[:, :1])], dim=1)  # (B, L + 1, N)
-                features = self.fold_norm(features, heatmaps[:, :-1])  # (B, L + 1, C1)
-                return back_fill(self.drop_path(features), heatmaps, identity, add=True)
-        x = self.norm(back_fill(features, heatmaps, identity, add=False))  # (B, C1, H, W)
+                features = fold_into_features(self.norm, features, heatmaps[:, :-1])  # (B, L + 1, C1)
+                return identity + back_fill(self.drop_path(features), heatmaps, identity).type_as(identity)
+        x = self.norm(back_fill(features, heatmaps, identity))  # (B, C1, H, W)
         return identity + self.drop_path(x).type_as(identity)
-
-    @torch.jit.ignore
-    def can_fold_norm(self) -> bool:
-        """Whether the norm is a plain BatchNorm, whose statistics are known from the vectors before back-filling."""
-        norm = self.norm
-        return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
-
-    @torch.jit.ignore
-    def fold_norm(self, features: Tensor, contrast: Tensor) -> Tensor:
-        norm = self.norm
-        return fold_batch_norm(
-            features, contrast, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked,
-            norm.momentum, norm.eps, norm.training,
-        )  # fmt: skip

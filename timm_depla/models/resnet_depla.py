@@ -18,6 +18,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from timm_depla.layers import Depla, check_depla_args
+from timm_depla.layers.batch_norm import can_fold, fold_into_conv
 
 from .builder import build_model
 
@@ -57,6 +58,10 @@ class BottleneckDepla(Bottleneck):
         identity = x if self.downsample is None else self.downsample(x)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
+            if self.se is None and isinstance(x, torch.Tensor) and can_fold(self.bn3, self.conv3, self.depla.candidate):
+                weight, bias = fold_into_conv(self.bn3, self.conv3, x)
+                return self.act3(self.depla(identity, x, weight, bias))
         x = self.bn3(self.conv3(x))
         if self.se is not None:
             x = self.se(x)

@@ -1,0 +1,86 @@
+"""BatchNorm without the map that it normalises: its statistics follow from the tensors that the map is made of."""
+
+from typing import Tuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from .matmul import matmul
+
+__all__ = ['can_fold', 'fold_into_conv', 'fold_into_features']
+
+
+def can_fold(norm: nn.Module, *convs: nn.Module) -> bool:
+    """Whether a norm is a plain BatchNorm with weights and running statistics, and the others are plain convolutions.
+
+    A module with hooks is not plain: something listens to its calls.
+    """
+    if type(norm) is not nn.BatchNorm2d or not (norm.affine and norm.track_running_stats) or norm.momentum is None:
+        return False
+    hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+    is_heard = any(getattr(module, name) for module in (norm, *convs) for name in hooks)
+    return not is_heard and all(type(conv) is nn.Conv2d for conv in convs)
+
+
+def _update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Move the running statistics towards those of a batch with this number of positions, as BatchNorm does."""
+    if count == 1:
+        raise ValueError('batch statistics need more than one position in training, got one image of size 1 x 1')
+    with torch.no_grad():
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean.type_as(norm.running_mean), norm.momentum)
+        norm.running_var.lerp_((var * (count / (count - 1))).type_as(norm.running_var), norm.momentum)
+
+
+def fold_into_features(norm: nn.BatchNorm2d, features: Tensor, contrast: Tensor) -> Tensor:
+    """Move the norm of a back-filled map into the vectors that it is filled from.
+
+    A heatmap is one, its mean over the positions, plus its contrast. So the mean of the map is that of the summed
+    vectors, and its variance follows from the products of the contrasts with each other. In training the running
+    statistics are updated.
+
+    Args:
+        norm: For which `can_fold`.
+        features: (B, L, C).
+        contrast: (B, L, N).
+
+    Returns:
+        (B, L + 1, C): vectors for the contrasts, and one for all positions alike.
+    """
+    dtype = features.dtype
+    features, contrast = features.type_as(norm.weight), contrast.type_as(norm.weight)
+    mean, var = norm.running_mean, norm.running_var
+    means = features.sum(1)  # (B, C), over the positions
+    if norm.training:
+        mean = means.mean(0)
+        gram = matmul(contrast, contrast.transpose(1, 2)) / contrast.shape[2]  # (B, L, L)
+        var = (features * matmul(gram, features)).sum(1).mean(0) + means.var(0, correction=0)
+        _update(norm, mean, var, contrast.shape[0] * contrast.shape[2])
+    scale = norm.weight * (var + norm.eps).rsqrt()
+    level = norm.bias + (means - mean) * scale  # (B, C)
+    return torch.cat([features * scale, level.unsqueeze(1)], dim=1).to(dtype)
+
+
+def fold_into_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Weight (C, P) and bias (C) with norm(conv(x)) = weight @ x + bias, from x (B, P, H, W) and a 1x1 convolution.
+
+    In training the mean and variance of the convolved map follow from those of x and its products over channels, which
+    are P * P numbers; the running statistics are updated. Both come in single precision or better.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight, bias, mean, var = (t.to(dtype) for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+    kernel = conv.weight.flatten(1).to(dtype)  # (C, P)
+    if norm.training:
+        if x.is_contiguous(memory_format=torch.channels_last):
+            rows = x.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)  # (B*N, P)
+            means, gram = rows.mean(0), matmul(rows.t(), rows) / len(rows)  # (P), (P, P)
+        else:
+            rows = x.flatten(2).to(dtype)  # (B, P, N)
+            means, gram = rows.mean((0, 2)), matmul(rows, rows.transpose(1, 2)).mean(0) / rows.shape[2]
+        mean = matmul(kernel, means)
+        covariance = gram - means.outer(means)
+        var = (matmul(kernel, covariance) * kernel).sum(1).clamp(min=0)  # rounding may leave less
+        _update(norm, mean, var, x.shape[0] * x.shape[2] * x.shape[3])
+    scale = weight * (var + norm.eps).rsqrt()
+    return kernel * scale.unsqueeze(1), bias - mean * scale
