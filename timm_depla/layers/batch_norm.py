@@ -1,26 +1,29 @@
 """BatchNorm without the map that it normalises: its statistics follow from the tensors that the map is made of."""
 
-from typing import Tuple
+from typing import Tuple, Type
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .matmul import matmul
+from .linear import Conv1x1, matmul
 
-__all__ = ['can_fold', 'fold_into_conv', 'fold_into_features']
+__all__ = ['can_fold', 'fold_into_conv', 'fold_into_features', 'is_plain']
+
+
+def is_plain(module: nn.Module, *types: Type[nn.Module]) -> bool:
+    """Whether a module is of one of these very types and has no hooks, so that nobody misses a call of it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) in types and not any(hooks)
 
 
 def can_fold(norm: nn.Module, *convs: nn.Module) -> bool:
-    """Whether a norm is a plain BatchNorm with weights and running statistics, and the others are plain convolutions.
-
-    A module with hooks is not plain: something listens to its calls.
-    """
-    if type(norm) is not nn.BatchNorm2d or not (norm.affine and norm.track_running_stats) or norm.momentum is None:
-        return False
-    hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-    is_heard = any(getattr(module, name) for module in (norm, *convs) for name in hooks)
-    return not is_heard and all(type(conv) is nn.Conv2d for conv in convs)
+    """Whether a norm is a plain BatchNorm with weights and running statistics, and the others plain convolutions."""
+    return (
+        is_plain(norm, nn.BatchNorm2d)
+        and (norm.affine and norm.track_running_stats and norm.momentum is not None)
+        and all(is_plain(conv, nn.Conv2d, Conv1x1) for conv in convs)
+    )
 
 
 def _update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
@@ -55,7 +58,7 @@ def fold_into_features(norm: nn.BatchNorm2d, features: Tensor, contrast: Tensor)
     if norm.training:
         mean = means.mean(0)
         gram = matmul(contrast, contrast.transpose(1, 2)) / contrast.shape[2]  # (B, L, L)
-        var = (features * matmul(gram, features)).sum(1).mean(0) + means.var(0, correction=0)
+        var = (features * matmul(gram, features)).sum(1).mean(0) + (means - mean).square().mean(0)
         _update(norm, mean, var, contrast.shape[0] * contrast.shape[2])
     scale = norm.weight * (var + norm.eps).rsqrt()
     level = norm.bias + (means - mean) * scale  # (B, C)

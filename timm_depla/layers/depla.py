@@ -18,8 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch_norm import can_fold, fold_into_features
-from .matmul import Linear, matmul
+from .batch_norm import can_fold, fold_into_features, is_plain
+from .linear import Conv1x1, Linear, convolve, convolve_together, matmul
 
 __all__ = ['SoftRPN', 'soft_roi_pool', 'PlainBFN', 'AdaptiveBFN', 'Depla', 'check_depla_args', 'match_size']
 
@@ -58,8 +58,7 @@ def check_channels(identity: Tensor, identity_chs: int, candidate: Tensor, candi
 def compose_conv(x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor) -> Tensor:
     """The 1x1 convolution by a kernel (K, C, 1, 1) of weight @ x + bias, (B, K, H, W), in one convolution of x."""
     kernel = kernel.flatten(1).type_as(weight)
-    composed = matmul(kernel, weight)[:, :, None, None]
-    return F.conv2d(x, composed.type_as(x), matmul(kernel, bias).type_as(x))
+    return convolve(x, matmul(kernel, weight).type_as(x), matmul(kernel, bias).type_as(x))
 
 
 @torch.fx.wrap
@@ -110,14 +109,18 @@ class SoftRPN(nn.Module):
         self.num_groups = num_groups
         self.maps_per_group = maps_per_group
         self.temperature = float(temperature)
-        self.conv = nn.Conv2d(in_chs, num_groups * maps_per_group, 1, bias=False, **dd)  # ruling 8
+        self.conv = Conv1x1(in_chs, num_groups * maps_per_group, **dd)  # ruling 8
 
-    def forward(self, x: Tensor, other: Optional[Tensor] = None, upsample: str = 'bilinear') -> Tensor:
+    def forward(
+        self, x: Tensor, other: Optional[Tensor] = None, upsample: str = 'bilinear', logits: Optional[Tensor] = None
+    ) -> Tensor:
         """Map x (B, C1, H, W) to ROI maps M (B, L, D, N), each a distribution over its N positions.
 
-        With another map, which may be larger, the maps have the size that x has after `match_size`.
+        With another map, which may be larger, the maps have the size that x has after `match_size`. The convolution of
+        x may be given as logits.
         """
-        logits = self.conv(x).type_as(self.conv.weight) / self.temperature
+        logits = self.conv(x) if logits is None else logits
+        logits = logits.type_as(self.conv.weight) / self.temperature
         if other is not None:
             logits = match_size(logits, other, upsample)
         maps = softmax_positions(logits)  # (B, D*L, N)
@@ -135,7 +138,9 @@ class PlainBFN(nn.Module):
         self.heatmap = Linear(num_groups * maps_per_group, num_groups, bias=False, **dd)  # ruling 8
         self.transform = Linear(pooled_chs, pooled_chs, **dd)
 
-    def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(
+        self, identity: Tensor, pooled: Tensor, maps: Tensor, query: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
         """Pooled features Z (B, L, C) and ROI maps M (B, L, D, N) to Z' (B, L, C) and heatmaps B (B, L, N)."""
         maps = maps * maps.shape[-1] if self.rescale_maps else maps
         logits = self.heatmap(maps.transpose(1, 2).flatten(1, 2).transpose(1, 2))  # (B, N, D*L) -> (B, N, L)
@@ -148,13 +153,19 @@ class AdaptiveBFN(nn.Module):
     def __init__(self, identity_chs: int, pooled_chs: int = 16, **dd) -> None:
         super().__init__()
         self.scale = pooled_chs**0.5
-        self.query = nn.Conv2d(identity_chs, pooled_chs, 1, bias=False, **dd)  # ruling 8
+        self.query = Conv1x1(identity_chs, pooled_chs, **dd)  # ruling 8
         self.key = Linear(pooled_chs, pooled_chs, **dd)
         self.transform = Linear(pooled_chs, pooled_chs, **dd)
 
-    def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor) -> Tuple[Tensor, Tensor]:
-        """Identity X (B, C1, H, W) and pooled features Z (B, L, C) to Z' (B, L, C) and heatmaps B (B, L, N)."""
-        query = F.normalize(self.query(identity).flatten(2).type_as(maps), dim=1)  # (B, C, N), ruling 10
+    def forward(
+        self, identity: Tensor, pooled: Tensor, maps: Tensor, query: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
+        """Identity X (B, C1, H, W) and pooled features Z (B, L, C) to Z' (B, L, C) and heatmaps B (B, L, N).
+
+        The convolution of X may be given as query.
+        """
+        query = self.query(identity) if query is None else query
+        query = F.normalize(query.flatten(2).type_as(maps), dim=1)  # (B, C, N), ruling 10
         key = F.normalize(self.key(pooled), dim=2) * self.scale  # (B, L, C)
         return self.transform(pooled), matmul(key, query).softmax(dim=-1)
 
@@ -209,7 +220,7 @@ class Depla(nn.Module):
         self.maps_per_group = maps_per_group
         self.upsample = upsample
         self.rpn = SoftRPN(identity_chs, num_groups, maps_per_group, temperature, **dd)
-        self.candidate = nn.Conv2d(self.candidate_chs, pooled_chs * maps_per_group, 1, bias=False, **dd)  # ruling 8
+        self.candidate = Conv1x1(self.candidate_chs, pooled_chs * maps_per_group, **dd)  # ruling 8
         if bfn == 'plain':
             self.bfn = PlainBFN(num_groups, pooled_chs, maps_per_group, rescale_maps, **dd)
         else:
@@ -246,11 +257,14 @@ class Depla(nn.Module):
             check_channels(identity, self.identity_chs, candidate, self.candidate_chs)
             values = self.candidate(candidate)
         values = match_size(values, identity, self.upsample)  # (B, D*C, H, W)
-        maps = self.rpn(identity, values, self.upsample)  # (B, L, D, N)
+        logits, query = self.convolve_identity(identity)
+        maps = self.rpn(identity, values, self.upsample, logits)  # (B, L, D, N)
+        if query is not None:
+            query = match_size(query, values, self.upsample)
         identity = match_size(identity, values, self.upsample)
         values = values.flatten(2).unflatten(1, (self.maps_per_group, -1)).transpose(1, 2)  # (B, C, D, N)
         pooled = soft_roi_pool(maps, values)  # (B, L, C)
-        features, heatmaps = self.bfn(identity, pooled, maps)  # (B, L, C), (B, L, N)
+        features, heatmaps = self.bfn(identity, pooled, maps, query)  # (B, L, C), (B, L, N)
         features = self.proj(features)  # (B, L, C1)
         heatmaps = heatmaps * heatmaps.shape[-1]  # ruling 4(a): without N the result would fade with the resolution
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
@@ -260,3 +274,13 @@ class Depla(nn.Module):
                 return identity + back_fill(self.drop_path(features), heatmaps, identity).type_as(identity)
         x = self.norm(back_fill(features, heatmaps, identity))  # (B, C1, H, W)
         return identity + self.drop_path(x).type_as(identity)
+
+    def convolve_identity(self, identity: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+        """SoftRPN's logits and adaptive BFN's query in one convolution, where both have one and nothing listens."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
+            if isinstance(self.bfn, AdaptiveBFN) and isinstance(identity, Tensor):
+                convs = [self.rpn.conv, self.bfn.query]
+                if all(is_plain(conv, Conv1x1) for conv in convs):
+                    logits, query = convolve_together(identity, convs)
+                    return logits, query
+        return None, None

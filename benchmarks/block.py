@@ -1,0 +1,114 @@
+"""The block alone against its floor: bytes moved once by copying, and multiply-adds by one large matrix product.
+
+Forward reads X and Y and writes the output; backward reads these two and the output's gradient and writes two, and has
+twice the multiply-adds. The floor of each is the time of that many bytes at the copy bandwidth (read and written) plus
+that of the multiply-adds at the rate of a matrix product, both measured in turn with the block. Each
+is timed over as many calls in a row as have 5 G multiply-adds of the block.
+"""
+
+import argparse
+import statistics
+from functools import partial
+from typing import Any, Callable, Dict, List
+
+import torch
+
+from timm_depla.engine.plan import count_macs
+from timm_depla.engine.world import keep_memory
+from timm_depla.layers import Depla
+
+from .pairs import ratio_text, seconds_text, time_rounds
+from .record import table
+
+SHAPES = ['8x1024x14x14', '2x256x200x304']
+FORMATS = {'channels last': torch.channels_last, 'contiguous': torch.contiguous_format}
+COPIED = 2**24  # elements
+SIDE = 1024  # of the matrices
+TIMED = 5 * 10**9  # multiply-adds
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--shape', nargs='+', default=SHAPES, metavar='BxCxHxW', help='identity and candidate')
+    parser.add_argument('--pairs', type=int, default=40, help='timings of each')
+
+
+def _infer(block: Depla, x: torch.Tensor, y: torch.Tensor) -> None:
+    with torch.inference_mode():
+        block(x, y)
+
+
+def _measure(bfn: str, shape: List[int], memory_format: torch.memory_format, rounds: int) -> Dict[str, Any]:
+    block = Depla(shape[1], bfn=bfn)
+    macs = shape[0] * count_macs(_Pair(block).to('meta').eval(), shape[1:])
+    block = Depla(shape[1], bfn=bfn).train().to(memory_format=memory_format)
+    x, y = (torch.randn(shape).to(memory_format=memory_format).requires_grad_() for _ in range(2))
+    gradient = torch.randn(shape).to(memory_format=memory_format)
+    out = block(x, y)
+    block.eval()
+    inputs = [x, y, *block.parameters()]
+    source, a, b = torch.randn(COPIED), *torch.randn(2, SIDE, SIDE)
+    target, product = torch.empty_like(source), torch.empty_like(a)
+    calls = [
+        partial(_infer, block, x.detach(), y.detach()),
+        partial(torch.autograd.grad, out, inputs, gradient, retain_graph=True),
+        partial(target.copy_, source),
+        partial(torch.mm, a, b, out=product),
+    ]
+    times = max(1, TIMED // macs)
+    samples = time_rounds([partial(_repeat, call, times) for call in calls], rounds)
+    samples = [[seconds / times for seconds in sample] for sample in samples]
+    return dict(macs=macs, bytes=x.nbytes, samples=samples)
+
+
+def _repeat(call: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
+class _Pair(torch.nn.Module):
+    """The block as a function of one tensor, for counting."""
+
+    def __init__(self, block: Depla) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x, x)
+
+
+def run(args: argparse.Namespace) -> Dict[str, Any]:
+    torch.manual_seed(0)
+    keep_memory()
+    return {
+        f'{bfn}, ({", ".join(shape.split("x"))}), {name}': _measure(
+            bfn, [int(side) for side in shape.split('x')], memory_format, args.pairs
+        )
+        for bfn in ('plain', 'adaptive')
+        for shape in args.shape
+        for name, memory_format in FORMATS.items()
+    }
+
+
+def render(results: Dict[str, Any]) -> str:
+    rows = []
+    for name, result in results.items():
+        for i, (kind, maps, times) in enumerate((('forward', 3, 1), ('backward', 5, 2))):
+            moved, macs = maps * result['bytes'], times * result['macs']
+            floors = [
+                (moved / (8 * COPIED) * copy, macs / SIDE**3 * product) for _, _, copy, product in result['samples']
+            ]
+            parts = [statistics.median(values) for values in zip(*floors, strict=True)]
+            seconds = [sample[i] for sample in result['samples']]
+            rows.append([
+                name, kind, f'{moved / 1e6:.0f} MB', f'{macs / 1e9:.2f} G', *map(seconds_text, parts),
+                seconds_text(statistics.median(seconds)),
+                ratio_text([second / sum(floor) for second, floor in zip(seconds, floors, strict=True)]),
+            ])  # fmt: skip
+    samples = [sample for result in results.values() for sample in result['samples']]
+    bandwidth = statistics.median(8 * COPIED / copy for _, _, copy, _ in samples)
+    rate = statistics.median(SIDE**3 / product for *_, product in samples)
+    return (
+        f'Copy bandwidth {bandwidth / 1e9:.1f} GB/s, matrix product {rate / 1e9:.0f} G multiply-adds a second. Times '
+        'are medians, the ratio is that to the sum of the two floors, round by round: median (95% interval).\n\n'
+        + table(['block', '', 'moved', 'multiply-adds', 'floor, bytes', 'floor, multiply-adds', 'time', 'ratio'], rows)
+    )
