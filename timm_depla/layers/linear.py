@@ -36,7 +36,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor
     """
     if x.device.type != 'cpu' or x.is_contiguous(memory_format=torch.channels_last):
         return F.conv2d(x, weight.unsqueeze(2).unsqueeze(3), bias)
-    out = torch.bmm(weight.expand(len(x), -1, -1), x.flatten(2))  # torch.matmul would copy x
+    out = torch.bmm(weight.expand(x.shape[0], -1, -1), x.flatten(2))  # torch.matmul would copy x
     return (out if bias is None else out + bias.unsqueeze(1)).unflatten(2, x.shape[2:])
 
 
