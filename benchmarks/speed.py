@@ -42,7 +42,11 @@ def create_model(spec: str, img_size: int) -> torch.nn.Module:
     kwargs: Dict[str, Any] = dict(block_args=dict(attn_layer=attention)) if attention else {}
     if timm.models.get_pretrained_cfg_value(name, 'fixed_input_size'):
         kwargs['img_size'] = img_size
-    return timm.create_model(name, **kwargs).to(memory_format=torch.channels_last)
+    model = timm.create_model(name, **kwargs)
+    for parameter in model.parameters():
+        if parameter.ndim == 4:  # lambda networks have convolutions in three dimensions, too
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 def infer(model: Callable, x: torch.Tensor) -> None:
