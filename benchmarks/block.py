@@ -3,7 +3,7 @@
 Forward reads X and Y and writes the output; backward reads these two and the output's gradient and writes two, and has
 twice the multiply-adds. The floor of each is the time of that many bytes at the copy bandwidth (read and written) plus
 that of the multiply-adds at the rate of a matrix product, both measured in turn with the block. Each
-is timed over as many calls in a row as have 5 G multiply-adds of the block.
+is timed over as many calls in a row as have 5 G multiply-adds of the block, at most 20.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def _measure(bfn: str, shape: List[int], memory_format: torch.memory_format, rou
         partial(target.copy_, source),
         partial(torch.mm, a, b, out=product),
     ]
-    times = max(1, TIMED // macs)
+    times = min(max(1, TIMED // macs), 20)
     samples = time_rounds([partial(_repeat, call, times) for call in calls], rounds)
     samples = [[seconds / times for seconds in sample] for sample in samples]
     return dict(macs=macs, bytes=x.nbytes, samples=samples)

@@ -12,11 +12,11 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
-from timm.data import create_dataset, create_loader
-from timm.loss import LabelSmoothingCrossEntropy
+from timm.data import FastCollateMixup, create_dataset, create_loader
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import AverageMeter, CheckpointSaver, accuracy
@@ -40,7 +40,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 
 
 class PlainLoop:
-    """The least that trains the digits recipe with timm."""
+    """The least that trains with timm: the flags of the recipes `digits` and `better`."""
 
     def __init__(self, args: argparse.Namespace, model: torch.nn.Module, folder: str):
         self.model = model
@@ -49,6 +49,9 @@ class PlainLoop:
         self.training_seconds: List[float] = []
         size, cpu = model.pretrained_cfg['input_size'], torch.device('cpu')
         kwargs = dict(batch_size=args.batch_size, num_workers=args.workers, device=cpu)
+        mix = None
+        if args.mixup:
+            mix = FastCollateMixup(args.mixup, label_smoothing=args.smoothing, num_classes=model.num_classes)
         self.loader = create_loader(
             create_dataset('', root=args.data_dir, split='train'),
             size,
@@ -58,6 +61,8 @@ class PlainLoop:
             ratio=args.ratio,
             hflip=args.hflip,
             color_jitter=args.color_jitter,
+            auto_augment=args.aa,
+            collate_fn=mix,
             **kwargs,
         )
         val_set = create_dataset('', root=args.data_dir, split='validation')
@@ -65,7 +70,7 @@ class PlainLoop:
         self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
         steps = len(self.loader)
         self.scheduler, _ = create_scheduler_v2(self.optimizer, **scheduler_kwargs(args), updates_per_epoch=steps)
-        self.loss_fn = LabelSmoothingCrossEntropy(args.smoothing)
+        self.loss_fn = SoftTargetCrossEntropy() if mix else LabelSmoothingCrossEntropy(args.smoothing)
         self.saver = CheckpointSaver(model, self.optimizer, args=args, checkpoint_dir=folder, max_history=10)
 
     def run_epoch(self, epoch: int) -> float:
@@ -150,37 +155,57 @@ def serve_ours(train_args: argparse.Namespace, pipe: Any) -> None:
     pipe.send((sum(images), rates))
 
 
+def race(arms: Dict[str, Tuple[Callable, argparse.Namespace]], rounds: int) -> Dict[str, Any]:
+    """Let each arm, in a process of its own, do a round in turn.
+
+    Args:
+        arms: A function for each, and the arguments of its run. It is given them and a pipe, on which it gets a number
+            for each round, answers with seconds and top-1 accuracy, and after None with what it saw.
+        rounds: How many.
+
+    Returns:
+        `training`, the seconds that each told in each round; `epoch`, seconds until it answered; `top1`, each one's
+        last; `seen`, what each told at the end.
+    """
+    spawn, pipes, processes = multiprocessing.get_context('spawn'), {}, []
+    results: Dict[str, Any] = {part: {name: [] for name in arms} for part in _PARTS}
+    results['top1'] = {}
+    for name, (serve, train_args) in arms.items():
+        pipes[name], end = spawn.Pipe()
+        processes.append(spawn.Process(target=serve, args=(train_args, end)))
+        processes[-1].start()
+        end.close()  # so that the end of a process ends the waiting for it
+    for number in range(rounds):
+        for name in arms if number % 2 else reversed(arms):
+            start = time.perf_counter()
+            pipes[name].send(number)
+            training, results['top1'][name] = pipes[name].recv()
+            results['training'][name].append(training)
+            results['epoch'][name].append(time.perf_counter() - start)
+        print(number, *(f'{name} {times[-1]:.2f} s' for name, times in results['epoch'].items()), flush=True)
+    for pipe in pipes.values():
+        pipe.send(None)
+    results['seen'] = {name: pipe.recv() for name, pipe in pipes.items()}
+    for process in processes:
+        process.join()
+    return results
+
+
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     """Times of each epoch, and whether both saw as many samples at the same learning rates."""
-    servers = {'plain': serve_plain, 'ours': serve_ours}
-    spawn, pipes, processes = multiprocessing.get_context('spawn'), {}, []
-    parts: Dict[str, Dict[str, List[float]]] = {part: {name: [] for name in servers} for part in _PARTS}
-    top1: Dict[str, float] = {}
     with tempfile.TemporaryDirectory() as output:
-        for name, serve in servers.items():
+        arms = {}
+        for name, serve in (('plain', serve_plain), ('ours', serve_ours)):
             (Path(output) / name).mkdir()
-            pipes[name], end = spawn.Pipe()
-            processes.append(spawn.Process(target=serve, args=(plan(args, f'{output}/{name}'), end)))
-            processes[-1].start()
-        for epoch in range(args.epochs):
-            for name in ('plain', 'ours') if epoch % 2 else ('ours', 'plain'):
-                start = time.perf_counter()
-                pipes[name].send(epoch)
-                training, top1[name] = pipes[name].recv()
-                parts['training'][name].append(training)
-                parts['epoch'][name].append(time.perf_counter() - start)
-            print(epoch, *(f'{name} {times[-1]:.2f} s' for name, times in parts['epoch'].items()), flush=True)
-        for pipe in pipes.values():
-            pipe.send(None)
-        seen = {name: pipe.recv() for name, pipe in pipes.items()}
-        for process in processes:
-            process.join()
+            arms[name] = (serve, plan(args, f'{output}/{name}'))
+        results = race(arms, args.epochs)
+    seen = results['seen']
     return dict(
         images={name: images for name, (images, _) in seen.items()},
         same_rates=seen['plain'][1] == seen['ours'][1],
         steps=len(seen['ours'][1]),
-        top1=top1,
-        **{part: compare(**times) for part, times in parts.items()},
+        top1=results['top1'],
+        **{part: compare(**results[part]) for part in _PARTS},
     )
 
 

@@ -1,14 +1,18 @@
 """Every kind of data set that timm reads, resumed from any step and shared by processes."""
 
 import io
+import random
 import shutil
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from timm.data import resolve_data_config
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
+from timm_depla.data import TensorResizedCrop
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError
 from timm_depla.engine.flags import create_train_parser
@@ -141,6 +145,35 @@ def test_tar(data):
         load(arguments('--data-dir', data / 'tars' / 'train.tar'))
 
 
+@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic', 'random'])
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+def test_tensor_resized_crop_is_the_crop_but_for_rounding(mode, interpolation):
+    crop = RandomResizedCropAndInterpolation((24, 40), interpolation=interpolation)
+    generator = np.random.default_rng(0)
+    for size in ((50, 37), (200, 300), (30, 400)):
+        pixels = Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
+        for seed in range(5):
+            crops = []
+            for transform in (crop, TensorResizedCrop(crop)):
+                random.seed(seed)
+                out = transform(pixels)
+                assert (out.mode, out.size) == (mode, (40, 24))
+                crops.append((np.asarray(out, dtype=int), random.random()))
+            difference = abs(crops[0][0] - crops[1][0])
+            assert difference.max() <= 2 and (difference > 0).mean() < 0.1
+            assert crops[0][1] == crops[1][1]  # both drew as much
+
+
+def test_resize_backend(flags):
+    batches = {}
+    for backend in ('pil', 'torch'):
+        args = arguments(*flags['folder'], '--workers', 0, '--resize-backend', backend)
+        batches[backend] = list(load(args)[0].epoch(1))
+    for (images, targets), (others, other_targets) in zip(*batches.values(), strict=True):
+        assert torch.equal(targets, other_targets)
+        assert (images - others).abs().max() < 0.05  # two of 255, over the standard deviation
+
+
 def test_processes_share_an_epoch(flags):
     """Two processes with half the batch see what one sees, augmented alike."""
     single = [batch for batch in load(arguments(*flags['folder']))[0].epoch(1)]
@@ -173,6 +206,8 @@ def test_unreadable_validation_image_is_left_out(flags, data, tmp_path):
         (['--dataset', 'hfds//dev'], "cannot open the split 'train' of 'hfds//dev'"),
         (['--mixup', 0.2, '-b', 5], 'mixing takes an even batch, not 5'),
         (['--mixup', 0.2, '--aug-splits', 2], '--aug-splits does not go with mixup'),
+        (['--resize-backend', 'torch', '--no-aug'], 'Resize is no random resized crop: leave out --resize-backend'),
+        (['--resize-backend', 'torch', '--train-interpolation', 'lanczos'], 'not by lanczos: leave out --resize'),
         (['-b', 41], 'a batch of 41 is larger than the training set of 40 images'),
     ],
 )

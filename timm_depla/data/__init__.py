@@ -7,3 +7,4 @@ from .positions import PositionedBatches as PositionedBatches
 from .positions import SeededBatches as SeededBatches
 from .positions import SeededStream as SeededStream
 from .positions import seed_position as seed_position
+from .resize import TensorResizedCrop as TensorResizedCrop

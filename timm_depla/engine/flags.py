@@ -28,6 +28,7 @@ __all__ = [
 OWN_FLAGS = {
     '--recipe', '--dry-run', '--checkpoint-minutes', '--deterministic', '--resume-with-changes', '--log-tensorboard',
     '--evaluator', '--pretrained-backbone', '--trainable-backbone-layers', '--backbone-norm', '--classes',
+    '--resize-backend',
 }  # fmt: skip
 """Flags that timm's scripts do not have."""
 
@@ -227,6 +228,7 @@ def _add_augmentation_args(parser: FlagParser) -> None:
     number('--aug-repeats', default=0.0, help='times that a sample appears in the epoch, augmented anew')
     add('--aug-splits', type=int, default=0, metavar='N', help='a clean and N - 1 augmented copies of each batch')
     add('--train-interpolation', type=str, default='random', metavar='NAME', help='resizing in training')
+    add('--resize-backend', default='pil', choices=['pil', 'torch'], help='torch is faster and rounds differently')
     number('--reprob', default=0.0, help='probability of random erasing')
     add('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='what fills an erased box')
     add('--recount', type=int, default=1, metavar='N', help='boxes to erase, at most')

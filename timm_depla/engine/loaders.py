@@ -16,7 +16,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, DistributedSampler, Subset, default_collate
 
-from timm_depla.data import CheckedImages, Draw, SeededStream, digits_folder, seed_position
+from timm_depla.data import CheckedImages, Draw, SeededStream, TensorResizedCrop, digits_folder, seed_position
 
 from .batches import ResumableLoader, loader_kwargs
 from .errors import ConfigError
@@ -183,7 +183,7 @@ def _train_transform(args: Namespace, data_config: Dict[str, Any]) -> Any:
     names = ['no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob']
     kwargs.update({name: getattr(args, name) for name in (*names, 'grayscale_prob', 'gaussian_blur_prob')})
     try:
-        return create_transform(
+        transform = create_transform(
             data_config['input_size'],
             is_training=True,
             auto_augment=args.aa,
@@ -193,6 +193,13 @@ def _train_transform(args: Namespace, data_config: Dict[str, Any]) -> Any:
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise ConfigError(f'timm cannot augment as asked: {error!r}') from error
+    if args.resize_backend == 'torch':
+        steps = (transform[0] if args.aug_splits else transform).transforms
+        try:
+            steps[0] = TensorResizedCrop(steps[0])
+        except ValueError as error:
+            raise ConfigError(f'{error}: leave out --resize-backend torch') from error
+    return transform
 
 
 def _collate(args: Namespace) -> Any:

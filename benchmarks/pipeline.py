@@ -1,0 +1,152 @@
+"""Reading and augmenting images: our training against a plain loop of timm's parts, under the recipe `better`.
+
+JPEGs as ImageNet's are on average, 500 x 375 pixels at quality 90, are cut at random from ten photographs that
+scikit-image and scikit-learn ship; a class is a photograph. Input is an epoch's batches, decoded, cropped, augmented by
+AutoAugment, mixed and normalised, without training on them. The loops are those of the benchmark `throughput`. With
+`--resize-backend torch` the crops, interpolations and everything drawn stay as they are, and PyTorch resizes the bytes.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+from PIL import Image
+from timm.data import create_transform
+
+from timm_depla.data import TensorResizedCrop
+from timm_depla.engine.classification import build
+from timm_depla.engine.config import parse_args
+from timm_depla.engine.flags import create_train_parser
+from timm_depla.engine.training import set_up_device
+from timm_depla.engine.world import setup_world
+
+from .pairs import ratio_text
+from .record import table
+from .throughput import PlainLoop, race, serve_ours, serve_plain
+
+SIZE, QUALITY = (500, 375), 90
+FILES = ('astronaut', 'coffee', 'chelsea', 'rocket', 'retina', 'ihc', 'hubble_deep_field', 'motorcycle_left')
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--model', default='test_resnet_depla', help='model of the loops')
+    parser.add_argument('--img-size', type=int, default=224, help='image size in pixels')
+    parser.add_argument('--images', type=int, default=1280, help='training images; a quarter as many for validation')
+    parser.add_argument('--epochs', type=int, default=10, help='epochs of each')
+    parser.add_argument('--batch-size', type=int, default=64, help='images')
+
+
+def load_photographs() -> List[Image.Image]:
+    """The photographs that the images are cut from."""
+    import skimage.data
+    from sklearn.datasets import load_sample_images
+
+    folder = Path(skimage.data.__file__).parent
+    files = [next(folder.glob(f'{name}.*')) for name in FILES]
+    return [Image.open(file).convert('RGB') for file in files] + [
+        Image.fromarray(pixels) for pixels in load_sample_images().images
+    ]
+
+
+def write_images(folder: Path, images: int) -> None:
+    """FOLDER/SPLIT/CLASS/*.jpg: windows of half a photograph's side or more."""
+    draw = random.Random(0)
+    for label, photograph in enumerate(load_photographs()):
+        for split, count in (('train', images // 10), ('validation', images // 40)):
+            (folder / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                width = min(photograph.width, photograph.height * SIZE[0] / SIZE[1]) * draw.uniform(0.5, 1)
+                height = width * SIZE[1] / SIZE[0]
+                left, top = draw.uniform(0, photograph.width - width), draw.uniform(0, photograph.height - height)
+                window = photograph.resize(SIZE, Image.BICUBIC, box=(left, top, left + width, top + height))
+                window.save(folder / split / str(label) / f'{i}.jpg', quality=QUALITY)
+
+
+def pixel_changes(rounds: int = 100) -> Dict[str, float]:
+    """How the crops of the two ways of resizing differ: the largest difference, and the share of values that do."""
+    transform = create_transform((3, 224, 224), is_training=True, interpolation='random', use_prefetcher=True)
+    crop = transform.transforms[0]
+    largest, different = 0, []
+    for photograph in load_photographs():
+        for seed in range(rounds // 10):
+            crops = []
+            for resized_crop in (crop, TensorResizedCrop(crop)):
+                random.seed(seed)
+                crops.append(np.asarray(resized_crop(photograph), dtype=int))
+            difference = np.abs(crops[0] - crops[1])
+            largest = max(largest, int(difference.max()))
+            different.append(float((difference > 0).mean()))
+    return dict(largest=largest, share=statistics.mean(different))
+
+
+def serve_plain_input(train_args: argparse.Namespace, pipe: Any) -> None:
+    model = build(train_args, setup_world('cpu')).model
+    loader = PlainLoop(train_args, model, train_args.output).loader
+    _serve(pipe, lambda epoch: loader)
+
+
+def serve_our_input(train_args: argparse.Namespace, pipe: Any) -> None:
+    world = setup_world('cpu')
+    set_up_device(train_args, world)
+    _serve(pipe, build(train_args, world).loader.epoch)
+
+
+def _serve(pipe: Any, epoch: Any) -> None:
+    total = 0
+    while (number := pipe.recv()) is not None:
+        start = time.perf_counter()
+        total += sum(len(images) for images, _ in epoch(number))
+        pipe.send((time.perf_counter() - start, 0.0))
+    pipe.send((total, []))
+
+
+def run(args: argparse.Namespace) -> Dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, 'data')
+        write_images(data, args.images)
+        flags = [str(data), '--recipe', 'better', '--model', args.model, '--img-size', str(args.img_size)]
+        flags += ['--num-classes', '10', '--batch-size', str(args.batch_size), '--epochs', str(args.epochs)]
+        flags += ['--warmup-epochs', '1', '--workers', '2', '--device', 'cpu', '--output', folder]
+        results: Dict[str, Any] = {}
+        for kind, plain, ours in (('input', serve_plain_input, serve_our_input), ('loop', serve_plain, serve_ours)):
+            arms = {}
+            for name, serve, more in (
+                ('plain', plain, []),
+                ('ours', ours, []),
+                ('ours, --resize-backend torch', ours, ['--resize-backend', 'torch']),
+            ):
+                experiment = f'{kind}-{len(arms)}'
+                train_args = parse_args(create_train_parser(), [*flags, '--experiment', experiment, *more])
+                if name == 'plain':
+                    train_args.output = f'{folder}/{experiment}'
+                    Path(train_args.output).mkdir()
+                arms[name] = (serve, train_args)
+            raced = race(arms, args.epochs)
+            images = {name: seen[0] for name, seen in raced['seen'].items()}
+            results[kind] = dict(training=raced['training'], top1=raced['top1'], images=images)
+    return dict(results, pixels=pixel_changes(), size=args.img_size, model=args.model)
+
+
+def render(results: Dict[str, Any]) -> str:
+    rows = []
+    for kind, what in (('input', 'input alone'), ('loop', f'training `{results["model"]}`')):
+        result = results[kind]
+        plain = result['training']['plain'][1:]
+        for name, seconds in result['training'].items():
+            rate = result['images'][name] / len(seconds) / statistics.median(seconds[1:])
+            ratio = ratio_text([a / b for a, b in zip(plain, seconds[1:], strict=True)]) if name != 'plain' else '1'
+            top1 = f'{result["top1"][name]:.2f}' if kind == 'loop' else ''
+            rows.append([what, name, f'{rate:.0f}', ratio, top1])
+    pixels = results['pixels']
+    header = ['', '', 'images a second', 'ratio to plain by epoch: median (95% interval)', 'last top-1']
+    return (
+        f'{results["size"]} pixels, two loading processes, {len(plain)} epochs in turn after one to warm up.\n\n'
+        + table(header, rows)
+        + f'\n\nWith `--resize-backend torch`, {100 * pixels["share"]:.2f}% of the values of a crop change, by at most '
+        f'{pixels["largest"]} of 255.'
+    )
