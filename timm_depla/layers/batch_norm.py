@@ -26,14 +26,16 @@ def can_fold(norm: nn.Module, *convs: nn.Module) -> bool:
     )
 
 
-def _update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Move the running statistics towards those of a batch with this number of positions, as BatchNorm does."""
+def _update(
+    running_mean: Tensor, running_var: Tensor, tracked: Tensor, momentum: float, mean: Tensor, var: Tensor, count: int
+) -> None:
+    """Move running statistics towards those of a batch with this number of positions, as BatchNorm does."""
     if count == 1:
         raise ValueError('batch statistics need more than one position in training, got one image of size 1 x 1')
     with torch.no_grad():
-        norm.num_batches_tracked += 1
-        norm.running_mean.lerp_(mean.type_as(norm.running_mean), norm.momentum)
-        norm.running_var.lerp_((var * (count / (count - 1))).type_as(norm.running_var), norm.momentum)
+        tracked += 1
+        running_mean.lerp_(mean.type_as(running_mean), momentum)
+        running_var.lerp_((var * (count / (count - 1))).type_as(running_var), momentum)
 
 
 def fold_into_features(norm: nn.BatchNorm2d, features: Tensor, contrast: Tensor) -> Tensor:
@@ -51,17 +53,36 @@ def fold_into_features(norm: nn.BatchNorm2d, features: Tensor, contrast: Tensor)
     Returns:
         (B, L + 1, C): vectors for the contrasts, and one for all positions alike.
     """
+    return _fold_into_features(
+        features, contrast, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked,
+        norm.momentum, norm.eps, norm.training,
+    )  # fmt: skip
+
+
+@torch.fx.wrap
+def _fold_into_features(
+    features: Tensor,
+    contrast: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    tracked: Tensor,
+    momentum: float,
+    eps: float,
+    training: bool,
+) -> Tensor:
     dtype = features.dtype
-    features, contrast = features.type_as(norm.weight), contrast.type_as(norm.weight)
-    mean, var = norm.running_mean, norm.running_var
+    features, contrast = features.type_as(weight), contrast.type_as(weight)
+    mean, var = running_mean, running_var
     means = features.sum(1)  # (B, C), over the positions
-    if norm.training:
+    if training:
         mean = means.mean(0)
         gram = matmul(contrast, contrast.transpose(1, 2)) / contrast.shape[2]  # (B, L, L)
         var = (features * matmul(gram, features)).sum(1).mean(0) + (means - mean).square().mean(0)
-        _update(norm, mean, var, contrast.shape[0] * contrast.shape[2])
-    scale = norm.weight * (var + norm.eps).rsqrt()
-    level = norm.bias + (means - mean) * scale  # (B, C)
+        _update(running_mean, running_var, tracked, momentum, mean, var, contrast.shape[0] * contrast.shape[2])
+    scale = weight * (var + eps).rsqrt()
+    level = bias + (means - mean) * scale  # (B, C)
     return torch.cat([features * scale, level.unsqueeze(1)], dim=1).to(dtype)
 
 
@@ -71,10 +92,29 @@ def fold_into_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, x: Tensor) -> Tuple[Te
     In training the mean and variance of the convolved map follow from those of x and its products over channels, which
     are P * P numbers; the running statistics are updated. Both come in single precision or better.
     """
+    return _fold_into_conv(
+        x, conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked,
+        norm.momentum, norm.eps, norm.training,
+    )  # fmt: skip
+
+
+@torch.fx.wrap
+def _fold_into_conv(
+    x: Tensor,
+    kernel: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    tracked: Tensor,
+    momentum: float,
+    eps: float,
+    training: bool,
+) -> Tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    weight, bias, mean, var = (t.to(dtype) for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
-    kernel = conv.weight.flatten(1).to(dtype)  # (C, P)
-    if norm.training:
+    kernel = kernel.flatten(1).to(dtype)  # (C, P)
+    mean, var = running_mean.to(dtype), running_var.to(dtype)
+    if training:
         if x.is_contiguous(memory_format=torch.channels_last):
             rows = x.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)  # (B*N, P)
             means, gram = rows.mean(0), matmul(rows.t(), rows) / len(rows)  # (P), (P, P)
@@ -84,6 +124,6 @@ def fold_into_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d, x: Tensor) -> Tuple[Te
         mean = matmul(kernel, means)
         covariance = gram - means.outer(means)
         var = (matmul(kernel, covariance) * kernel).sum(1).clamp(min=0)  # rounding may leave less
-        _update(norm, mean, var, x.shape[0] * x.shape[2] * x.shape[3])
-    scale = weight * (var + norm.eps).rsqrt()
-    return kernel * scale.unsqueeze(1), bias - mean * scale
+        _update(running_mean, running_var, tracked, momentum, mean, var, x.shape[0] * x.shape[2] * x.shape[3])
+    scale = weight.to(dtype) * (var + eps).rsqrt()
+    return kernel * scale.unsqueeze(1), bias.to(dtype) - mean * scale

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch_norm import can_fold, fold_into_features, is_plain
-from .linear import Conv1x1, Linear, convolve, convolve_together, matmul
+from .linear import Conv1x1, Linear, convolve, matmul
 
 __all__ = ['SoftRPN', 'soft_roi_pool', 'PlainBFN', 'AdaptiveBFN', 'Depla', 'check_depla_args', 'match_size']
 
-torch.fx.wrap('matmul')  # a leaf here too, as in its own file
+torch.fx.wrap('matmul')  # leaves here too, as in their own file
+torch.fx.wrap('convolve')
 
 # What the `depla` argument of a network may set in its blocks: the network knows the rest.
 DEPLA_ARGS = ('num_groups', 'pooled_chs', 'maps_per_group', 'temperature', 'bfn', 'rescale_maps')
@@ -55,8 +56,11 @@ def check_channels(identity: Tensor, identity_chs: int, candidate: Tensor, candi
         )
 
 
-def compose_conv(x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor) -> Tensor:
+@torch.fx.wrap
+def compose_conv(x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor], kernel: Tensor) -> Tensor:
     """The 1x1 convolution by a kernel (K, C, 1, 1) of weight @ x + bias, (B, K, H, W), in one convolution of x."""
+    if weight is None or bias is None:  # in a symbolic trace, which does not know yet
+        return convolve(x, kernel.flatten(1))
     kernel = kernel.flatten(1).type_as(weight)
     return convolve(x, matmul(kernel, weight).type_as(x), matmul(kernel, bias).type_as(x))
 
@@ -251,11 +255,11 @@ class Depla(nn.Module):
         where it is cheapest: maps are up-sampled after their 1x1 convolutions, which leave fewer channels, and the
         output projection and a BatchNorm come before back-filling, on L vectors instead of N positions.
         """
-        if isinstance(weight, Tensor) and isinstance(bias, Tensor):  # neither None nor symbolic
-            values = compose_conv(candidate, weight, bias, self.candidate.weight)
-        else:
+        if weight is None or bias is None:
             check_channels(identity, self.identity_chs, candidate, self.candidate_chs)
             values = self.candidate(candidate)
+        else:
+            values = compose_conv(candidate, weight, bias, self.candidate.weight)
         values = match_size(values, identity, self.upsample)  # (B, D*C, H, W)
         logits, query = self.convolve_identity(identity)
         maps = self.rpn(identity, values, self.upsample, logits)  # (B, L, D, N)
@@ -268,7 +272,7 @@ class Depla(nn.Module):
         features = self.proj(features)  # (B, L, C1)
         heatmaps = heatmaps * heatmaps.shape[-1]  # ruling 4(a): without N the result would fade with the resolution
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
-            if isinstance(identity, Tensor) and can_fold(self.norm):  # not symbolic
+            if can_fold(self.norm):
                 heatmaps = torch.cat([heatmaps - 1, torch.ones_like(heatmaps[:, :1])], dim=1)  # (B, L + 1, N)
                 features = fold_into_features(self.norm, features, heatmaps[:, :-1])  # (B, L + 1, C1)
                 return identity + back_fill(self.drop_path(features), heatmaps, identity).type_as(identity)
@@ -278,9 +282,10 @@ class Depla(nn.Module):
     def convolve_identity(self, identity: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
         """SoftRPN's logits and adaptive BFN's query in one convolution, where both have one and nothing listens."""
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
-            if isinstance(self.bfn, AdaptiveBFN) and isinstance(identity, Tensor):
+            if isinstance(self.bfn, AdaptiveBFN):
                 convs = [self.rpn.conv, self.bfn.query]
                 if all(is_plain(conv, Conv1x1) for conv in convs):
-                    logits, query = convolve_together(identity, convs)
+                    weight = torch.cat([conv.weight.flatten(1) for conv in convs])
+                    logits, query = convolve(identity, weight).split([conv.out_channels for conv in convs], dim=1)
                     return logits, query
         return None, None

@@ -1,13 +1,13 @@
 """The linear maps that the block is made of: matrix products and 1x1 convolutions."""
 
-from typing import List, Optional
+from typing import Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['Conv1x1', 'Linear', 'convolve', 'convolve_together', 'matmul']
+__all__ = ['Conv1x1', 'Linear', 'convolve', 'matmul']
 
 
 @torch.fx.wrap
@@ -48,9 +48,3 @@ class Conv1x1(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return convolve(x, self.weight.flatten(1))
-
-
-def convolve_together(x: Tensor, convs: List[Conv1x1]) -> List[Tensor]:
-    """What each convolution makes of x, in one pass over it."""
-    weight = torch.cat([conv.weight.flatten(1) for conv in convs])
-    return list(convolve(x, weight).split([conv.out_channels for conv in convs], dim=1))

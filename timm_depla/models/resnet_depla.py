@@ -59,7 +59,7 @@ class BottleneckDepla(Bottleneck):
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
-            if self.se is None and isinstance(x, torch.Tensor) and can_fold(self.bn3, self.conv3, self.depla.candidate):
+            if self.se is None and can_fold(self.bn3, self.conv3, self.depla.candidate):
                 weight, bias = fold_into_conv(self.bn3, self.conv3, x)
                 return self.act3(self.depla(identity, x, weight, bias))
         x = self.bn3(self.conv3(x))
