@@ -243,7 +243,8 @@ def test_memory_is_linear_in_positions(bfn):
     block, x = Depla(64, bfn=bfn), torch.randn(1, 64, 24, 32, requires_grad=True)
     with LargestTensor() as largest:
         block(x, x).sum().backward()
-    assert largest.numel == x.numel()  # C1 * N = L * D * N; L * C * D * N would be 16 times as many
+    channels = 64 if bfn == 'plain' else 64 + 16  # C1 = L * D; with the query's C, convolved together
+    assert largest.numel == channels * 24 * 32  # L * C * D * N would be 16 times as many
 
 
 @pytest.mark.parametrize('bfn', BFNS)
