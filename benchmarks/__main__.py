@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME` runs a benchmark, saves its record and writes docs/benchmarks.md from all records."""
+"""`python -m benchmarks NAME` runs a benchmark, saves its record, writes docs/benchmarks.md and draws its plots."""
 
 import argparse
 import shlex
@@ -25,9 +25,23 @@ def render_docs() -> str:
             f'## {name}',
             module.__doc__.strip(),
             module.render(entry['results']),
+            *([f'![{name}, drawn](plots/{name}.svg)'] if hasattr(module, 'plot') else []),
             f'`{entry["command"]}` at commit {entry["commit"][:12]}; {versions}; {entry["hardware"]}.',
         ]
     return '\n\n'.join(parts) + '\n'
+
+
+def draw_plots() -> None:
+    """Draw the plots beside docs/benchmarks.md from the records, the same bytes from the same records."""
+    import matplotlib
+
+    matplotlib.rcParams['svg.hashsalt'] = ''
+    folder = DOCS.parent / 'plots'
+    folder.mkdir(exist_ok=True)
+    for name in record.names():
+        module = BENCHMARKS[name.split('-')[0]]
+        if hasattr(module, 'plot'):
+            module.plot(record.load(name)['results']).savefig(folder / f'{name}.svg', metadata={'Date': None})
 
 
 def main() -> None:
@@ -37,7 +51,7 @@ def main() -> None:
         command = commands.add_parser(name, help=module.__doc__.strip(), description=module.__doc__)
         module.add_args(command)
         command.add_argument('--record', default=name, metavar='NAME', help=f'file of the record, {name}[-SUFFIX]')
-    commands.add_parser('docs', help='write docs/benchmarks.md from the records')
+    commands.add_parser('docs', help='write docs/benchmarks.md and its plots from the records')
     args = parser.parse_args()
     setup_default_logging()
     if args.name != 'docs':
@@ -46,6 +60,7 @@ def main() -> None:
         record.save(args.record, f'python -m benchmarks {shlex.join(sys.argv[1:])}', vars(args), results)
         print(module.render(results))
     DOCS.write_text(render_docs())
+    draw_plots()
 
 
 if __name__ == '__main__':

@@ -3,7 +3,8 @@
 JPEGs as ImageNet's are on average, 500 x 375 pixels at quality 90, are cut at random from ten photographs that
 scikit-image and scikit-learn ship; a class is a photograph. Input is an epoch's batches, decoded, cropped, augmented by
 AutoAugment, mixed and normalised, without training on them. The loops are those of the benchmark `throughput`. With
-`--resize-backend torch` the crops, interpolations and everything drawn stay as they are, and PyTorch resizes the bytes.
+`--resize-backend torch` the crops, interpolations and everything drawn stay as they are; TorchCodec decodes the files,
+to the same pixels, and PyTorch resizes the bytes.
 """
 
 import argparse

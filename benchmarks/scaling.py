@@ -81,3 +81,19 @@ def render(results: Dict[str, Any]) -> str:
         f'A training step of {results["batch_size"]} images, channels last: median of {len(parts[0]["samples"])} in '
         'turn, and the most memory allocated during it.\n\n' + table(header, rows)
     )
+
+
+def plot(results: Dict[str, Any]) -> Any:
+    """Time over the image's side, on logarithmic scales."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(6, 4), layout='constrained')).subplots()
+    sizes = list(map(int, results['sizes']))
+    for i, name in enumerate(results['names']):
+        samples = [result['samples'] for result in results['sizes'].values()]
+        axes.loglog(sizes, [statistics.median(s[i] for s in sample) for sample in samples], 'o-', label=name)
+    axes.set_xticks(sizes, map(str, sizes), minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel='side of the image (pixels)', ylabel='forward and backward (s)')
+    axes.legend()
+    return figure

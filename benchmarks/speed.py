@@ -15,7 +15,7 @@ import torch
 
 from timm_depla.engine.world import keep_memory
 
-from .pairs import peak_memory, ratio_text, seconds_text, time_rounds
+from .pairs import median_interval, peak_memory, ratio_text, seconds_text, time_rounds
 from .record import table
 
 IMAGENET = 1_281_167  # training images
@@ -118,3 +118,22 @@ def render(results: Dict[str, Any]) -> str:
         f'{len(results[KINDS[0]])} timings of each in turn. Medians; ratios to `{base}` by pair: median (95% '
         'interval).\n\n' + table(header, rows)
     )
+
+
+def plot(results: Dict[str, Any]) -> Any:
+    """Ratios to the base, with their intervals."""
+    from matplotlib.figure import Figure
+
+    *names, base = results['names']
+    axes = (figure := Figure(figsize=(6, 1 + 0.4 * len(names)), layout='constrained')).subplots()
+    for kind, marker, shift in zip(KINDS, 'os', (-0.1, 0.1), strict=True):
+        for i in range(len(names)):
+            middle, low, high = median_interval([sample[i] / sample[-1] for sample in results[kind]])
+            style = dict(fmt=marker, color=f'C{KINDS.index(kind)}', capsize=2, label=None if i else kind)
+            axes.errorbar([middle], [i + shift], xerr=[[middle - low], [high - middle]], **style)
+    axes.axvline(1, color='0.7', linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(f'time over that of {base}: median and 95% interval')
+    axes.legend()
+    return figure

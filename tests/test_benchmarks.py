@@ -64,3 +64,8 @@ def test_runs_and_writes_its_record(arguments, expected, monkeypatch, tmp_path, 
     docs = (tmp_path / 'benchmarks.md').read_text()
     assert expected in docs
     assert f'`python -m benchmarks {arguments[0]}' in docs
+    if '![' in docs:
+        plot = tmp_path / 'plots' / f'{arguments[0]}.svg'
+        drawn = plot.read_bytes()
+        benchmarks.draw_plots()
+        assert drawn.startswith(b'<?xml') and plot.read_bytes() == drawn

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from timm.data import resolve_data_config
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from timm_depla.data import TensorResizedCrop
+from timm_depla.data import TensorResizedCrop, read_image, read_pixels
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError
 from timm_depla.engine.flags import create_train_parser
@@ -154,14 +155,36 @@ def test_tensor_resized_crop_is_the_crop_but_for_rounding(mode, interpolation):
         pixels = Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).convert(mode)
         for seed in range(5):
             crops = []
-            for transform in (crop, TensorResizedCrop(crop)):
+            tensor_crop = TensorResizedCrop(crop)
+            for transform, source in ((crop, pixels), (tensor_crop, pixels), (tensor_crop, pil_to_tensor(pixels))):
                 random.seed(seed)
-                out = transform(pixels)
+                out = transform(source)
                 assert (out.mode, out.size) == (mode, (40, 24))
                 crops.append((np.asarray(out, dtype=int), random.random()))
             difference = abs(crops[0][0] - crops[1][0])
             assert difference.max() <= 2 and (difference > 0).mean() < 0.1
             assert crops[0][1] == crops[1][1]  # both drew as much
+            np.testing.assert_equal(crops[1], crops[2])
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'JPEG L', 'JPEG CMYK', 'JPEG progressive'])
+def test_pixels_are_those_that_pillow_reads(kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels).resize((70, 50), Image.Resampling.BICUBIC)
+    extension, _, variant = kind.partition(' ')
+    file = io.BytesIO()
+    picture = picture.convert(variant) if variant in ('L', 'CMYK') else picture
+    picture.save(file, extension, progressive=variant == 'progressive')
+    images = []
+    for read in (read_image, read_pixels):
+        file.seek(0)
+        images.append(read(file, 'RGB'))
+    assert isinstance(images[1], torch.Tensor) == (kind in ('JPEG', 'JPEG progressive'))
+    images[1] = images[1].permute(1, 2, 0) if isinstance(images[1], torch.Tensor) else images[1]
+    difference = abs(np.asarray(images[0], dtype=int) - np.asarray(images[1], dtype=int))
+    assert difference.max() <= 1  # another version of libjpeg may round differently
+    with pytest.raises(OSError, match='truncated'):
+        read_pixels(io.BytesIO(file.getvalue()[:-200]), 'RGB')
 
 
 def test_resize_backend(flags):

@@ -1,6 +1,7 @@
 from .digits import digits_folder as digits_folder
 from .images import CheckedImages as CheckedImages
 from .images import UnreadableError as UnreadableError
+from .images import read_image as read_image
 from .images import read_or_next as read_or_next
 from .positions import Draw as Draw
 from .positions import PositionedBatches as PositionedBatches
@@ -8,3 +9,4 @@ from .positions import SeededBatches as SeededBatches
 from .positions import SeededStream as SeededStream
 from .positions import seed_position as seed_position
 from .resize import TensorResizedCrop as TensorResizedCrop
+from .resize import read_pixels as read_pixels

@@ -1,18 +1,23 @@
 """timm's image data set, with unreadable images named."""
 
-from typing import Any, Callable, Tuple
+from typing import Any, BinaryIO, Callable, Tuple
 
 import torch.multiprocessing
 from PIL import Image
 from timm.data import ImageDataset
 
-__all__ = ['CheckedImages', 'UnreadableError', 'read_or_next']
+__all__ = ['CheckedImages', 'UnreadableError', 'read_image', 'read_or_next']
 
 _MAX_ATTEMPTS = 10  # unreadable images in a row
 
 
 class UnreadableError(RuntimeError):
     """Too many images in a row cannot be read."""
+
+
+def read_image(file: BinaryIO, mode: str) -> Image.Image:
+    """Decode an image by Pillow, converted to the mode."""
+    return Image.open(file).convert(mode)
 
 
 def read_or_next(
@@ -54,6 +59,7 @@ class CheckedImages(ImageDataset):
     Args:
         dataset: timm's data set to read from.
         is_training: Whether to replace unreadable images.
+        decode: Makes what the transform takes of a file and the image's mode.
 
     Attributes:
         unreadable: Queue of (file name, cause).
@@ -62,7 +68,7 @@ class CheckedImages(ImageDataset):
         UnreadableError: From indexing, if ten images in a row cannot be read.
     """
 
-    def __init__(self, dataset: ImageDataset, is_training: bool):
+    def __init__(self, dataset: ImageDataset, is_training: bool, decode: Callable[[BinaryIO, str], Any] = read_image):
         super().__init__(
             '',
             reader=dataset.reader,
@@ -71,11 +77,12 @@ class CheckedImages(ImageDataset):
             target_transform=dataset.target_transform,
         )
         self.is_training = is_training
+        self.decode = decode
         self.unreadable = torch.multiprocessing.Queue()
 
     def _read(self, index: int) -> Tuple[Any, int]:
         file, target, *_ = self.reader[index]
-        return Image.open(file).convert(self.input_img_mode), target
+        return self.decode(file, self.input_img_mode), target
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         attempts = _MAX_ATTEMPTS if self.is_training else 1

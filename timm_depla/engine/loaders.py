@@ -16,10 +16,19 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, DistributedSampler, Subset, default_collate
 
-from timm_depla.data import CheckedImages, Draw, SeededStream, TensorResizedCrop, digits_folder, seed_position
+from timm_depla.data import (
+    CheckedImages,
+    Draw,
+    SeededStream,
+    TensorResizedCrop,
+    digits_folder,
+    read_image,
+    read_pixels,
+    seed_position,
+)
 
 from .batches import ResumableLoader, loader_kwargs
-from .errors import ConfigError
+from .errors import ConfigError, require
 from .report import UnreadableImages
 from .world import World
 
@@ -194,6 +203,7 @@ def _train_transform(args: Namespace, data_config: Dict[str, Any]) -> Any:
     except (AssertionError, KeyError, ValueError) as error:
         raise ConfigError(f'timm cannot augment as asked: {error!r}') from error
     if args.resize_backend == 'torch':
+        require('torchcodec', 'fast')
         steps = (transform[0] if args.aug_splits else transform).transforms
         try:
             steps[0] = TensorResizedCrop(steps[0])
@@ -253,7 +263,9 @@ class TrainLoader:
         self.transform = _train_transform(args, data_config)
         self.collate = _collate(args)
         self.is_stream = isinstance(dataset, IterableImageDataset)
-        self.dataset = dataset if self.is_stream or not hasattr(dataset, 'reader') else CheckedImages(dataset, True)
+        decode = read_pixels if args.resize_backend == 'torch' else read_image
+        checked = not self.is_stream and hasattr(dataset, 'reader')
+        self.dataset = CheckedImages(dataset, True, decode) if checked else dataset
         self.num_images = len(dataset)
         names = getattr(self.dataset, 'unreadable', None)
         self.unreadable = UnreadableImages(names, self.num_images, args.train_split)

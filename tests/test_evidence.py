@@ -1,0 +1,107 @@
+"""The study of docs/evidence.md: its data, its networks, its statistics, and that a run gives its number again."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from benchmarks.evidence import report, scattered, study
+from benchmarks.evidence.arms import ARMS, NARROW
+from timm_depla.detection.rcnn import split_name
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A study of few images, with its own records."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(scattered, 'IMAGES', {'train': 80, 'validation': 40})
+    monkeypatch.setattr(study, 'RECORDS', tmp_path / 'records')
+    recipe = tmp_path / 'small.yaml'
+    recipe.write_text(f'base: {study.RECIPE}\nepochs: 1\nwarmup_epochs: 0\nimg_size: 64\nbatch_size: 40\n')
+    monkeypatch.setattr(study, 'RECIPE', recipe)
+    return tmp_path
+
+
+def test_scattered_digits(tmp_path, monkeypatch):
+    monkeypatch.setattr(scattered, 'IMAGES', {'train': 40, 'validation': 20})
+    for name, difficulty in (('a', 1.0), ('b', 1.0), ('c', 0.0)):
+        scattered.write(tmp_path / name, difficulty)
+    files = {name: sorted((tmp_path / name).rglob('*.png')) for name in 'abc'}
+    assert len(files['a']) == 60 and len({path.parent for path in files['a']}) == 20
+    same = [a.read_bytes() == b.read_bytes() for a, b in zip(files['a'], files['b'], strict=True)]
+    assert all(same) and len({path.read_bytes() for path in files['a']}) == 60
+    ink = {name: np.mean([np.asarray(scattered.Image.open(path)) for path in files[name]]) for name in 'ac'}
+    assert ink['a'] > 1.3 * ink['c']
+
+
+def test_control_has_as_many_parameters():
+    count = {}
+    for name in ('base', 'depla', 'pooled'):
+        model = timm.create_model(ARMS[name].model, device='meta', **ARMS[name].kwargs)
+        count[name] = sum(parameter.numel() for parameter in model.parameters())
+    assert count['pooled'] - count['base'] == pytest.approx(count['depla'] - count['base'], rel=0.01)
+
+
+def test_added_candidate():
+    model = timm.create_model('test_resnet_depla_added', **NARROW).eval()
+    block, x = model.layer3[-1], torch.randn(2, 224, 8, 8)
+    plain = timm.create_model('test_resnet_depla', **NARROW).eval()
+    plain.load_state_dict(model.state_dict())
+    y = block.conv1(x)
+    y = block.conv2(block.act1(block.bn1(y)))
+    y = block.bn3(block.conv3(block.act2(block.bn2(y))))
+    torch.testing.assert_close(block(x), torch.relu(plain.layer3[-1].depla(x, y) + y), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ARMS)
+def test_arms_exist(name):
+    arm = ARMS[name]
+    if arm.task == 'classification':
+        assert timm.create_model(arm.model, device='meta', num_classes=10, in_chans=1, **arm.kwargs).num_classes == 10
+    else:
+        assert split_name(arm.model)[2].startswith('fpn')
+
+
+def test_a_run_gives_its_number_again(small):
+    job = ('adaptive', 3, 0.05)
+    first, again = study.train(job), study.train(job)
+    assert first['results'] == again['results'] == study.load(job)['results']
+    assert first['command'] == 'python -m benchmarks.evidence train adaptive --seed 3 --lr 0.05'
+    assert study.train(('adaptive', 4, 0.05))['results'] != first['results']
+
+
+def fake(arm, seed, rate, top1):
+    """Put a run on record."""
+    study.RECORDS.mkdir(exist_ok=True)
+    study._path((arm, seed, rate)).write_text(json.dumps(dict(results={report.TOP1: [0.0, top1]})))
+
+
+def test_tables(small, monkeypatch):
+    assert '| DEPLA is better than the base | DEPLA, plain less base, top1 | not run | **not run** |' in report.claims()
+    for arm, gain in (('base', 0.0), ('depla', 1.0), ('adaptive', -1.0), ('pooled', 1.01)):
+        for seed in study.TUNING_SEEDS:
+            for rate in study.RATES:
+                fake(arm, seed, rate, 90 + rate)
+        for seed in study.SEEDS['classification']:
+            fake(arm, seed, 0.2, 85 + gain + seed + 0.1 * gain * (-1) ** seed)
+    assert study.best_rate('base') == 0.2 and study.best_rate('se') is None
+    # differences 1.1, 0.9, 1.1, 0.9, 1.1: mean 1.02, standard deviation 0.1095, times 2.776 / sqrt(5)
+    assert report.difference('depla', 'base', report.TOP1) == pytest.approx((1.02, 0.136), abs=1e-3)
+    text = report.claims()
+    assert '| +1.02 ± 0.14 | **confirmed** |' in text
+    assert (
+        '| adaptive DEPLA is better than the base | DEPLA, adaptive less base, top1 | -1.02 ± 0.14 | **refuted** |'
+        in text
+    )
+    assert '| -0.01 ± 0.00 | **refuted** |' in text and '| not run | **not run** |' in text
+    monkeypatch.setattr(report, 'DOCS', small / 'evidence.md')
+    monkeypatch.setattr(report, 'PLOT', small / 'evidence.svg')
+    marks = [f'<!-- {name} -->\n\n<!-- end -->' for name in ('claims', 'classification', 'detection', 'tuning')]
+    report.DOCS.write_text('\n\n'.join(marks))
+    report.write()
+    once = report.DOCS.read_text()
+    report.write()
+    assert report.DOCS.read_text() == once and once.count('<!-- end -->') == 4
+    assert '| DEPLA, plain | 0.' in once and '87.02' not in once and report.PLOT.is_file()
