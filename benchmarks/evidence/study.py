@@ -78,7 +78,8 @@ def train(job: Job) -> Dict[str, Any]:
     with tempfile.TemporaryDirectory() as output:
         args = parse_args(parser, [*flags, '--output', output, '--experiment', 'run'])
         args.model_kwargs = {**args.model_kwargs, **arm.kwargs}
-        engine.train(args)
+        if code := engine.train(args):  # stopped by a signal
+            raise SystemExit(code)
         rows = list(csv.DictReader(Path(output, 'run', 'summary.csv').read_text().splitlines()))
     results = {key: [float(row[key]) for row in rows] for key in rows[0] if key.startswith('eval_')}
     command = f'python -m benchmarks.evidence train {name} --seed {seed}' + (f' --lr {rate}' if rate else '')
