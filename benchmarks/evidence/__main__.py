@@ -3,6 +3,7 @@
 import argparse
 from fnmatch import fnmatch
 
+import torch
 from timm.utils import setup_default_logging
 
 from . import report, scattered, study
@@ -33,6 +34,7 @@ def main() -> None:
         rate = (args.lr or study.best_rate(args.arm)) if is_classifier else None
         if is_classifier and rate is None:
             parser.error(f"no learning rate is chosen yet for '{args.arm}': give --lr")
+        torch.set_num_threads(1)
         for key, values in study.train((args.arm, args.seed, rate))['results'].items():
             print(key, values[-1])
     else:
