@@ -8,7 +8,7 @@ import timm
 import torch
 
 from benchmarks.evidence import report, scattered, study
-from benchmarks.evidence.arms import ARMS, NARROW
+from benchmarks.evidence.arms import ARMS
 from timm_depla.detection.rcnn import split_name
 
 
@@ -33,7 +33,7 @@ def test_scattered_digits(tmp_path, monkeypatch):
     same = [a.read_bytes() == b.read_bytes() for a, b in zip(files['a'], files['b'], strict=True)]
     assert all(same) and len({path.read_bytes() for path in files['a']}) == 60
     ink = {name: np.mean([np.asarray(scattered.Image.open(path)) for path in files[name]]) for name in 'ac'}
-    assert ink['a'] > 1.3 * ink['c']
+    assert ink['a'] > 1.1 * ink['c']
 
 
 def test_control_has_as_many_parameters():
@@ -45,9 +45,9 @@ def test_control_has_as_many_parameters():
 
 
 def test_added_candidate():
-    model = timm.create_model('test_resnet_depla_added', **NARROW).eval()
+    model = timm.create_model('narrow_resnet_depla_added').eval()
     block, x = model.layer3[-1], torch.randn(2, 224, 8, 8)
-    plain = timm.create_model('test_resnet_depla', **NARROW).eval()
+    plain = timm.create_model('narrow_resnet_depla').eval()
     plain.load_state_dict(model.state_dict())
     y = block.conv1(x)
     y = block.conv2(block.act1(block.bn1(y)))
@@ -65,11 +65,11 @@ def test_arms_exist(name):
 
 
 def test_a_run_gives_its_number_again(small):
-    job = ('adaptive', 3, 0.05)
+    job = ('adaptive', 3, 0.15)
     first, again = study.train(job), study.train(job)
     assert first['results'] == again['results'] == study.load(job)['results']
-    assert first['command'] == 'python -m benchmarks.evidence train adaptive --seed 3 --lr 0.05'
-    assert study.train(('adaptive', 4, 0.05))['results'] != first['results']
+    assert first['command'] == 'python -m benchmarks.evidence train adaptive --seed 3 --lr 0.15'
+    assert study.train(('adaptive', 4, 0.15))['results'] != first['results']
 
 
 def fake(arm, seed, rate, top1):
@@ -85,8 +85,8 @@ def test_tables(small, monkeypatch):
             for rate in study.RATES:
                 fake(arm, seed, rate, 90 + rate)
         for seed in study.SEEDS['classification']:
-            fake(arm, seed, 0.2, 85 + gain + seed + 0.1 * gain * (-1) ** seed)
-    assert study.best_rate('base') == 0.2 and study.best_rate('se') is None
+            fake(arm, seed, 0.6, 85 + gain + seed + 0.1 * gain * (-1) ** seed)
+    assert study.best_rate('base') == 0.6 and study.best_rate('se') is None
     # differences 1.1, 0.9, 1.1, 0.9, 1.1: mean 1.02, standard deviation 0.1095, times 2.776 / sqrt(5)
     assert report.difference('depla', 'base', report.TOP1) == pytest.approx((1.02, 0.136), abs=1e-3)
     text = report.claims()

@@ -10,9 +10,9 @@ from timm import create_model
 from timm.models import register_model
 from timm.models.resnet import ResNet
 
-from timm_depla.models import resnet_depla
+from timm_depla.models.fishnet_depla import FishNet
 
-# A narrow ResNet of 0.9 M parameters; stage 3, of four bottlenecks, has 8 x 8 positions at 128 pixels.
+# A narrow ResNet of 0.8 M parameters; stage 3, of four bottlenecks, has 8 x 8 positions at 64 pixels.
 NARROW = dict(layers=(1, 1, 4, 1), channels=(16, 32, 56, 160), stem_width=8)
 
 
@@ -45,29 +45,65 @@ class PooledBottleneck(nn.Module):
         return x + self.expand(F.relu(self.reduce(x.mean((2, 3)))))[:, :, None, None]
 
 
-@register_model
-def test_resnet_pooled(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """The control: where `test_resnet_depla` has DEPLA, a sum with as many more parameters, to one in a hundred."""
-    model = create_model('test_resnet', **kwargs)
-    like = create_model('test_resnet_depla', **{**kwargs, 'device': 'meta'})
-    blocks = [block.depla for block in like.layer3 if hasattr(block, 'depla')]
-    for i, block in enumerate(like.layer3):
-        if hasattr(block, 'depla'):
-            channels = block.depla.identity_chs
-            extra = sum(parameter.numel() for parameter in blocks[0].parameters())
-            model.layer3[i].se = PooledBottleneck(channels, round((extra - channels) / (2 * channels + 1)))
+def _narrow(name: str, kwargs: Dict[str, Any]) -> ResNet:
+    """The narrow ResNet, without the max-pooling of its stem: these images are small."""
+    model = create_model(name, **NARROW, **kwargs)
+    model.maxpool = nn.Identity()
     return model
 
 
 @register_model
-def test_resnet_depla_added(pretrained: bool = False, **kwargs: Any) -> ResNet:
+def narrow_resnet(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """The base."""
+    return _narrow('test_resnet', kwargs)
+
+
+@register_model
+def narrow_resnet_depla(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """The base with DEPLA, in the last three blocks of stage 3 by default."""
+    return _narrow('test_resnet_depla', kwargs)
+
+
+@register_model
+def narrow_resnet_pooled(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """The control: where the base has DEPLA, a sum with as many more parameters, to one in a hundred."""
+    model = narrow_resnet(**kwargs)
+    for block, like in zip(model.layer3, narrow_resnet_depla(**{**kwargs, 'device': 'meta'}).layer3, strict=True):
+        if hasattr(like, 'depla'):
+            channels = like.depla.identity_chs
+            extra = sum(parameter.numel() for parameter in like.depla.parameters())
+            block.se = PooledBottleneck(channels, round((extra - channels) / (2 * channels + 1)))
+    return model
+
+
+@register_model
+def narrow_resnet_depla_added(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """The alternative to ruling 2: the block returns DEPLA(X, Y) + Y."""
-    model = resnet_depla.test_resnet_depla(**kwargs)
+    model = narrow_resnet_depla(**kwargs)
     for block in model.layer3:
         if hasattr(block, 'depla'):
             block.bn3.register_forward_hook(_listen)  # the block leaves Y out unless something listens
             block.depla.register_forward_hook(_add_candidate)
     return model
+
+
+def _narrow_fishnet(name: str, kwargs: Dict[str, Any]) -> FishNet:
+    """The tiny FishNet, without the max-pooling of its stem too."""
+    model = create_model(name, **kwargs)
+    model.pool = nn.Identity()
+    return model
+
+
+@register_model
+def narrow_fishnet(pretrained: bool = False, **kwargs: Any) -> FishNet:
+    """The base of FishNet."""
+    return _narrow_fishnet('test_fishnet', kwargs)
+
+
+@register_model
+def narrow_fishnet_depla(pretrained: bool = False, **kwargs: Any) -> FishNet:
+    """FishNet with DEPLA in its body and head."""
+    return _narrow_fishnet('test_fishnet_depla', kwargs)
 
 
 def _listen(module: nn.Module, inputs: Tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
@@ -79,19 +115,19 @@ def _add_candidate(module: nn.Module, inputs: Tuple[torch.Tensor, ...], out: tor
 
 
 def _depla(label: str, **depla: Any) -> Arm:
-    return Arm(label, 'test_resnet_depla', dict(NARROW, depla=depla) if depla else NARROW)
+    return Arm(label, 'narrow_resnet_depla', dict(depla=depla) if depla else {})
 
 
 _SE = dict(block_args=dict(attn_layer='se'))
 
 ARMS: Dict[str, Arm] = {
-    'base': Arm('base', 'test_resnet', NARROW),
-    'se': Arm('SE', 'test_resnet', NARROW | _SE),
+    'base': Arm('base', 'narrow_resnet'),
+    'se': Arm('SE', 'narrow_resnet', _SE),
     'depla': _depla('DEPLA, plain'),
     'adaptive': _depla('DEPLA, adaptive', bfn='adaptive'),
-    'se-depla': Arm('SE + DEPLA, plain', 'test_resnet_depla', NARROW | _SE),
-    'pooled': Arm('control: pooled bottleneck', 'test_resnet_pooled', NARROW),
-    'added': Arm('candidate added as well', 'test_resnet_depla_added', NARROW),
+    'se-depla': Arm('SE + DEPLA, plain', 'narrow_resnet_depla', _SE),
+    'pooled': Arm('control: pooled bottleneck', 'narrow_resnet_pooled'),
+    'added': Arm('candidate added as well', 'narrow_resnet_depla_added'),
     'rescaled': _depla('M times N', rescale_maps=True),
     't0.2': _depla('T = 0.2', temperature=0.2),
     't0.5': _depla('T = 0.5', temperature=0.5),
@@ -105,8 +141,8 @@ ARMS: Dict[str, Arm] = {
     'c32': _depla("C' = 32", pooled_chs=32),
     'd2': _depla('D = 2', maps_per_group=2),
     'd8': _depla('D = 8', maps_per_group=8),
-    'fishnet': Arm('FishNet', 'test_fishnet'),
-    'fishnet-depla': Arm('FishNet, DEPLA', 'test_fishnet_depla'),
+    'fishnet': Arm('FishNet', 'narrow_fishnet'),
+    'fishnet-depla': Arm('FishNet, DEPLA', 'narrow_fishnet_depla'),
     'fpn': Arm('FPN', 'maskrcnn_test_resnet_fpn', task='detection'),
     **{
         f'fpn-depla-{t}': Arm(

@@ -24,8 +24,8 @@ from .arms import ARMS
 
 RECIPE = Path(__file__).with_name('scattered.yaml')
 RECORDS = Path(__file__).parent / 'records'
-RATES = (0.05, 0.1, 0.2)  # learning rates of the classifiers, of which each arm takes its best
-TUNING_SEEDS = (100, 101)  # to choose it by
+RATES = (0.15, 0.3, 0.6)  # learning rates of the classifiers, of which each arm takes its best
+TUNING_SEEDS = (100,)  # to choose it by
 SEEDS = {'classification': (0, 1, 2, 3, 4), 'detection': (0, 1, 2)}
 
 Job = Tuple[str, int, Optional[float]]  # arm, seed, learning rate
@@ -78,7 +78,11 @@ def train(job: Job) -> Dict[str, Any]:
         if code := engine.train(args):  # stopped by a signal
             raise SystemExit(code)
         rows = list(csv.DictReader(Path(output, 'run', 'summary.csv').read_text().splitlines()))
-    results = {key: [float(row[key]) for row in rows] for key in rows[0] if key.startswith('eval_')}
+    results = {
+        key: [float(row[key]) for row in rows if row[key]]
+        for key in rows[-1]
+        if key == 'train_loss' or key.startswith('eval_')
+    }
     command = f'python -m benchmarks.evidence train {name} --seed {seed}' + (f' --lr {rate}' if rate else '')
     RECORDS.mkdir(exist_ok=True)
     entry = record.create_record(command, results, arm=name, seed=seed, lr=rate)
@@ -96,8 +100,11 @@ def _run(job: Job) -> None:
     done = subprocess.run(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f'{shlex.join(command)} failed:\n{done.stderr[-3000:]}')
-    key, values = next(iter(load(job)['results'].items()))
-    print(f'{arm}, seed {seed}, learning rate {rate or "of the recipe"}: {key} {values[-1]:.2f}', flush=True)
+    key = 'eval_top1' if ARMS[arm].task == 'classification' else 'eval_AP'
+    print(
+        f'{arm}, seed {seed}, learning rate {rate or "of the recipe"}: {key} {load(job)["results"][key][-1]:.2f}',
+        flush=True,
+    )
 
 
 def run(arms: Iterable[str], jobs: int) -> None:
