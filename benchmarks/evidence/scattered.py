@@ -6,7 +6,7 @@ drawn from a generator that its split and number seed.
 """
 
 import argparse
-import shutil
+import hashlib
 import tempfile
 from pathlib import Path
 from typing import List, Tuple
@@ -29,6 +29,14 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--difficulty', type=float, default=1.0, help=f'fragments of other digits, over {FRAGMENTS}')
 
 
+def cached() -> Path:
+    """The folder of the study's images, beside the digits in the cache; another version of this file has another."""
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    folder = digits_folder().parent / f'scattered-{version}'
+    write(folder)
+    return folder
+
+
 def write(folder: Path, difficulty: float = 1.0) -> None:
     """Write FOLDER/SPLIT/CLASS/*.png, as many of each class, unless it is there."""
     if folder.is_dir():
@@ -41,11 +49,14 @@ def write(folder: Path, difficulty: float = 1.0) -> None:
             for index in range(count):
                 label = index % 10
                 pixels = draw(np.random.default_rng((number, index)), digits, label, difficulty)
-                path = Path(scratch, split, str(label), f'{index:05d}.png')
+                path = Path(scratch, folder.name, split, str(label), f'{index:05d}.png')
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
-        shutil.move(scratch, folder)
-        Path(scratch).mkdir()  # for its own removal
+        try:
+            Path(scratch, folder.name).rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
 
 
 def draw(random: np.random.Generator, digits: List[Digit], label: int, difficulty: float) -> np.ndarray:

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
-from timm_depla.data import digits_folder
 from timm_depla.engine import classification, detection
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection_flags import create_detection_parser
@@ -65,9 +64,7 @@ def train(job: Job) -> Dict[str, Any]:
     arm = ARMS[name]
     flags = ['--model', arm.model, '--seed', str(seed), '--device', 'cpu', '--workers', '0']
     if arm.task == 'classification':
-        data = digits_folder().parent / 'scattered'
-        scattered.write(data)
-        flags += ['--data-dir', str(data), '--recipe', str(RECIPE), '--lr', str(rate)]
+        flags += ['--data-dir', str(scattered.cached()), '--recipe', str(RECIPE), '--lr', str(rate)]
         parser, engine = create_train_parser(), classification
     else:
         flags += ['--recipe', 'scenes']
