@@ -30,7 +30,9 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--base', default='resnet50', help='model to compare them with')
     parser.add_argument('--batch-size', type=int, default=8, help='images')
     parser.add_argument('--img-size', type=int, default=224, help='pixels')
-    parser.add_argument('--pairs', type=int, default=40, help='timings of each')
+    parser.add_argument(
+        '--pairs', type=int, default=40, help='timings of each training step; of inference thrice as many'
+    )
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--amp', action='store_true', help='under autocast to bfloat16')
     parser.add_argument('--torchcompile', action='store_true', help='compile every model')
@@ -81,11 +83,11 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     if args.device == 'cuda':
         results['gpu'] = torch.cuda.get_device_name()
     called = [torch.compile(model) if args.torchcompile else model for model in models]
-    for kind, function in zip(KINDS, (_infer, train_step), strict=True):
+    for kind, function, rounds in zip(KINDS, (_infer, train_step), (3 * args.pairs, args.pairs), strict=True):
         for model in models:
             model.train(kind == 'training step')
         calls = [partial(function, model, x, args.amp) for model in called]
-        results[kind] = time_rounds(calls, args.pairs, args.device)
+        results[kind] = time_rounds(calls, rounds, args.device)
     results['peak memory'] = []
     for model, call in zip(models, calls, strict=True):
         model.zero_grad()
@@ -113,10 +115,10 @@ def render(results: Dict[str, Any]) -> str:
     header += [f'GPU-hours of {EPOCHS} epochs of ImageNet'] if results['device'] == 'cuda' else []
     how = [results.get('gpu', 'CPU'), 'compiled' if results['torchcompile'] else 'eager']
     how += ['autocast to bfloat16'] if results['amp'] else []
+    counts = ' and '.join(f'{len(results[kind])} of {kind}' for kind in KINDS)
     return (
-        f'Batch {results["batch_size"]} at {results["img_size"]} pixels, channels last, {", ".join(how)}, '
-        f'{len(results[KINDS[0]])} timings of each in turn. Medians; ratios to `{base}` by pair: median (95% '
-        'interval).\n\n' + table(header, rows)
+        f'Batch {results["batch_size"]} at {results["img_size"]} pixels, channels last, {", ".join(how)}: {counts}, in '
+        f'turn. Medians; ratios to `{base}` by pair: median (95% interval).\n\n' + table(header, rows)
     )
 
 
