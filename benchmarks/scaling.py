@@ -95,5 +95,5 @@ def plot(results: Dict[str, Any]) -> Any:
     axes.set_xticks(sizes, map(str, sizes), minor=False)
     axes.set_xticks([], minor=True)
     axes.set(xlabel='side of the image (pixels)', ylabel='forward and backward (s)')
-    axes.legend()
+    figure.legend(loc='outside right upper')
     return figure

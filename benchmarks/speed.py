@@ -127,7 +127,7 @@ def plot(results: Dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     *names, base = results['names']
-    axes = (figure := Figure(figsize=(6, 1 + 0.4 * len(names)), layout='constrained')).subplots()
+    axes = (figure := Figure(figsize=(6, 1.2 + 0.4 * len(names)), layout='constrained')).subplots()
     for kind, marker, shift in zip(KINDS, 'os', (-0.1, 0.1), strict=True):
         for i in range(len(names)):
             middle, low, high = median_interval([sample[i] / sample[-1] for sample in results[kind]])
@@ -135,7 +135,11 @@ def plot(results: Dict[str, Any]) -> Any:
             axes.errorbar([middle], [i + shift], xerr=[[middle - low], [high - middle]], **style)
     axes.axvline(1, color='0.7', linewidth=1)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    if axes.get_xlim()[1] > 2:
+        axes.set_xscale('log')
+        axes.set_xticks(ticks := (1, 1.2, 1.5, 2, 3, 5), ticks)
+        axes.minorticks_off()
     axes.set_xlabel(f'time over that of {base}: median and 95% interval')
-    axes.legend()
+    figure.legend(loc='outside upper center', ncols=len(KINDS))
     return figure
