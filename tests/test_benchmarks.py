@@ -31,7 +31,7 @@ def test_docs_are_generated_from_the_records():
                 '2',
                 '--amp',
             ],
-            '2 timings',
+            '6 of inference and 2 of training step',
         ),
         (['block', '--shape', '2x32x6x7', '--pairs', '2'], '| adaptive, (2, 32, 6, 7), contiguous | backward |'),
         (
