@@ -18,7 +18,7 @@ from timm_depla.data import digits_folder
 
 SIZE = 64  # pixels, height and width
 HEIGHTS = (10, 48)  # of the digit
-FRAGMENTS = 8  # of other digits, at difficulty 1
+FRAGMENTS = 4  # of other digits, at difficulty 1
 IMAGES = {'train': 6000, 'validation': 4000}
 
 Digit = Tuple[int, np.ndarray]  # class, 8 x 8 grey levels
