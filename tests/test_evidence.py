@@ -75,7 +75,9 @@ def test_a_run_gives_its_number_again(small):
 def fake(arm, seed, rate, top1):
     """Put a run on record."""
     study.RECORDS.mkdir(exist_ok=True)
-    study._path((arm, seed, rate)).write_text(json.dumps(dict(results={report.TOP1: [0.0, top1]})))
+    results = {report.TOP1: [0.0, top1], report.LOSS: [1.0, 0.25]}
+    results |= {f'eval_{kind}{name}': [0.0, top1 / 100] for kind in ('', 'mask_') for name in report.DETECTION}
+    study._path((arm, seed, rate)).write_text(json.dumps(dict(results=results)))
 
 
 def test_tables(small, monkeypatch):
@@ -89,7 +91,11 @@ def test_tables(small, monkeypatch):
     assert study.best_rate('base') == study.RATES[-1] and study.best_rate('se') is None
     # differences 1.1, 0.9, 1.1, 0.9, 1.1: mean 1.02, standard deviation 0.1095, times 2.776 / sqrt(5)
     assert report.difference('depla', 'base', report.TOP1) == pytest.approx((1.02, 0.136), abs=1e-3)
+    for arm, precision in (('fpn', 30.0), ('fpn-depla-0.5', 32.5)):
+        for seed in study.SEEDS['detection']:
+            fake(arm, seed, None, precision)
     text = report.claims()
+    assert '| FPN-DEPLA, T = 0.5 less FPN, AP | +2.50 ± 0.00 | **confirmed** |' in text
     assert '| +1.02 ± 0.14 | **confirmed** |' in text
     assert (
         '| adaptive DEPLA is better than the base | DEPLA, adaptive less base, top1 | -1.02 ± 0.14 | **refuted** |'
@@ -104,4 +110,4 @@ def test_tables(small, monkeypatch):
     once = report.DOCS.read_text()
     report.write()
     assert report.DOCS.read_text() == once and once.count('<!-- end -->') == 4
-    assert '| DEPLA, plain | 0.' in once and '87.02' not in once and report.PLOT.is_file()
+    assert '| 0.250 |' in once and '| DEPLA, plain | 0.' in once and '87.02' not in once and report.PLOT.is_file()

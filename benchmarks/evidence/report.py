@@ -2,7 +2,7 @@
 
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import timm
 from scipy import stats
@@ -14,6 +14,7 @@ from .study import RATES, TUNING_SEEDS, best_rate, final_jobs, load
 DOCS = Path(__file__).parents[2] / 'docs' / 'evidence.md'
 PLOT = DOCS.parent / 'evidence.svg'
 TOP1 = 'eval_top1'
+LOSS = 'train_loss'
 DETECTION = ('AP', 'AP50', 'AP_S', 'AP_M', 'AP_L')
 
 # The paper's claims, as a difference of two arms in a metric: what is claimed, the arm, what it is better than.
@@ -31,6 +32,15 @@ CLAIMS = (
     ('a FishNet-DEPLA backbone is better than FishNet', 'backbone-fishnet-depla', 'backbone-fishnet', 'eval_AP'),
 )
 
+# The plot: what is measured, on which base, and the arms.
+_RESNETS = [name for name, arm in ARMS.items() if arm.task == 'classification' and 'fishnet' not in name]
+PANELS = (
+    ('top-1', TOP1, 'base', [name for name in _RESNETS if name != 'base']),
+    ('top-1', TOP1, 'fishnet', ['fishnet-depla']),
+    ('box AP', 'eval_AP', 'fpn', ['fpn-depla-0.2', 'fpn-depla-0.5', 'fpn-depla-1.0']),
+    ('box AP', 'eval_AP', 'backbone-fishnet', ['backbone-fishnet-depla']),
+)
+
 
 def interval(values: Sequence[float]) -> Tuple[float, float]:
     """Mean and half the width of its 95% confidence interval by Student's t distribution."""
@@ -39,9 +49,15 @@ def interval(values: Sequence[float]) -> Tuple[float, float]:
 
 
 def final(arm: str, metric: str) -> Optional[List[float]]:
-    """A metric at the end of each run that counts, in the order of the seeds; None until all are on record."""
+    """A metric at the end of each run that counts, in the order of the seeds; None until all are on record.
+
+    Accuracies and average precisions are in percent.
+    """
     runs = [load(job) for job in final_jobs(arm)]
-    return [run['results'][metric][-1] for run in runs] if runs and None not in runs else None
+    if not runs or None in runs:
+        return None
+    scale = 100 if '_AP' in metric else 1  # which is on record as a fraction
+    return [scale * run['results'][metric][-1] for run in runs]
 
 
 def difference(arm: str, other: str, metric: str) -> Optional[Tuple[float, float]]:
@@ -63,7 +79,8 @@ def _task(task: str) -> List[str]:
 def classification() -> str:
     rows = []
     for name in _task('classification'):
-        values, base = final(name, TOP1), 'fishnet' if name.startswith('fishnet') else 'base'
+        values, losses = final(name, TOP1), final(name, LOSS)
+        base = 'fishnet' if name.startswith('fishnet') else 'base'
         gain = difference(name, base, TOP1) if name != base else None
         model = timm.create_model(ARMS[name].model, device='meta', num_classes=10, in_chans=1, **ARMS[name].kwargs)
         rows.append(
@@ -73,10 +90,11 @@ def classification() -> str:
                 best_rate(name) or '',
                 _text(values and interval(values)),
                 _text(gain, '+') if name != base else '',
+                f'{statistics.mean(losses):.3f}' if losses else '',
                 ' '.join(f'{value:.2f}' for value in values or ()),
             ]
         )
-    header = ['', 'M parameters', 'learning rate', 'top-1 (%)', 'less the base', 'each seed']
+    header = ['', 'M parameters', 'learning rate', 'top-1 (%)', 'less the base', 'training loss', 'each seed']
     return table(header, rows)
 
 
@@ -125,19 +143,30 @@ def claims() -> str:
 
 
 def plot() -> None:
-    """Top-1 of every arm that has run, with its interval."""
+    """What each arm that has run gains over its base in top-1, or in AP of boxes, with its interval."""
     from matplotlib import pyplot as plt
 
-    found: Dict[str, Any] = {name: final(name, TOP1) for name in _task('classification')}
-    found = {ARMS[name].label: interval(values) for name, values in reversed(found.items()) if values}
-    if not found:
+    panels = {
+        f'{title}, less {ARMS[base].label}': {
+            ARMS[name].label: gain for name in names if (gain := difference(name, base, metric))
+        }
+        for title, metric, base, names in PANELS
+    }
+    panels = {title: gains for title, gains in panels.items() if gains}
+    if not panels:
         return
-    figure, axes = plt.subplots(figsize=(7, 0.28 * len(found) + 0.8), layout='constrained')
-    means, halves = zip(*found.values(), strict=True)
-    axes.errorbar(means, list(found), xerr=halves, fmt='o', markersize=4, capsize=2, color='tab:blue')
-    if 'base' in found:
-        axes.axvline(found['base'][0], color='0.7', linewidth=1)
-    axes.set_xlabel('top-1 (%) on scattered digits, mean and 95% confidence interval')
+    heights = [len(gains) + 2 for gains in panels.values()]
+    figure, rows = plt.subplots(
+        len(panels), figsize=(7, 0.28 * sum(heights)), height_ratios=heights, squeeze=False, layout='constrained'
+    )
+    for axes, (title, gains) in zip(rows.flat, panels.items(), strict=True):
+        means, halves = zip(*gains.values(), strict=True)
+        axes.errorbar(means, list(gains), xerr=halves, fmt='o', markersize=4, capsize=2, color='tab:blue')
+        axes.axvline(0, color='0.7', linewidth=1)
+        axes.invert_yaxis()
+        axes.margins(y=0.5 / len(gains))
+        axes.set_title(title, fontsize='medium')
+    rows.flat[-1].set_xlabel('percentage points, mean and 95% confidence interval over the seeds')
     figure.savefig(PLOT, metadata={'Date': None})
     plt.close(figure)
 

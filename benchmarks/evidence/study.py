@@ -25,6 +25,7 @@ RECIPE = Path(__file__).with_name('scattered.yaml')
 RECORDS = Path(__file__).parent / 'records'
 RATES = (0.001, 0.003, 0.009)  # learning rates of the classifiers, of which each arm takes its best
 TUNING_SEEDS = (100,)  # to choose it by
+DETECTION_EPOCHS = 4
 SEEDS = {'classification': (0, 1, 2, 3, 4), 'detection': (0, 1, 2)}
 
 Job = Tuple[str, int, Optional[float]]  # arm, seed, learning rate
@@ -67,7 +68,7 @@ def train(job: Job) -> Dict[str, Any]:
         flags += ['--data-dir', str(scattered.cached()), '--recipe', str(RECIPE), '--lr', str(rate)]
         parser, engine = create_train_parser(), classification
     else:
-        flags += ['--recipe', 'scenes']
+        flags += ['--recipe', 'scenes', '--epochs', str(DETECTION_EPOCHS)]
         parser, engine = create_detection_parser(), detection
     with tempfile.TemporaryDirectory() as output:
         args = parse_args(parser, [*flags, '--output', output, '--experiment', 'run'])
