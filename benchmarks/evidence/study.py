@@ -23,7 +23,7 @@ from .arms import ARMS
 
 RECIPE = Path(__file__).with_name('scattered.yaml')
 RECORDS = Path(__file__).parent / 'records'
-RATES = (0.001, 0.003, 0.009)  # learning rates of the classifiers, of which each arm takes its best
+RATES = (0.003, 0.009, 0.027)  # learning rates of the classifiers, of which each arm takes its best
 TUNING_SEEDS = (100,)  # to choose it by
 DETECTION_EPOCHS = 4
 SEEDS = {'classification': (0, 1, 2, 3, 4), 'detection': (0, 1, 2)}
