@@ -1,7 +1,7 @@
 """The networks that are compared: each is a model of timm and its arguments, or a detector and its."""
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -11,6 +11,9 @@ from timm.models import register_model
 from timm.models.resnet import ResNet
 
 from timm_depla.models.fishnet_depla import FishNet
+
+DETECTION_EPOCHS = 4
+LONG_EPOCHS = 24  # three times the recipe's
 
 # A narrow ResNet of 0.8 M parameters; stage 3, of four bottlenecks, has 8 x 8 positions at 64 pixels.
 NARROW = dict(layers=(1, 1, 4, 1), channels=(16, 32, 56, 160), stem_width=8)
@@ -24,13 +27,19 @@ class Arm:
         label: Its name in the tables.
         model: Its name in timm, or among the detectors.
         kwargs: Its arguments.
+        base: The arm that it is compared with; a base is compared with itself.
         task: 'classification' or 'detection'.
+        epochs: How long it trains; as long as its recipe says when None.
+        rate_of: The arm whose learning rate it takes, if it is not tuned itself.
     """
 
     label: str
     model: str
     kwargs: Dict[str, Any] = field(default_factory=dict)
+    base: str = 'base'
     task: str = 'classification'
+    epochs: Optional[int] = None
+    rate_of: Optional[str] = None
 
 
 class PooledBottleneck(nn.Module):
@@ -47,7 +56,7 @@ class PooledBottleneck(nn.Module):
 
 def _narrow(name: str, kwargs: Dict[str, Any]) -> ResNet:
     """The narrow ResNet, without the max-pooling of its stem: these images are small."""
-    model = create_model(name, **NARROW, **kwargs)
+    model = create_model(name, **{**NARROW, **kwargs})
     model.maxpool = nn.Identity()
     return model
 
@@ -118,7 +127,12 @@ def _depla(label: str, **depla: Any) -> Arm:
     return Arm(label, 'narrow_resnet_depla', dict(depla=depla) if depla else {})
 
 
+def _detector(label: str, model: str, base: str, **depla: Any) -> Arm:
+    return Arm(label, f'maskrcnn_{model}', dict(depla=depla) if depla else {}, base, 'detection', DETECTION_EPOCHS)
+
+
 _SE = dict(block_args=dict(attn_layer='se'))
+_DEEP = dict(layers=(1, 1, 6, 1))  # DEPLA in blocks 1, 3 and 5 of stage 3, as in ResNet-50
 
 ARMS: Dict[str, Arm] = {
     'base': Arm('base', 'narrow_resnet'),
@@ -141,15 +155,19 @@ ARMS: Dict[str, Arm] = {
     'c32': _depla("C' = 32", pooled_chs=32),
     'd2': _depla('D = 2', maps_per_group=2),
     'd8': _depla('D = 8', maps_per_group=8),
-    'fishnet': Arm('FishNet', 'narrow_fishnet'),
-    'fishnet-depla': Arm('FishNet, DEPLA', 'narrow_fishnet_depla'),
-    'fpn': Arm('FPN', 'maskrcnn_test_resnet_fpn', task='detection'),
+    'base-deep': Arm('base, 6 blocks', 'narrow_resnet', _DEEP, 'base-deep', rate_of='base'),
+    'depla-deep': Arm('DEPLA, plain, 3 of 6 blocks', 'narrow_resnet_depla', _DEEP, 'base-deep', rate_of='depla'),
+    'base-long': Arm('base, 24 epochs', 'narrow_resnet', {}, 'base-long', epochs=LONG_EPOCHS, rate_of='base'),
+    'depla-long': Arm(
+        'DEPLA, plain, 24 epochs', 'narrow_resnet_depla', {}, 'base-long', epochs=LONG_EPOCHS, rate_of='depla'
+    ),
+    'fishnet': Arm('FishNet', 'narrow_fishnet', base='fishnet'),
+    'fishnet-depla': Arm('FishNet, DEPLA', 'narrow_fishnet_depla', base='fishnet'),
+    'fpn': _detector('FPN', 'test_resnet_fpn', 'fpn'),
     **{
-        f'fpn-depla-{t}': Arm(
-            f'FPN-DEPLA, T = {t}', 'maskrcnn_test_resnet_fpn_depla', dict(depla=dict(temperature=t)), 'detection'
-        )
+        f'fpn-depla-{t}': _detector(f'FPN-DEPLA, T = {t}', 'test_resnet_fpn_depla', 'fpn', temperature=t)
         for t in (0.2, 0.5, 1.0)
     },
-    'backbone-fishnet': Arm('FishNet', 'maskrcnn_test_fishnet_fpn', task='detection'),
-    'backbone-fishnet-depla': Arm('FishNet-DEPLA', 'maskrcnn_test_fishnet_depla_fpn', task='detection'),
+    'backbone-fishnet': _detector('FishNet', 'test_fishnet_fpn', 'backbone-fishnet'),
+    'backbone-fishnet-depla': _detector('FishNet-DEPLA', 'test_fishnet_depla_fpn', 'backbone-fishnet'),
 }

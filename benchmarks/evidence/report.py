@@ -1,45 +1,61 @@
 """Tables, verdicts and plots of docs/evidence.md, from the records."""
 
+import json
 import statistics
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 from scipy import stats
 
 from ..record import table
+from . import study
 from .arms import ARMS
-from .study import RATES, TUNING_SEEDS, best_rate, final_jobs, load
+from .study import RATES, best_rate, final_jobs, load
 
 DOCS = Path(__file__).parents[2] / 'docs' / 'evidence.md'
 PLOT = DOCS.parent / 'evidence.svg'
+PAPER = Path(__file__).parents[1] / 'paper_results.json'
 TOP1 = 'eval_top1'
 LOSS = 'train_loss'
 DETECTION = ('AP', 'AP50', 'AP_S', 'AP_M', 'AP_L')
 
-# The paper's claims, as a difference of two arms in a metric: what is claimed, the arm, what it is better than.
+# What the paper claims or a reader would ask, as a difference of two arms in a metric, and the paper's own rows of it.
+_STANDARD, _FPN, _COCO = 'imagenet_standard_training', 'fpn_temperature', 'coco_backbones'
+_BOX = 'mask_rcnn_box_ap_s_m_l'
 CLAIMS = (
-    ('DEPLA is better than the base', 'depla', 'base', TOP1),
-    ('adaptive DEPLA is better than the base', 'adaptive', 'base', TOP1),
-    ('DEPLA adds to SE', 'se-depla', 'se', TOP1),
-    ('adaptive is at least as good as plain DEPLA', 'adaptive', 'depla', TOP1),
-    ('replacing the sum is better than adding to it', 'depla', 'added', TOP1),
-    ('DEPLA is better than as many other parameters', 'depla', 'pooled', TOP1),
-    ('DEPLA is better than the base in FishNet', 'fishnet-depla', 'fishnet', TOP1),
-    ('FPN-DEPLA is better than FPN', 'fpn-depla-0.5', 'fpn', 'eval_AP'),
-    ('T = 0.5 is better than T = 1 in FPN-DEPLA', 'fpn-depla-0.5', 'fpn-depla-1.0', 'eval_AP'),
-    ('a lower T helps small objects', 'fpn-depla-0.2', 'fpn-depla-1.0', 'eval_AP_S'),
-    ('a FishNet-DEPLA backbone is better than FishNet', 'backbone-fishnet-depla', 'backbone-fishnet', 'eval_AP'),
-)
-
-# The plot: what is measured, on which base, and the arms.
-_RESNETS = [name for name, arm in ARMS.items() if arm.task == 'classification' and 'fishnet' not in name]
-PANELS = (
-    ('top-1', TOP1, 'base', [name for name in _RESNETS if name != 'base']),
-    ('top-1', TOP1, 'fishnet', ['fishnet-depla']),
-    ('box AP', 'eval_AP', 'fpn', ['fpn-depla-0.2', 'fpn-depla-0.5', 'fpn-depla-1.0']),
-    ('box AP', 'eval_AP', 'backbone-fishnet', ['backbone-fishnet-depla']),
-)
+    ('DEPLA is better than the base', 'depla', 'base', TOP1, (_STANDARD, 'resnet50_depla', 'resnet50', 'top1')),
+    ('so it is in every other of six blocks', 'depla-deep', 'base-deep', TOP1, None),
+    ('so it is after three times as many epochs', 'depla-long', 'base-long', TOP1, None),
+    (
+        'adaptive DEPLA is better than the base', 'adaptive', 'base', TOP1,
+        ('plain_vs_adaptive', 'resnet50_depla_adaptive', 'resnet50', 'top1'),
+    ),
+    ('DEPLA adds to SE', 'se-depla', 'se', TOP1, (_STANDARD, 'seresnet50_depla', 'seresnet50', 'top1')),
+    (
+        'adaptive is at least as good as plain DEPLA', 'adaptive', 'depla', TOP1,
+        ('plain_vs_adaptive', 'resnet50_depla_adaptive', 'resnet50_depla', 'top1'),
+    ),
+    ('replacing the sum is better than adding to it', 'depla', 'added', TOP1, None),
+    ('DEPLA is better than as many other parameters', 'depla', 'pooled', TOP1, None),
+    ('DEPLA is better than the base in FishNet', 'fishnet-depla', 'fishnet', TOP1, None),
+    (
+        'FPN-DEPLA is better than FPN', 'fpn-depla-0.5', 'fpn', 'eval_AP',
+        (_FPN, ['fpn_depla', 0.5], 'fpn', 'box_ap'),
+    ),
+    (
+        'T = 0.5 is better than T = 1 in FPN-DEPLA', 'fpn-depla-0.5', 'fpn-depla-1.0', 'eval_AP',
+        (_FPN, ['fpn_depla', 0.5], ['fpn_depla', 1.0], 'box_ap'),
+    ),
+    (
+        'a lower T helps small objects', 'fpn-depla-0.2', 'fpn-depla-1.0', 'eval_AP_S',
+        (_FPN, ['fpn_depla', 0.2], ['fpn_depla', 1.0], 'box_ap_s'),
+    ),
+    (
+        'a FishNet-DEPLA backbone is better than FishNet', 'backbone-fishnet-depla', 'backbone-fishnet', 'eval_AP',
+        (_COCO, 'fishnet150_depla', 'fishnet150', _BOX),
+    ),
+)  # fmt: skip
 
 
 def interval(values: Sequence[float]) -> Tuple[float, float]:
@@ -79,34 +95,32 @@ def _task(task: str) -> List[str]:
 def classification() -> str:
     rows = []
     for name in _task('classification'):
+        arm = ARMS[name]
         values, losses = final(name, TOP1), final(name, LOSS)
-        base = 'fishnet' if name.startswith('fishnet') else 'base'
-        gain = difference(name, base, TOP1) if name != base else None
-        model = timm.create_model(ARMS[name].model, device='meta', num_classes=10, in_chans=1, **ARMS[name].kwargs)
+        model = timm.create_model(arm.model, device='meta', num_classes=10, in_chans=1, **arm.kwargs)
         rows.append(
             [
-                ARMS[name].label,
+                arm.label,
                 f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.3f}',
                 best_rate(name) or '',
                 _text(values and interval(values)),
-                _text(gain, '+') if name != base else '',
+                '' if name == arm.base else f'{_text(difference(name, arm.base, TOP1), "+")} ({ARMS[arm.base].label})',
                 f'{statistics.mean(losses):.3f}' if losses else '',
                 ' '.join(f'{value:.2f}' for value in values or ()),
             ]
         )
-    header = ['', 'M parameters', 'learning rate', 'top-1 (%)', 'less the base', 'training loss', 'each seed']
+    header = ['', 'M parameters', 'learning rate', 'top-1 (%)', 'less its base', 'training loss', 'each seed']
     return table(header, rows)
 
 
 def tuning() -> str:
     rows = []
     for name in _task('classification'):
-        runs = {rate: [load((name, seed, rate)) for seed in TUNING_SEEDS] for rate in RATES}
-        row = [
-            '' if None in found else f'{statistics.mean(run["results"][TOP1][-1] for run in found):.2f}'
-            for found in runs.values()
-        ]
-        rows.append([ARMS[name].label, *row])
+        if not ARMS[name].rate_of:
+            tops = study.tuning(name)
+            rows.append(
+                [ARMS[name].label, *('' if (top := tops.get(rate)) is None else f'{top:.2f}' for rate in RATES)]
+            )
     return table(['', *(f'learning rate {rate}' for rate in RATES)], rows)
 
 
@@ -127,32 +141,43 @@ def verdict(found: Optional[Tuple[float, float]]) -> str:
     return 'undecided' if abs(mean) <= half else 'confirmed' if mean > 0 else 'refuted'
 
 
+def _paper_difference(name: str, better: Sequence[Any], worse: Sequence[Any], column: str) -> float:
+    """What the paper prints for a row of one of its tables, less another row; rows by their first columns."""
+    printed = json.loads(PAPER.read_text())[name]
+    found = []
+    for key in (better, worse):
+        key = [key] if isinstance(key, str) else key
+        row = next(row for row in printed['rows'] if row[: len(key)] == key)
+        value = row[printed['columns'].index(column)]
+        found.append(value[0] if isinstance(value, list) else value)  # of AP and AP by size, the first
+    return found[0] - found[1]
+
+
 def claims() -> str:
     rows = []
-    for claim, arm, other, metric in CLAIMS:
+    for claim, arm, other, metric, paper in CLAIMS:
         found = difference(arm, other, metric)
         rows.append(
             [
                 claim,
                 f'{ARMS[arm].label} less {ARMS[other].label}, {metric.removeprefix("eval_").replace("_", " ")}',
+                '' if paper is None else f'{_paper_difference(*paper):+.1f}',
                 _text(found, '+'),
                 f'**{verdict(found)}**',
             ]
         )
-    return table(['claim', 'measured', 'difference', ''], rows)
+    return table(['claim', 'measured', "the paper's", 'ours', ''], rows)
 
 
 def plot() -> None:
     """What each arm that has run gains over its base in top-1, or in AP of boxes, with its interval."""
     from matplotlib import pyplot as plt
 
-    panels = {
-        f'{title}, less {ARMS[base].label}': {
-            ARMS[name].label: gain for name in names if (gain := difference(name, base, metric))
-        }
-        for title, metric, base, names in PANELS
-    }
-    panels = {title: gains for title, gains in panels.items() if gains}
+    panels: Dict[str, Dict[str, Tuple[float, float]]] = {}
+    for name, arm in ARMS.items():
+        title, metric = ('top-1', TOP1) if arm.task == 'classification' else ('box AP', 'eval_AP')
+        if name != arm.base and (gain := difference(name, arm.base, metric)):
+            panels.setdefault(f'{title}, less {ARMS[arm.base].label}', {})[arm.label] = gain
     if not panels:
         return
     heights = [len(gains) + 2 for gains in panels.values()]

@@ -1,7 +1,6 @@
 """Trains the arms, each learning rate and seed once: what is on record is not trained again."""
 
 import csv
-import itertools
 import json
 import os
 import shlex
@@ -23,9 +22,9 @@ from .arms import ARMS
 
 RECIPE = Path(__file__).with_name('scattered.yaml')
 RECORDS = Path(__file__).parent / 'records'
-RATES = (0.003, 0.009, 0.027)  # learning rates of the classifiers, of which each arm takes its best
-TUNING_SEEDS = (100,)  # to choose it by
-DETECTION_EPOCHS = 4
+# Learning rates of the classifiers, of which each arm takes its best: the outer ones are tried next to a best one.
+RATES = (0.001, 0.003, 0.009, 0.027, 0.081)
+TUNING_SEED = 100  # to choose it by
 SEEDS = {'classification': (0, 1, 2, 3, 4), 'detection': (0, 1, 2)}
 
 Job = Tuple[str, int, Optional[float]]  # arm, seed, learning rate
@@ -41,15 +40,24 @@ def load(job: Job) -> Optional[Dict[str, Any]]:
     return json.loads(_path(job).read_text()) if _path(job).is_file() else None
 
 
-def best_rate(arm: str) -> Optional[float]:
-    """The learning rate with the best mean over the tuning seeds, once all have been tried."""
+def tuning(arm: str) -> Dict[float, Optional[float]]:
+    """Top-1 of the tuning seed at each learning rate that an arm is to try, None where it is not on record yet."""
     tops = {}
-    for rate in RATES:
-        runs = [load((arm, seed, rate)) for seed in TUNING_SEEDS]
-        if None in runs:
-            return None
-        tops[rate] = sum(run['results']['eval_top1'][-1] for run in runs)
-    return max(tops, key=tops.__getitem__)
+    for rate in RATES[1:-1]:
+        run = load((arm, TUNING_SEED, rate))
+        tops[rate] = run and run['results']['eval_top1'][-1]
+    if None not in tops.values():
+        best = RATES.index(max(tops, key=tops.__getitem__))
+        for rate in {RATES[best - 1], RATES[best + 1]} - set(tops):
+            run = load((arm, TUNING_SEED, rate))
+            tops[rate] = run and run['results']['eval_top1'][-1]
+    return tops
+
+
+def best_rate(arm: str) -> Optional[float]:
+    """The learning rate with the best top-1 of the tuning seed, once all have been tried."""
+    tops = tuning(ARMS[arm].rate_of or arm)
+    return None if None in tops.values() else max(tops, key=tops.__getitem__)
 
 
 def final_jobs(arm: str) -> List[Job]:
@@ -68,8 +76,9 @@ def train(job: Job) -> Dict[str, Any]:
         flags += ['--data-dir', str(scattered.cached()), '--recipe', str(RECIPE), '--lr', str(rate)]
         parser, engine = create_train_parser(), classification
     else:
-        flags += ['--recipe', 'scenes', '--epochs', str(DETECTION_EPOCHS)]
+        flags += ['--recipe', 'scenes']
         parser, engine = create_detection_parser(), detection
+    flags += ['--epochs', str(arm.epochs)] if arm.epochs else []
     with tempfile.TemporaryDirectory() as output:
         args = parse_args(parser, [*flags, '--output', output, '--experiment', 'run'])
         args.model_kwargs = {**args.model_kwargs, **arm.kwargs}
@@ -106,9 +115,10 @@ def _run(job: Job) -> None:
 
 
 def run(arms: Iterable[str], jobs: int) -> None:
-    """Train arms, so many at a time: the classifiers' tuning runs first, then the runs that count."""
+    """Train arms, so many networks at a time: the classifiers' tuning runs first, then the runs that count."""
     arms = list(arms)
-    tuned = [arm for arm in arms if ARMS[arm].task == 'classification']
+    tuned = [ARMS[arm].rate_of or arm for arm in arms if ARMS[arm].task == 'classification']
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(_run, itertools.product(tuned, TUNING_SEEDS, RATES)))
+        for _ in range(2):  # the second time with the rates beyond those that were best in the first
+            list(pool.map(_run, [(arm, TUNING_SEED, rate) for arm in dict.fromkeys(tuned) for rate in tuning(arm)]))
         list(pool.map(_run, [job for arm in arms for job in final_jobs(arm)]))
