@@ -123,8 +123,8 @@ def _add_candidate(module: nn.Module, inputs: Tuple[torch.Tensor, ...], out: tor
     return out + inputs[1]
 
 
-def _depla(label: str, **depla: Any) -> Arm:
-    return Arm(label, 'narrow_resnet_depla', dict(depla=depla) if depla else {})
+def _variant(label: str, **depla: Any) -> Arm:
+    return Arm(label, 'narrow_resnet_depla', dict(depla=depla), base='depla')
 
 
 def _detector(label: str, model: str, base: str, **depla: Any) -> Arm:
@@ -137,24 +137,24 @@ _DEEP = dict(layers=(1, 1, 6, 1))  # DEPLA in blocks 1, 3 and 5 of stage 3, as i
 ARMS: Dict[str, Arm] = {
     'base': Arm('base', 'narrow_resnet'),
     'se': Arm('SE', 'narrow_resnet', _SE),
-    'depla': _depla('DEPLA, plain'),
-    'adaptive': _depla('DEPLA, adaptive', bfn='adaptive'),
+    'depla': Arm('DEPLA, plain', 'narrow_resnet_depla'),
+    'adaptive': Arm('DEPLA, adaptive', 'narrow_resnet_depla', dict(depla=dict(bfn='adaptive'))),
     'se-depla': Arm('SE + DEPLA, plain', 'narrow_resnet_depla', _SE),
     'pooled': Arm('control: pooled bottleneck', 'narrow_resnet_pooled'),
-    'added': Arm('candidate added as well', 'narrow_resnet_depla_added'),
-    'rescaled': _depla('M times N', rescale_maps=True),
-    't0.2': _depla('T = 0.2', temperature=0.2),
-    't0.5': _depla('T = 0.5', temperature=0.5),
-    't2': _depla('T = 2', temperature=2.0),
-    'first': _depla('block 1 alone', positions=(1,)),
-    'last': _depla('block 3 alone', positions=(3,)),
-    'all': _depla('blocks 0 to 3', positions=(0, 1, 2, 3)),
-    'l8': _depla('L = 8', num_groups=8),
-    'l32': _depla('L = 32', num_groups=32),
-    'c8': _depla("C' = 8", pooled_chs=8),
-    'c32': _depla("C' = 32", pooled_chs=32),
-    'd2': _depla('D = 2', maps_per_group=2),
-    'd8': _depla('D = 8', maps_per_group=8),
+    'added': Arm('candidate added as well', 'narrow_resnet_depla_added', base='depla'),
+    'rescaled': _variant('M times N', rescale_maps=True),
+    't0.2': _variant('T = 0.2', temperature=0.2),
+    't0.5': _variant('T = 0.5', temperature=0.5),
+    't2': _variant('T = 2', temperature=2.0),
+    'first': _variant('block 1 alone', positions=(1,)),
+    'last': _variant('block 3 alone', positions=(3,)),
+    'all': _variant('blocks 0 to 3', positions=(0, 1, 2, 3)),
+    'l8': _variant('L = 8', num_groups=8),
+    'l32': _variant('L = 32', num_groups=32),
+    'c8': _variant("C' = 8", pooled_chs=8),
+    'c32': _variant("C' = 32", pooled_chs=32),
+    'd2': _variant('D = 2', maps_per_group=2),
+    'd8': _variant('D = 8', maps_per_group=8),
     'base-deep': Arm('base, 6 blocks', 'narrow_resnet', _DEEP, 'base-deep', rate_of='base'),
     'depla-deep': Arm('DEPLA, plain, 3 of 6 blocks', 'narrow_resnet_depla', _DEEP, 'base-deep', rate_of='depla'),
     'base-long': Arm('base, 24 epochs', 'narrow_resnet', {}, 'base-long', epochs=LONG_EPOCHS, rate_of='base'),
