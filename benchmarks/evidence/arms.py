@@ -12,7 +12,7 @@ from timm.models.resnet import ResNet
 
 from timm_depla.models.fishnet_depla import FishNet
 
-DETECTION_EPOCHS = 4
+DETECTION_EPOCHS = 8
 LONG_EPOCHS = 24  # three times the recipe's
 
 # A narrow ResNet of 0.8 M parameters; stage 3, of four bottlenecks, has 8 x 8 positions at 64 pixels.

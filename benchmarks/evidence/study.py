@@ -76,7 +76,7 @@ def train(job: Job) -> Dict[str, Any]:
         flags += ['--data-dir', str(scattered.cached()), '--recipe', str(RECIPE), '--lr', str(rate)]
         parser, engine = create_train_parser(), classification
     else:
-        flags += ['--recipe', 'scenes']
+        flags += ['--recipe', 'scenes', '--val-interval', '4']
         parser, engine = create_detection_parser(), detection
     flags += ['--epochs', str(arm.epochs)] if arm.epochs else []
     with tempfile.TemporaryDirectory() as output:
