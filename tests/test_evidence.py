@@ -88,7 +88,11 @@ def test_grid_goes_on_beyond_a_best_rate_at_its_edge(small):
     assert study.best_rate('base') == study.best_rate('base-long') == 0.009
     assert study.best_rate('se') is None and study.tuning('se')[0.081] is None
     fake('se', study.TUNING_SEED, 0.081, 0.0)
-    assert study.best_rate('se') == 0.027 and study.final_jobs('se')[-1] == ('se', 4, 0.027)
+    assert study.best_rate('se') == 0.027  # and if it were not:
+    fake('se', study.TUNING_SEED, 0.081, 1.0)
+    assert study.best_rate('se') is None and study.tuning('se')[0.243] is None
+    fake('se', study.TUNING_SEED, 0.081, 0.0)
+    assert study.final_jobs('se')[-1] == ('se', 4, 0.027)
 
 
 def test_tables(small, monkeypatch):

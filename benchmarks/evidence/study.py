@@ -22,8 +22,9 @@ from .arms import ARMS
 
 RECIPE = Path(__file__).with_name('scattered.yaml')
 RECORDS = Path(__file__).parent / 'records'
-# Learning rates of the classifiers, of which each arm takes its best: the outer ones are tried next to a best one.
-RATES = (0.001, 0.003, 0.009, 0.027, 0.081)
+# Learning rates of the classifiers, of which each arm takes its best.
+RATES = (0.001, 0.003, 0.009, 0.027, 0.081, 0.243)
+FIRST_RATES = (1, 4)  # slice that every arm tries; it goes on beyond until the best is inside
 TUNING_SEED = 100  # to choose it by
 SEEDS = {'classification': (0, 1, 2, 3, 4), 'detection': (0, 1, 2)}
 
@@ -42,16 +43,19 @@ def load(job: Job) -> Optional[Dict[str, Any]]:
 
 def tuning(arm: str) -> Dict[float, Optional[float]]:
     """Top-1 of the tuning seed at each learning rate that an arm is to try, None where it is not on record yet."""
-    tops = {}
-    for rate in RATES[1:-1]:
-        run = load((arm, TUNING_SEED, rate))
-        tops[rate] = run and run['results']['eval_top1'][-1]
-    if None not in tops.values():
-        best = RATES.index(max(tops, key=tops.__getitem__))
-        for rate in {RATES[best - 1], RATES[best + 1]} - set(tops):
+    low, high = FIRST_RATES
+    while True:
+        tops = {}
+        for rate in RATES[low:high]:
             run = load((arm, TUNING_SEED, rate))
             tops[rate] = run and run['results']['eval_top1'][-1]
-    return tops
+        if None in tops.values():
+            return tops
+        best = RATES.index(max(tops, key=tops.__getitem__))
+        wider = max(min(low, best - 1), 0), min(max(high, best + 2), len(RATES))
+        if wider == (low, high):
+            return tops
+        low, high = wider
 
 
 def best_rate(arm: str) -> Optional[float]:
@@ -117,8 +121,10 @@ def _run(job: Job) -> None:
 def run(arms: Iterable[str], jobs: int) -> None:
     """Train arms, so many networks at a time: the classifiers' tuning runs first, then the runs that count."""
     arms = list(arms)
-    tuned = [ARMS[arm].rate_of or arm for arm in arms if ARMS[arm].task == 'classification']
+    tuned = dict.fromkeys(ARMS[arm].rate_of or arm for arm in arms if ARMS[arm].task == 'classification')
     with ThreadPoolExecutor(jobs) as pool:
-        for _ in range(2):  # the second time with the rates beyond those that were best in the first
-            list(pool.map(_run, [(arm, TUNING_SEED, rate) for arm in dict.fromkeys(tuned) for rate in tuning(arm)]))
+        while missing := [
+            (arm, TUNING_SEED, rate) for arm in tuned for rate, top1 in tuning(arm).items() if top1 is None
+        ]:
+            list(pool.map(_run, missing))
         list(pool.map(_run, [job for arm in arms for job in final_jobs(arm)]))
