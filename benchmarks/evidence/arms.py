@@ -137,11 +137,11 @@ _DEEP = dict(layers=(1, 1, 6, 1))  # DEPLA in blocks 1, 3 and 5 of stage 3, as i
 ARMS: Dict[str, Arm] = {
     'base': Arm('base', 'narrow_resnet'),
     'se': Arm('SE', 'narrow_resnet', _SE),
-    'depla': Arm('DEPLA, plain', 'narrow_resnet_depla'),
-    'adaptive': Arm('DEPLA, adaptive', 'narrow_resnet_depla', dict(depla=dict(bfn='adaptive'))),
-    'se-depla': Arm('SE + DEPLA, plain', 'narrow_resnet_depla', _SE),
+    'depla': Arm('DEPLA', 'narrow_resnet_depla'),
+    'adaptive': Arm('adaptive DEPLA', 'narrow_resnet_depla', dict(depla=dict(bfn='adaptive'))),
+    'se-depla': Arm('SE + DEPLA', 'narrow_resnet_depla', _SE, base='se'),
     'pooled': Arm('control: pooled bottleneck', 'narrow_resnet_pooled'),
-    'added': Arm('candidate added as well', 'narrow_resnet_depla_added', base='depla'),
+    'added': Arm('DEPLA, candidate added', 'narrow_resnet_depla_added', base='depla'),
     'rescaled': _variant('M times N', rescale_maps=True),
     't0.2': _variant('T = 0.2', temperature=0.2),
     't0.5': _variant('T = 0.5', temperature=0.5),
@@ -156,13 +156,11 @@ ARMS: Dict[str, Arm] = {
     'd2': _variant('D = 2', maps_per_group=2),
     'd8': _variant('D = 8', maps_per_group=8),
     'base-deep': Arm('base, 6 blocks', 'narrow_resnet', _DEEP, 'base-deep', rate_of='base'),
-    'depla-deep': Arm('DEPLA, plain, 3 of 6 blocks', 'narrow_resnet_depla', _DEEP, 'base-deep', rate_of='depla'),
+    'depla-deep': Arm('DEPLA in 3 of 6 blocks', 'narrow_resnet_depla', _DEEP, 'base-deep', rate_of='depla'),
     'base-long': Arm('base, 24 epochs', 'narrow_resnet', {}, 'base-long', epochs=LONG_EPOCHS, rate_of='base'),
-    'depla-long': Arm(
-        'DEPLA, plain, 24 epochs', 'narrow_resnet_depla', {}, 'base-long', epochs=LONG_EPOCHS, rate_of='depla'
-    ),
+    'depla-long': Arm('DEPLA, 24 epochs', 'narrow_resnet_depla', {}, 'base-long', epochs=LONG_EPOCHS, rate_of='depla'),
     'fishnet': Arm('FishNet', 'narrow_fishnet', base='fishnet'),
-    'fishnet-depla': Arm('FishNet, DEPLA', 'narrow_fishnet_depla', base='fishnet'),
+    'fishnet-depla': Arm('FishNet-DEPLA', 'narrow_fishnet_depla', base='fishnet'),
     'fpn': _detector('FPN', 'test_resnet_fpn', 'fpn'),
     **{
         f'fpn-depla-{t}': _detector(f'FPN-DEPLA, T = {t}', 'test_resnet_fpn_depla', 'fpn', temperature=t)

@@ -109,7 +109,7 @@ def classification() -> str:
                 ' '.join(f'{value:.2f}' for value in values or ()),
             ]
         )
-    header = ['', 'M parameters', 'learning rate', 'top-1 (%)', 'less its base', 'training loss', 'each seed']
+    header = ['', 'M parameters', 'learning rate', 'top-1 (%)', 'less (what it is compared with)', 'training loss', 'each seed']
     return table(header, rows)
 
 
@@ -121,7 +121,7 @@ def tuning() -> str:
             rows.append(
                 [ARMS[name].label, *('' if (top := tops.get(rate)) is None else f'{top:.2f}' for rate in RATES)]
             )
-    return table(['', *(f'learning rate {rate}' for rate in RATES)], rows)
+    return table(['', *RATES], rows)
 
 
 def detection() -> str:
@@ -171,18 +171,20 @@ def claims() -> str:
 
 def plot() -> None:
     """What each arm that has run gains over its base in top-1, or in AP of boxes, with its interval."""
+    import matplotlib
     from matplotlib import pyplot as plt
 
+    matplotlib.rcParams['svg.hashsalt'] = ''  # the same file of the same records
     panels: Dict[str, Dict[str, Tuple[float, float]]] = {}
     for name, arm in ARMS.items():
         title, metric = ('top-1', TOP1) if arm.task == 'classification' else ('box AP', 'eval_AP')
         if name != arm.base and (gain := difference(name, arm.base, metric)):
-            panels.setdefault(f'{title}, less {ARMS[arm.base].label}', {})[arm.label] = gain
+            panels.setdefault(title, {})[f'{arm.label} less {ARMS[arm.base].label}'] = gain
     if not panels:
         return
     heights = [len(gains) + 2 for gains in panels.values()]
     figure, rows = plt.subplots(
-        len(panels), figsize=(7, 0.28 * sum(heights)), height_ratios=heights, squeeze=False, layout='constrained'
+        len(panels), figsize=(8, 0.28 * sum(heights)), height_ratios=heights, squeeze=False, layout='constrained'
     )
     for axes, (title, gains) in zip(rows.flat, panels.items(), strict=True):
         means, halves = zip(*gains.values(), strict=True)
@@ -190,8 +192,7 @@ def plot() -> None:
         axes.axvline(0, color='0.7', linewidth=1)
         axes.invert_yaxis()
         axes.margins(y=0.5 / len(gains))
-        axes.set_title(title, fontsize='medium')
-    rows.flat[-1].set_xlabel('percentage points, mean and 95% confidence interval over the seeds')
+        axes.set_xlabel(f'{title}, percentage points')
     figure.savefig(PLOT, metadata={'Date': None})
     plt.close(figure)
 
