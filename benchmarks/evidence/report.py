@@ -109,7 +109,7 @@ def classification() -> str:
                 ' '.join(f'{value:.2f}' for value in values or ()),
             ]
         )
-    header = ['', 'M parameters', 'learning rate', 'top-1 (%)', 'less (what it is compared with)', 'training loss', 'each seed']
+    header = ['', 'M parameters', 'learning rate', 'top-1 (%)', 'gain (over)', 'training loss', 'each seed']
     return table(header, rows)
 
 
