@@ -22,7 +22,6 @@ DETECTION = ('AP', 'AP50', 'AP_S', 'AP_M', 'AP_L')
 
 # What the paper claims or a reader would ask, as a difference of two arms in a metric, and the paper's own rows of it.
 _STANDARD, _FPN, _COCO = 'imagenet_standard_training', 'fpn_temperature', 'coco_backbones'
-_BOX = 'mask_rcnn_box_ap_s_m_l'
 CLAIMS = (
     ('DEPLA is better than the base', 'depla', 'base', TOP1, (_STANDARD, 'resnet50_depla', 'resnet50', 'top1')),
     ('so it is in every other of six blocks', 'depla-deep', 'base-deep', TOP1, None),
@@ -43,6 +42,7 @@ CLAIMS = (
         'FPN-DEPLA is better than FPN', 'fpn-depla-0.5', 'fpn', 'eval_AP',
         (_FPN, ['fpn_depla', 0.5], 'fpn', 'box_ap'),
     ),
+    ('so it is in masks', 'fpn-depla-0.5', 'fpn', 'eval_mask_AP', None),
     (
         'T = 0.5 is better than T = 1 in FPN-DEPLA', 'fpn-depla-0.5', 'fpn-depla-1.0', 'eval_AP',
         (_FPN, ['fpn_depla', 0.5], ['fpn_depla', 1.0], 'box_ap'),
@@ -53,7 +53,11 @@ CLAIMS = (
     ),
     (
         'a FishNet-DEPLA backbone is better than FishNet', 'backbone-fishnet-depla', 'backbone-fishnet', 'eval_AP',
-        (_COCO, 'fishnet150_depla', 'fishnet150', _BOX),
+        (_COCO, 'fishnet150_depla', 'fishnet150', 'mask_rcnn_box_ap_s_m_l'),
+    ),
+    (
+        'so it is in masks', 'backbone-fishnet-depla', 'backbone-fishnet', 'eval_mask_AP',
+        (_COCO, 'fishnet150_depla', 'fishnet150', 'mask_rcnn_mask_ap_s_m_l'),
     ),
 )  # fmt: skip
 
