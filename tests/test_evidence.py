@@ -98,22 +98,23 @@ def test_grid_goes_on_beyond_a_best_rate_at_its_edge(small):
 def test_tables(small, monkeypatch):
     measured = '| DEPLA is better than the base | DEPLA less base, top1 | +1.7 |'
     assert f'{measured} not run | **not run** |' in report.claims()
-    for arm, gain in (('base', 0.0), ('depla', 1.0), ('adaptive', -1.0), ('pooled', 1.01)):
+    for arm, gain in (('base', 0.0), ('depla', 3.0), ('adaptive', -3.0), ('pooled', 3.01)):
         for rate in study.RATES:
             fake(arm, study.TUNING_SEED, rate, 90 + rate)
         for seed in study.SEEDS['classification']:
-            fake(arm, seed, study.RATES[-1], 85 + gain + seed + 0.1 * gain * (-1) ** seed)
+            fake(arm, seed, study.RATES[-1], 85 + gain + seed)
     assert study.best_rate('base') == study.RATES[-1] and study.best_rate('se') is None
-    # differences 1.1, 0.9, 1.1, 0.9, 1.1: mean 1.02, standard deviation 0.1095, times 2.776 / sqrt(5)
-    assert report.difference('depla', 'base', report.TOP1) == pytest.approx((1.02, 0.136), abs=1e-3)
+    # each of five seeds with a standard deviation of 1.581: an error of 1.581 sqrt(2 / 5) = 1, times 2.306
+    assert report.difference('depla', 'base', report.TOP1) == pytest.approx((3.0, 2.306), abs=1e-3)
     for arm, precision in (('fpn', 30.0), ('fpn-depla-0.5', 32.5)):
         for seed in study.SEEDS['detection']:
-            fake(arm, seed, None, precision)
+            fake(arm, seed, None, precision + seed * (1 if arm == 'fpn' else 0.5))
     text = report.claims()
-    assert '| FPN-DEPLA, T = 0.5 less FPN, AP | +1.1 | +2.50 ± 0.00 | **confirmed** |' in text
-    assert f'{measured} +1.02 ± 0.14 | **confirmed** |' in text
-    assert '| adaptive DEPLA less base, top1 | +1.9 | -1.02 ± 0.14 | **refuted** |' in text
-    assert '| -0.01 ± 0.00 | **refuted** |' in text and '| not run | **not run** |' in text
+    # three seeds of 0.5 and of 1: an error of sqrt(1.25 / 3) and Welch's 2.94 degrees of freedom, for which t is 3.22
+    assert '| FPN-DEPLA, T = 0.5 less FPN, AP | +1.1 | +2.00 ± 2.08 | **undecided** |' in text
+    assert f'{measured} +3.00 ± 2.31 | **confirmed** |' in text
+    assert '| adaptive DEPLA less base, top1 | +1.9 | -3.00 ± 2.31 | **refuted** |' in text
+    assert '| -0.01 ± 2.31 | **undecided** |' in text and '| not run | **not run** |' in text
     monkeypatch.setattr(report, 'DOCS', small / 'evidence.md')
     monkeypatch.setattr(report, 'PLOT', small / 'evidence.svg')
     marks = [f'<!-- {name} -->\n\n<!-- end -->' for name in ('claims', 'classification', 'detection', 'tuning')]
@@ -122,4 +123,4 @@ def test_tables(small, monkeypatch):
     once = report.DOCS.read_text()
     report.write()
     assert report.DOCS.read_text() == once and once.count('<!-- end -->') == 4
-    assert '| 0.250 |' in once and '| DEPLA | 0.' in once and '87.02' not in once and report.PLOT.is_file()
+    assert '| 0.250 |' in once and '| 90.00 ± 1.96 | +3.00 ± 2.31 (base) |' in once and report.PLOT.is_file()

@@ -62,10 +62,10 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def interval(values: Sequence[float]) -> Tuple[float, float]:
-    """Mean and half the width of its 95% confidence interval by Student's t distribution."""
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values), float(stats.t.ppf(0.975, len(values) - 1)) * error
+def _half_width(test: Any) -> float:
+    """Half the 95% confidence interval of a t test of scipy."""
+    low, high = test.confidence_interval(0.95)
+    return float(high - low) / 2
 
 
 def final(arm: str, metric: str) -> Optional[List[float]]:
@@ -80,12 +80,21 @@ def final(arm: str, metric: str) -> Optional[List[float]]:
     return [scale * run['results'][metric][-1] for run in runs]
 
 
+def average(values: Sequence[float]) -> Tuple[float, float]:
+    """Mean of some runs and half its 95% confidence interval, by Student's t distribution."""
+    return statistics.mean(values), _half_width(stats.ttest_1samp(values, 0))
+
+
 def difference(arm: str, other: str, metric: str) -> Optional[Tuple[float, float]]:
-    """Mean of an arm's metric less another's, seed by seed, and half its 95% confidence interval."""
+    """Mean of an arm's metric less another's and half its 95% confidence interval.
+
+    By Welch's t, the arms as independent samples: two networks share little of a seed but the order of the data.
+    """
     values, others = final(arm, metric), final(other, metric)
     if values is None or others is None:
         return None
-    return interval([a - b for a, b in zip(values, others, strict=True)])
+    test = stats.ttest_ind(values, others, equal_var=False)
+    return statistics.mean(values) - statistics.mean(others), _half_width(test)
 
 
 def _text(mean_and_half: Optional[Tuple[float, float]], sign: str = '') -> str:
@@ -107,7 +116,7 @@ def classification() -> str:
                 arm.label,
                 f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.3f}',
                 best_rate(name) or '',
-                _text(values and interval(values)),
+                _text(values and average(values)),
                 '' if name == arm.base else f'{_text(difference(name, arm.base, TOP1), "+")} ({ARMS[arm.base].label})',
                 f'{statistics.mean(losses):.3f}' if losses else '',
                 ' '.join(f'{value:.2f}' for value in values or ()),
@@ -133,7 +142,7 @@ def detection() -> str:
     for name in _task('detection'):
         for kind, prefix in (('box', ''), ('mask', 'mask_')):
             values = [final(name, f'eval_{prefix}{metric}') for metric in DETECTION]
-            rows.append([ARMS[name].label, kind, *(_text(v and interval(v)) for v in values)])
+            rows.append([ARMS[name].label, kind, *(_text(v and average(v)) for v in values)])
     return table(['', '', *DETECTION], rows)
 
 
