@@ -142,8 +142,9 @@ def detection() -> str:
     for name in _task('detection'):
         for kind, prefix in (('box', ''), ('mask', 'mask_')):
             values = [final(name, f'eval_{prefix}{metric}') for metric in DETECTION]
-            rows.append([ARMS[name].label, kind, *(_text(v and average(v)) for v in values)])
-    return table(['', '', *DETECTION], rows)
+            seeds = ' '.join(f'{value:.2f}' for value in values[0] or ())
+            rows.append([ARMS[name].label, kind, *(_text(v and average(v)) for v in values), seeds])
+    return table(['', '', *DETECTION, 'AP of each seed'], rows)
 
 
 def verdict(found: Optional[Tuple[float, float]]) -> str:
