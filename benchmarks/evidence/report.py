@@ -184,16 +184,20 @@ def claims() -> str:
 
 
 def plot() -> None:
-    """What each arm that has run gains over its base in top-1, or in AP of boxes, with its interval."""
+    """What each arm that has run gains over its base, with its interval: in top-1, or in AP of boxes over each base.
+
+    The bases of detection have a panel each, for their intervals are of different sizes.
+    """
     import matplotlib
     from matplotlib import pyplot as plt
 
     matplotlib.rcParams['svg.hashsalt'] = ''  # the same file of the same records
     panels: Dict[str, Dict[str, Tuple[float, float]]] = {}
     for name, arm in ARMS.items():
-        title, metric = ('top-1', TOP1) if arm.task == 'classification' else ('box AP', 'eval_AP')
+        base = ARMS[arm.base].label
+        metric, title = (TOP1, 'top-1') if arm.task == 'classification' else ('eval_AP', f'box AP over {base}')
         if name != arm.base and (gain := difference(name, arm.base, metric)):
-            panels.setdefault(title, {})[f'{arm.label} less {ARMS[arm.base].label}'] = gain
+            panels.setdefault(title, {})[f'{arm.label} less {base}'] = gain
     if not panels:
         return
     heights = [len(gains) + 2 for gains in panels.values()]
