@@ -42,7 +42,7 @@ CLAIMS = (
         'FPN-DEPLA is better than FPN', 'fpn-depla-0.5', 'fpn', 'eval_AP',
         (_FPN, ['fpn_depla', 0.5], 'fpn', 'box_ap'),
     ),
-    ('so it is in masks', 'fpn-depla-0.5', 'fpn', 'eval_mask_AP', None),
+    ('so it is in masks (asked after these runs)', 'fpn-depla-0.5', 'fpn', 'eval_mask_AP', None),
     (
         'T = 0.5 is better than T = 1 in FPN-DEPLA', 'fpn-depla-0.5', 'fpn-depla-1.0', 'eval_AP',
         (_FPN, ['fpn_depla', 0.5], ['fpn_depla', 1.0], 'box_ap'),
