@@ -10,6 +10,7 @@ from sklearn.datasets import load_sample_images
 from torchvision.transforms import v2
 
 from timm_depla.layers import Depla
+from timm_depla.layers.depla import BFNS
 
 from .record import table
 
@@ -32,10 +33,10 @@ def _crops(count: int) -> torch.Tensor:
     return torch.stack([transform(photographs[i % 2]) for i in range(count)])
 
 
-def _measure(bfn: str, rescale_maps: bool, args: argparse.Namespace) -> Dict[str, Any]:
+def _measure(bfn: str, args: argparse.Namespace) -> Dict[str, Any]:
     torch.manual_seed(args.seed)
     x, labels = _crops(args.batch_size), torch.randint(1000, (args.batch_size,))
-    model = timm.create_model('resnet50_depla', depla=dict(bfn=bfn, rescale_maps=rescale_maps)).train()
+    model = timm.create_model('resnet50_depla', depla=dict(bfn=bfn)).train()
     shares = []
 
     def measure_share(module: torch.nn.Module, inputs: Any, out: torch.Tensor) -> None:
@@ -57,11 +58,7 @@ def _measure(bfn: str, rescale_maps: bool, args: argparse.Namespace) -> Dict[str
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     """Spatial share of the refinement's deviation, and relative gradients, of resnet50_depla's DEPLA blocks."""
-    return {
-        f'{bfn}, M{" times N" if rescale_maps else ""}': _measure(bfn, rescale_maps, args)
-        for bfn in ('plain', 'adaptive')
-        for rescale_maps in (False, True)
-    }
+    return {bfn: _measure(bfn, args) for bfn in BFNS}
 
 
 def render(results: Dict[str, Any]) -> str:
@@ -73,7 +70,7 @@ def render(results: Dict[str, Any]) -> str:
     ]
     return (
         'Spatial share: deviation over positions of what DEPLA adds to the identity, over its whole '
-        'deviation, in the blocks of `resnet50_depla`. Heatmaps from M (ruling 4(b)) or from M times N.\n\n'
+        'deviation, in the blocks of `resnet50_depla`.\n\n'
         + table(['', 'layer3.1', 'layer3.3', 'layer3.5'], shares)
         + "\n\nGradient norm over weight norm in layer3.5, relative to that block's `conv3`.\n\n"
         + table(['', *(f'`{key}`' for key in weights)], gradients)

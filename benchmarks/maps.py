@@ -1,8 +1,9 @@
-"""The ROI maps of trained networks: entropy and coverage of each group's, over the digits' validation set.
+"""The maps of trained networks: entropy, coverage and peak of each group's, over the digits' validation set.
 
 An entropy of 1 is a uniform map, 0 a single position; coverage is the share of positions where a group's maps are above
-the uniform one. A group counts as uniform above an entropy of 0.99, and as dead where its strength (what it puts back,
-times how unevenly) is below a hundredth of the strongest group's.
+the uniform one. A peak is the strongest position over the uniform one, of ROI maps or of the heatmap; a group places
+from 1.5 on. It counts as uniform above an entropy of 0.99, and as dead where its strength (what it puts back, times how
+unevenly) is below a hundredth of the strongest group's.
 """
 
 import argparse

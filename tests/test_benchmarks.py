@@ -49,7 +49,7 @@ def test_docs_are_generated_from_the_records():
             ],
             '| non-local block |',
         ),
-        (['init', '--batch-size', '2'], '`rpn.conv.weight`'),
+        (['init', '--batch-size', '2'], '`rpn.logits.conv.weight`'),
         (['pipeline', '--images', '80', '--img-size', '32', '--batch-size', '16', '--epochs', '3'], 'values of a crop'),
         (['neck', '--img-size', '96', '--pairs', '2'], 'neck, training step'),
         (['throughput', '--epochs', '2', '--img-size', '32'], 'Learning rates of the 44 steps: the same'),

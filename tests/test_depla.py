@@ -10,9 +10,9 @@ from timm.layers import DropPath
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from timm_depla.layers import AdaptiveBFN, Depla, PlainBFN, SoftRPN, soft_roi_pool
+from timm_depla.layers import Depla, SoftRPN, soft_roi_pool
+from timm_depla.layers.depla import BFNS
 
-BFNS = ['plain', 'adaptive']
 ARGS = dict(num_groups=3, pooled_chs=4, maps_per_group=2)
 SIZES = [((3, 4), (3, 4)), ((5, 6), (2, 3)), ((2, 3), (4, 6)), ((2, 6), (4, 3))]
 
@@ -20,10 +20,11 @@ SIZES = [((3, 4), (3, 4)), ((5, 6), (2, 3)), ((2, 3), (4, 6)), ((2, 6), (4, 3))]
 def randomized(block):
     """Give every parameter and running statistic a value of its own, in float64 and evaluation mode."""
     block = block.double().eval()
-    for tensor in block.state_dict().values():
+    for name, tensor in block.state_dict().items():
         if tensor.is_floating_point():
             tensor.copy_(torch.randn_like(tensor))
-    block.norm.running_var.abs_().add_(0.5)
+        if name.endswith('running_var'):
+            tensor.abs_().add_(0.5)
     return block
 
 
@@ -68,7 +69,14 @@ def conv1x1(weight, x, bias=None):
     ]
 
 
-def literal(block, identity, candidate, num_groups, pooled_chs, maps_per_group, temperature, bfn, rescale_maps):
+def norm(x, w, name):
+    """BatchNorm in evaluation of x[c][n]."""
+    scale = [g / math.sqrt(v + 1e-5) for g, v in zip(w[f'{name}.weight'], w[f'{name}.running_var'], strict=True)]
+    level = zip(scale, w[f'{name}.running_mean'], w[f'{name}.bias'], strict=True)
+    return [[(v - mean) * s + bias for v in row] for row, (s, mean, bias) in zip(x, level, strict=True)]
+
+
+def literal(block, identity, candidate, num_groups, pooled_chs, maps_per_group, temperature, bfn, keep_candidate):
     """The equations in the paper's order, for one image: identity[c][i][j], candidate[c][i][j] -> (C1, H, W)."""
     w = {k: v.flatten(1).tolist() if v.ndim > 1 else v.tolist() for k, v in block.state_dict().items()}
     height = max(len(identity[0]), len(candidate[0]))
@@ -77,9 +85,9 @@ def literal(block, identity, candidate, num_groups, pooled_chs, maps_per_group, 
     y = [[v for row in rows for v in row] for rows in upsample(candidate, height, width)]
     positions, groups, chs, depth = range(height * width), range(num_groups), range(pooled_chs), range(maps_per_group)
 
-    logits = conv1x1(w['rpn.conv.weight'], x)
+    logits = norm(conv1x1(w['rpn.logits.conv.weight'], x), w, 'rpn.logits.norm')  # ruling 5
     m = [softmax([v / temperature for v in logits[k]]) for k in range(num_groups * maps_per_group)]  # m[d * L + l][n]
-    values = conv1x1(w['candidate.weight'], y)  # values[d * C + c][n]
+    values = norm(conv1x1(w['candidate.conv.weight'], y), w, 'candidate.norm')  # values[d * C + c][n]
     z = [[0.0] * num_groups for _ in chs]  # z[c][l]
     for group in groups:
         for c in chs:
@@ -87,38 +95,32 @@ def literal(block, identity, candidate, num_groups, pooled_chs, maps_per_group, 
                 for n in positions:
                     z[c][group] += m[d * num_groups + group][n] * values[d * pooled_chs + c][n]
     if bfn == 'plain':
-        factor = len(positions) if rescale_maps else 1
-        b = conv1x1(w['bfn.heatmap.weight'], [[factor * v for v in row] for row in m])
+        levels = [[math.log(max(len(positions) * v, 1e-6)) for v in row] for row in m]  # ruling 4(b)
+        b = norm(conv1x1(w['bfn.heatmap.conv.weight'], levels), w, 'bfn.heatmap.norm')
     else:
-        q = conv1x1(w['bfn.query.weight'], x)
+        q = norm(conv1x1(w['bfn.query.conv.weight'], x), w, 'bfn.query.norm')
         k = conv1x1(w['bfn.key.weight'], z, w['bfn.key.bias'])
-        q_length = [math.sqrt(sum(q[c][n] ** 2 for c in chs)) for n in positions]  # ruling 10
-        k_length = [math.sqrt(sum(k[c][g] ** 2 for c in chs)) for g in groups]
-        b = [
-            [
-                math.sqrt(pooled_chs) * sum(q[c][n] * k[c][g] for c in chs) / (q_length[n] * k_length[g])
-                for n in positions
-            ]
-            for g in groups
-        ]
+        length = [math.sqrt(sum(k[c][g] ** 2 for c in chs)) for g in groups]  # ruling 10
+        b = [[sum(q[c][n] * k[c][g] for c in chs) / length[g] for n in positions] for g in groups]
     b = [softmax(row) for row in b]
     z = conv1x1(w['bfn.transform.weight'], z, w['bfn.transform.bias'])
     f = [[sum(z[c][g] * len(positions) * b[g][n] for g in groups) for n in positions] for c in chs]  # ruling 4(a)
-    out = conv1x1(w['proj.weight'], f)
+    out = norm(conv1x1(w['proj.weight'], f), w, 'norm')
     for c, row in enumerate(out):
-        scale = w['norm.weight'][c] / math.sqrt(w['norm.running_var'][c] + block.norm.eps)
-        out[c] = [x[c][n] + (row[n] - w['norm.running_mean'][c]) * scale + w['norm.bias'][c] for n in positions]
+        out[c] = [x[c][n] + row[n] + (y[c][n] if keep_candidate else 0.0) for n in positions]
     return torch.tensor(out, dtype=torch.float64).reshape(-1, height, width)
 
 
 @pytest.mark.parametrize('sizes', SIZES)
 @pytest.mark.parametrize('temperature', [0.2, 0.5, 1.0, 2.0])
-@pytest.mark.parametrize('bfn,rescale_maps', [('plain', False), ('plain', True), ('adaptive', False)])
-def test_matches_literal_transcription(bfn, rescale_maps, temperature, sizes):
+@pytest.mark.parametrize('keep_candidate', [False, True])
+@pytest.mark.parametrize('bfn', BFNS)
+def test_matches_literal_transcription(bfn, keep_candidate, temperature, sizes):
     torch.manual_seed(0)
-    kwargs = dict(ARGS, temperature=temperature, bfn=bfn, rescale_maps=rescale_maps)
-    block = randomized(Depla(6, 5, **kwargs))
-    x, y = torch.randn(2, 6, *sizes[0]).double(), torch.randn(2, 5, *sizes[1]).double()
+    kwargs = dict(ARGS, temperature=temperature, bfn=bfn, keep_candidate=keep_candidate)
+    candidate_chs = 6 if keep_candidate else 5
+    block = randomized(Depla(6, candidate_chs, **kwargs))
+    x, y = torch.randn(2, 6, *sizes[0]).double(), torch.randn(2, candidate_chs, *sizes[1]).double()
     expected = torch.stack([literal(block, a.tolist(), b.tolist(), **kwargs) for a, b in zip(x, y, strict=True)])
     with torch.no_grad():
         for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -158,11 +160,11 @@ def test_equivariant_to_shuffled_positions_and_batch(bfn):
     torch.testing.assert_close(block(x[images], y[images]), expected[images])
 
 
-@pytest.mark.parametrize('bfn,rescale_maps', [('plain', True), ('adaptive', False)])
-def test_does_not_fade_with_resolution(bfn, rescale_maps):
-    """Repeating every pixel repeats every output pixel (ruling 4(a)); literal plain heatmaps alone depend on N."""
+@pytest.mark.parametrize('bfn', BFNS)
+def test_does_not_fade_with_resolution(bfn):
+    """Repeating every pixel repeats every output pixel (ruling 4)."""
     torch.manual_seed(0)
-    block = randomized(Depla(6, **ARGS, bfn=bfn, rescale_maps=rescale_maps))
+    block = randomized(Depla(6, **ARGS, bfn=bfn))
     x, y = torch.randn(2, 2, 6, 4, 5).double()
     larger = nn.Upsample(scale_factor=3)
     torch.testing.assert_close(block(larger(x), larger(y)), larger(block(x, y)))
@@ -171,25 +173,28 @@ def test_does_not_fade_with_resolution(bfn, rescale_maps):
 def test_soft_rpn_maps_are_probabilities_and_temperature_divides_logits():
     torch.manual_seed(0)
     x = torch.randn(2, 8, 6, 7)
-    rpn, sharp = SoftRPN(8, 5, 3), SoftRPN(8, 5, 3, temperature=0.25)
-    sharp.conv.weight.data.copy_(rpn.conv.weight.data / 4)
-    maps = rpn(x)
+    rpn, sharp = (SoftRPN(8, 5, 3, temperature, 'bilinear').eval() for temperature in (1.0, 0.25))
+    sharp.logits.conv.weight.data.copy_(rpn.logits.conv.weight.data / 4)
+    maps = rpn(x, x)
     assert maps.shape == (2, 5, 3, 42)
     assert (maps >= 0).all()
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 5, 3))
-    torch.testing.assert_close(maps, sharp(x))
+    torch.testing.assert_close(maps, sharp(x, x))
 
 
 def test_soft_roi_pool_is_a_weighted_sum():
     torch.manual_seed(0)
-    maps, values = torch.randn(2, 5, 3, 42).softmax(-1), torch.randn(2, 4, 3, 42)
-    torch.testing.assert_close(soft_roi_pool(maps, values), torch.einsum('bldn,bcdn->blc', maps, values))
+    maps, values = torch.randn(2, 5, 3, 42).softmax(-1), torch.randn(2, 3, 4, 42)
+    expected = torch.einsum('bldn,bdcn->blc', maps, values)
+    torch.testing.assert_close(soft_roi_pool(maps, values.reshape(2, 12, 6, 7)), expected)
 
 
-@pytest.mark.parametrize('bfn', [PlainBFN(5, 4, 3), AdaptiveBFN(8, 4)])
+@pytest.mark.parametrize('bfn', BFNS.values())
 def test_back_filling_heatmaps_are_probabilities(bfn):
     torch.manual_seed(0)
-    features, heatmaps = bfn(torch.randn(2, 8, 6, 7), torch.randn(2, 5, 4), torch.rand(2, 5, 3, 42))
+    bfn = bfn(8, 5, 4, 3, 'bilinear', norm_layer=torch.nn.BatchNorm2d)
+    identity, maps = torch.randn(2, 8, 6, 7), torch.rand(2, 5, 3, 42)
+    features, heatmaps = bfn(identity, torch.randn(2, 5, 4), maps, identity)
     assert features.shape == (2, 5, 4)
     assert heatmaps.shape == (2, 5, 42)
     torch.testing.assert_close(heatmaps.sum(-1), torch.ones(2, 5))
@@ -200,9 +205,13 @@ def test_back_filling_heatmaps_are_probabilities(bfn):
 @pytest.mark.parametrize('bfn', BFNS)
 def test_autocast_at_detection_size(bfn, temperature, dtype, bound):
     torch.manual_seed(0)
-    block = Depla(64, bfn=bfn, temperature=temperature).eval()
+    block = Depla(64, bfn=bfn, temperature=temperature)
     x, y = torch.randn(2, 1, 64, 256, 256)
     with torch.no_grad():
+        for module in block.modules():
+            module.momentum = 1.0  # statistics of one batch
+        block(x, y)
+        block.eval()
         expected = copy.deepcopy(block).double()(x.double(), y.double())
         with torch.autocast('cpu', dtype=dtype):
             actual = block(x, y)
@@ -243,20 +252,16 @@ def test_memory_is_linear_in_positions(bfn):
     block, x = Depla(64, bfn=bfn), torch.randn(1, 64, 24, 32, requires_grad=True)
     with LargestTensor() as largest:
         block(x, x).sum().backward()
-    channels = 64 if bfn == 'plain' else 64 + 16  # C1 = L * D; with the query's C, convolved together
-    assert largest.numel == channels * 24 * 32  # L * C * D * N would be 16 times as many
+    assert largest.numel == 64 * 24 * 32  # C1 = L * D = C * D channels; L * C * D * N would be 16 times as many
 
 
 @pytest.mark.parametrize('bfn', BFNS)
-def test_script_fx_compile(bfn):
+def test_script_and_compile(bfn):
     torch.manual_seed(0)
     block = Depla(8, 6, **ARGS, bfn=bfn).eval()
     x, y = torch.randn(2, 8, 6, 8), torch.randn(2, 6, 3, 4)
     with torch.no_grad():
         expected = block(x, y)
-        traced = torch.fx.symbolic_trace(block)
-        torch.testing.assert_close(traced(x, y), expected)
-        torch.testing.assert_close(torch.jit.script(traced)(x, y), expected)
         torch.testing.assert_close(torch.jit.script(block)(x, y), expected)
         compiled = torch.compile(block, fullgraph=True, backend='aot_eager')
         torch.testing.assert_close(compiled(x, y), expected)
@@ -321,7 +326,7 @@ def test_half_precision_weights(norm_dtype):
 def test_one_position_in_training():
     block, x = Depla(8).train(), torch.randn(2, 8, 1, 1)
     assert block(x, x).isfinite().all()
-    with pytest.raises(ValueError, match='more than one position in training'):
+    with pytest.raises(ValueError, match='more than 1 value per channel when training'):
         block(x[:1], x[:1])
 
 
@@ -348,11 +353,15 @@ def test_bad_temperature(temperature):
 @pytest.mark.parametrize(
     'kwargs,message',
     [
-        (dict(bfn='adaptve'), "bfn must be 'plain' or 'adaptive', got 'adaptve'"),
+        (dict(bfn='adaptve'), "bfn must be one of plain, adaptive, got 'adaptve'"),
         (dict(num_groups=0), 'num_groups must be at least 1, got 0'),
         (dict(pooled_chs=-2), 'pooled_chs must be at least 1, got -2'),
         (dict(maps_per_group=0), 'maps_per_group must be at least 1, got 0'),
-        (dict(upsample='cubic'), "upsample must be 'bilinear' or 'nearest', got 'cubic'"),
+        (
+            dict(candidate_chs=6, keep_candidate=True),
+            'keep_candidate adds maps of the same width, got 8 and 6 channels',
+        ),
+        (dict(upsample='cubic'), "upsample must be one of bilinear, nearest, got 'cubic'"),
     ],
 )
 def test_bad_argument(kwargs, message):

@@ -5,6 +5,8 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import create_feature_extractor
+from timm.models import reparameterize_model
 
 import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.engine.plan import count_cost, count_macs
@@ -63,8 +65,9 @@ def test_script_and_fx(name):
     model, x = create(name), torch.randn(1, 3, SIZE, SIZE)
     with torch.no_grad():
         expected = model(x)
-        for other in (torch.fx.symbolic_trace(model), torch.jit.script(model)):
-            assert (other(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+        traced = create_feature_extractor(model, ['fc'])
+        for out in (traced(x)['fc'], torch.jit.script(traced)(x)['fc'], torch.jit.script(model)(x)):
+            assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -111,13 +114,21 @@ def test_output_stride(output_stride):
     assert model.feature_info.reduction()[-1] == output_stride
 
 
+def hear(block):
+    """Hooks on a block's parts: what they hear."""
+    heard = {}
+    for name in ('bn3', 'depla', 'depla.rpn', 'depla.bfn'):
+        module = block.get_submodule(name)
+        module.register_forward_hook(lambda _, inputs, output, name=name: heard.update({name: (inputs, output)}))
+    return heard
+
+
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_candidate_that_is_not_made_is_the_candidate(memory_format):
-    """Outputs, gradients and statistics are those of the same block whose modules are called, as a hook wants it."""
+def test_hooks_hear_what_the_signatures_say_and_change_nothing(memory_format):
+    """Outputs, gradients and statistics are the same where the candidate is not made and where a hook wants it."""
     folded = create('test_resnet_depla').layer3[1].double().to(memory_format=memory_format)
     plain = copy.deepcopy(folded)
-    seen = []
-    plain.bn3.register_forward_hook(lambda _, __, output: seen.append(output))
+    heard = hear(plain)
     x = (3 + torch.randn(3, folded.conv1.in_channels, 6, 7).double()).contiguous(memory_format=memory_format)
     for training in (True, True, False):
         results = []
@@ -128,7 +139,38 @@ def test_candidate_that_is_not_made_is_the_candidate(memory_format):
             (out.sin() * torch.arange(out.shape[1]).view(-1, 1, 1)).sum().backward()
             results.append([out, inputs.grad, *(p.grad for p in block.parameters()), *block.buffers()])
         torch.testing.assert_close(*results)
-    assert len(seen) == 3
+        (identity, candidate), refined = heard['depla']
+        assert torch.equal(identity, x) and torch.equal(candidate, heard['bn3'][1])
+        torch.testing.assert_close(torch.relu(refined), out)
+        rpn_inputs, maps = heard['depla.rpn']
+        assert torch.equal(rpn_inputs[0], x) and maps.shape == (3, 16, 4, 42)
+        (bfn_identity, pooled, bfn_maps, _), (features, heatmaps) = heard['depla.bfn']
+        assert torch.equal(bfn_identity, x) and torch.equal(bfn_maps, maps)
+        assert pooled.shape == features.shape == (3, 16, 16) and heatmaps.shape == (3, 16, 42)
+
+
+def test_a_hook_on_a_part_of_depla_is_heard():
+    block, x = create('test_resnet_depla').layer3[1], torch.randn(2, 192, 6, 7)
+    with torch.no_grad():
+        expected = block(x)
+        for name, module in [*block.depla.named_modules(), ('conv3', block.conv3), ('bn3', block.bn3)]:
+            heard = []
+            handle = module.register_forward_hook(lambda *_, heard=heard: heard.append(True))
+            torch.testing.assert_close(block(x), expected)
+            handle.remove()
+            assert heard or name == 'drop_path', name
+
+
+@pytest.mark.parametrize('name', ['resnet50_depla', 'seresnet50_depla', 'resnet50_depla_adaptive'])
+def test_reparameterized_model_is_the_model(name):
+    model, x = create(name).double(), torch.randn(1, 3, SIZE, 96).double()
+    model.train()(x.expand(4, -1, -1, -1) + torch.randn(4, 3, SIZE, 96))  # statistics of its own
+    fused = reparameterize_model(model.eval())
+    with torch.no_grad():
+        expected = model(x)
+        assert (fused(x) - expected).abs().max() < 1e-10 * expected.abs().max()
+    norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in each.modules()) for each in (model, fused)]
+    assert norms[0] - norms[1] == 3 * (3 if name.startswith('se') else 4)
 
 
 def test_grad_checkpointing_gives_the_same_gradients():
@@ -161,7 +203,7 @@ def test_depla_arguments():
     assert list(blocks) == ['layer2.3.depla']
     block = blocks['layer2.3.depla']
     assert block.rpn.temperature == 0.5
-    assert block.rpn.conv.weight.shape[:2] == (8 * 2, 512)
+    assert block.rpn.logits.conv.weight.shape[:2] == (8 * 2, 512)
     assert block.proj.weight.shape == (512, 12)
 
 
@@ -177,7 +219,7 @@ def test_depla_argument_overrides_the_variant_key_by_key():
         (dict(stage=5), ValueError, 'stage must be one of 1 to 4, got 5'),
         (dict(positions=(1, 6)), ValueError, r'block indices of stage 3, 0 to 5, got \(1, 6\)'),
         (dict(positions=()), ValueError, r'block indices of stage 3, 0 to 5, got \(\)'),
-        (dict(bfn='fancy'), ValueError, "'plain' or 'adaptive', got 'fancy'"),
+        (dict(bfn='fancy'), ValueError, "bfn must be one of plain, adaptive, got 'fancy'"),
         (dict(temperature=0), ValueError, 'temperature must be positive and finite, got 0'),
     ],
 )
@@ -188,17 +230,17 @@ def test_bad_depla_argument(depla, error, message):
 
 @pytest.mark.parametrize('zero_init_last', [True, False])
 def test_initialisation_survives_timm(zero_init_last):
-    """Ruling 6: Y's last norm is not zero in a DEPLA block; ruling 11: DEPLA keeps its own scale."""
+    """Ruling 6: Y's last norm is not zero in a DEPLA block; rulings 6 and 11: DEPLA keeps its own scale."""
     model = create('resnet50_depla', zero_init_last=zero_init_last)
     for i, block in enumerate(model.layer3):
         starts_at_zero = zero_init_last and i not in (1, 3, 5)
         assert block.bn3.weight.eq(0 if starts_at_zero else 1).all()
     for block in depla_blocks(model).values():
-        assert block.norm.weight.eq(1).all()
         fresh = Depla(1024)
+        assert torch.equal(block.norm.weight, fresh.norm.weight) and 0 < block.norm.weight[0] < 1
         for name, parameter in block.named_parameters():
             if parameter.ndim > 1:
-                assert abs(parameter.std() / fresh.get_parameter(name).std() - 1) < 0.1
+                assert abs(parameter.std() * parameter.shape[1] ** 0.5 - 1) < 4 / (2 * parameter.numel()) ** 0.5, name
 
 
 @pytest.mark.parametrize(

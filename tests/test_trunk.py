@@ -5,6 +5,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from timm_depla.layers import Depla
 from timm_depla.models import load_trunk
 
 
@@ -60,3 +61,31 @@ def test_other_architecture_names_both_lists_and_leaves_the_model_alone(model):
 def test_missing_source(model):
     with pytest.raises(FileNotFoundError, match=r"'nowhere\.pth' is neither a checkpoint file nor a model of timm"):
         load_trunk(model, 'nowhere.pth')
+
+
+@pytest.mark.parametrize('name', ['resnet50', 'seresnet50', 'resnext50_32x4d', 'fishnet150'])
+@pytest.mark.parametrize('bfn', ['plain', 'adaptive'])
+def test_kept_candidate_starts_from_the_plain_network(name, bfn):
+    """The same logits, and a gradient for what makes the refinement differ from zero."""
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=7, **({} if 'fish' in name else dict(zero_init_last=False)))
+    model = timm.create_model(f'{name}_depla', num_classes=7, depla=dict(bfn=bfn, keep_candidate=True))
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        plain.train()(x)  # running statistics of its own
+        assert load_trunk(model, plain.state_dict()).new
+        expected = plain.eval()(x)
+        assert (model.eval()(x) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    model.train()(x).square().mean().backward()
+    blocks = [module for module in model.modules() if isinstance(module, Depla)]
+    assert blocks and all(block.norm.weight.grad.abs().max() > 0 for block in blocks)
+
+
+def test_kept_candidate_in_the_basic_block(model):
+    trunk = timm.create_model('resnet18', num_classes=10, zero_init_last=False)
+    kept = timm.create_model('resnet18_depla', num_classes=10, depla=dict(keep_candidate=True)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    for network in (model, kept):
+        load_trunk(network, trunk.state_dict())
+    with torch.no_grad():
+        assert torch.equal(kept(x), trunk.eval()(x)) and not torch.allclose(model.eval()(x), trunk(x))

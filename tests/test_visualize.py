@@ -53,11 +53,10 @@ def test_captured_maps_give_the_output(name):
     assert found.keys() == find_blocks(model).keys()
     for key, module in find_blocks(model).items():
         block = found[key]
-        assert block.maps.shape[1:3] == (module.rpn.num_groups, module.maps_per_group)
+        assert block.maps.shape[1:3] == (module.rpn.num_groups, module.rpn.maps_per_group)
         assert block.maps.shape[3:] == block.heatmaps.shape[2:] == block.output.shape[2:]
         assert (block.maps.flatten(3).sum(3) - 1).abs().max() < 1e-5
         values = match_size(module.candidate(block.candidate), block.output, module.upsample)
-        values = values.flatten(2).unflatten(1, (module.maps_per_group, -1)).transpose(1, 2)
         pooled = soft_roi_pool(block.maps.flatten(3), values)
         features = module.proj(module.bfn.transform(pooled))
         assert (features - block.features).abs().max() <= 1e-5 * features.abs().max()
@@ -119,7 +118,7 @@ def test_measures_tell_uniform_and_dead_groups():
     name, module = next(iter(blocks.items()))
     groups = module.rpn.num_groups
     with torch.no_grad():
-        module.rpn.conv.weight.unflatten(0, (-1, groups))[:, 3] = 0  # channels are D times L
+        module.rpn.logits.conv.weight.unflatten(0, (-1, groups))[:, 3] = 0  # channels are D times L
         module.rpn.temperature = 0.02
         block = capture(model, x)[name]
         values = measure(block)

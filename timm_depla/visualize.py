@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -29,6 +29,7 @@ from timm_depla.layers.depla import match_size
 __all__ = ['BlockCapture', 'capture', 'capturing', 'draw_block', 'measure', 'strength', 'summarize']
 
 UNIFORM = 0.99  # entropy above which a group's maps tell nothing
+PLACED = 1.5  # times uniform, strongest position from which on a map points somewhere
 DEAD = 0.01  # of the strongest group's strength, below which a group does nothing
 _MIN_SIDE = 8  # pixels
 _SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.webp'}
@@ -72,11 +73,6 @@ def find_blocks(model: nn.Module) -> Dict[str, Depla]:
     return blocks
 
 
-def _candidate(x: Tensor, weight: Optional[Tensor] = None, bias: Optional[Tensor] = None) -> Tensor:
-    """The candidate Y as `Depla` is given it, or made from what it is given instead."""
-    return x if weight is None else nn.functional.conv2d(x, weight[:, :, None, None].type_as(x), bias.type_as(x))
-
-
 @contextmanager
 def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
     """Within it, each call of the model fills the dictionary that it gives, by the blocks' module names.
@@ -102,7 +98,7 @@ def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
             parts, size = seen[name], output.shape[2:]
             found[name] = BlockCapture(
                 identity=inputs[0].detach().clone(),  # an activation in place may follow
-                candidate=_candidate(*inputs[1:]).detach().clone(),
+                candidate=inputs[1].detach().clone(),
                 maps=parts['maps'].detach().unflatten(3, size),
                 features=parts['features'].detach(),
                 heatmaps=parts['bfn'][1].detach().unflatten(2, size),
@@ -160,13 +156,20 @@ def measure(block: BlockCapture) -> Dict[str, Tensor]:
 
     Returns:
         `entropy` of its ROI maps, their mean over D, from 0 (one position) to 1 (uniform); `coverage`, the share of
-        positions where the mean of its maps is above the uniform one; `strength`, as the function.
+        positions where the mean of its maps is above the uniform one; `map_peak` and `heatmap_peak`, the strongest
+        position of its ROI maps (their mean over D) and of its heatmap, 1 where uniform; `strength`, as the function.
     """
     maps = block.maps.flatten(3).double()  # (B, L, D, N)
     count = maps.shape[-1]
     entropy = -torch.special.xlogy(maps, maps).sum(3) / max(math.log(count), 1e-12)
     coverage = (maps.mean(2) > (1 + 1e-4) / count).double().mean(2)
-    return dict(entropy=entropy.mean(2), coverage=coverage, strength=strength(block).double())
+    return dict(
+        entropy=entropy.mean(2),
+        coverage=coverage,
+        map_peak=count * maps.amax(3).mean(2),
+        heatmap_peak=count * block.heatmaps.flatten(2).double().amax(2),
+        strength=strength(block).double(),
+    )
 
 
 def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: int = 5) -> Any:
@@ -302,14 +305,17 @@ def summarize(model: nn.Module, files: Sequence[Path]) -> Dict[str, Dict[str, Te
 def render_summary(totals: Dict[str, Dict[str, Tensor]]) -> str:
     """A Markdown table: a row for each block, over its groups."""
     lines = [
-        '| block | entropy: mean (lowest to highest) | coverage | uniform groups | dead groups |',
-        '|---|---|---|---|---|',
+        '| block | entropy: mean (lowest to highest) | coverage | peak of ROI maps: median (groups that place) '
+        '| of heatmaps | uniform groups | dead groups |',
+        '|---|---|---|---|---|---|---|',
     ]
     for name, values in totals.items():
         entropy, coverage, strengths = (values[key] for key in ('entropy', 'coverage', 'strength'))
         uniform = (entropy > UNIFORM).nonzero().flatten().tolist()
         dead = (strengths < DEAD * strengths.max()).nonzero().flatten().tolist()
         ranges = [f'{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})' for v in (entropy, coverage)]
+        for peaks in (values['map_peak'], values['heatmap_peak']):
+            ranges.append(f'{peaks.median():.2f} ({(peaks >= PLACED).sum()} of {len(peaks)})')
         lists = [', '.join(map(str, groups)) or 'none' for groups in (uniform, dead)]
         lines.append(f'| `{name}` | {" | ".join(ranges + lists)} |')
     return '\n'.join(lines) + '\n'

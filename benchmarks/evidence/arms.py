@@ -1,7 +1,7 @@
 """The networks that are compared: each is a model of timm and its arguments, or a detector and its."""
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional
 
 import torch
 import torch.nn as nn
@@ -85,17 +85,6 @@ def narrow_resnet_pooled(pretrained: bool = False, **kwargs: Any) -> ResNet:
     return model
 
 
-@register_model
-def narrow_resnet_depla_added(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """The alternative to ruling 2: the block returns DEPLA(X, Y) + Y."""
-    model = narrow_resnet_depla(**kwargs)
-    for block in model.layer3:
-        if hasattr(block, 'depla'):
-            block.bn3.register_forward_hook(_listen)  # the block leaves Y out unless something listens
-            block.depla.register_forward_hook(_add_candidate)
-    return model
-
-
 def _narrow_fishnet(name: str, kwargs: Dict[str, Any]) -> FishNet:
     """The tiny FishNet, without the max-pooling of its stem too."""
     model = create_model(name, **kwargs)
@@ -113,14 +102,6 @@ def narrow_fishnet(pretrained: bool = False, **kwargs: Any) -> FishNet:
 def narrow_fishnet_depla(pretrained: bool = False, **kwargs: Any) -> FishNet:
     """FishNet with DEPLA in its body and head."""
     return _narrow_fishnet('test_fishnet_depla', kwargs)
-
-
-def _listen(module: nn.Module, inputs: Tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-    pass
-
-
-def _add_candidate(module: nn.Module, inputs: Tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
-    return out + inputs[1]
 
 
 def _variant(label: str, **depla: Any) -> Arm:
@@ -141,8 +122,7 @@ ARMS: Dict[str, Arm] = {
     'adaptive': Arm('adaptive DEPLA', 'narrow_resnet_depla', dict(depla=dict(bfn='adaptive'))),
     'se-depla': Arm('SE + DEPLA', 'narrow_resnet_depla', _SE, base='se'),
     'pooled': Arm('control: pooled bottleneck', 'narrow_resnet_pooled'),
-    'added': Arm('DEPLA, candidate added', 'narrow_resnet_depla_added', base='depla'),
-    'rescaled': _variant('M times N', rescale_maps=True),
+    'kept': _variant('DEPLA, candidate kept', keep_candidate=True),
     't0.2': _variant('T = 0.2', temperature=0.2),
     't0.5': _variant('T = 0.5', temperature=0.5),
     't2': _variant('T = 2', temperature=2.0),

@@ -35,7 +35,7 @@ CLAIMS = (
         'adaptive is at least as good as plain DEPLA', 'adaptive', 'depla', TOP1,
         ('plain_vs_adaptive', 'resnet50_depla_adaptive', 'resnet50_depla', 'top1'),
     ),
-    ('replacing the sum is better than adding to it', 'depla', 'added', TOP1, None),
+    ('replacing the sum is better than adding to it', 'depla', 'kept', TOP1, None),
     ('DEPLA is better than as many other parameters', 'depla', 'pooled', TOP1, None),
     ('DEPLA is better than the base in FishNet', 'fishnet-depla', 'fishnet', TOP1, None),
     (

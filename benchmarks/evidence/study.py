@@ -31,14 +31,15 @@ SEEDS = {'classification': (0, 1, 2, 3, 4), 'detection': (0, 1, 2)}
 Job = Tuple[str, int, Optional[float]]  # arm, seed, learning rate
 
 
-def _path(job: Job) -> Path:
+def _path(job: Job, folder: Optional[Path] = None) -> Path:
     arm, seed, rate = job
-    return RECORDS / f'{arm}{"" if rate is None else f"-lr{rate}"}-seed{seed}.json'
+    return (folder or RECORDS) / f'{arm}{"" if rate is None else f"-lr{rate}"}-seed{seed}.json'
 
 
-def load(job: Job) -> Optional[Dict[str, Any]]:
+def load(job: Job, folder: Optional[Path] = None) -> Optional[Dict[str, Any]]:
     """A run's record, if there is one."""
-    return json.loads(_path(job).read_text()) if _path(job).is_file() else None
+    path = _path(job, folder)
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def tuning(arm: str) -> Dict[float, Optional[float]]:

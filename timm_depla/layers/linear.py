@@ -1,19 +1,19 @@
-"""The linear maps that the block is made of: matrix products and 1x1 convolutions."""
+"""The linear maps that the block is made of: matrix products, linear layers and 1x1 convolutions with their norm."""
 
-from typing import Optional
+from typing import Optional, Type
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ['Conv1x1', 'Linear', 'convolve', 'matmul']
+__all__ = ['Conv1x1', 'ConvNorm', 'Linear', 'convolve', 'matmul']
 
 
-@torch.fx.wrap
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the precision of its operands, also under autocast (ruling 9)."""
-    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
+    if not torch.jit.is_scripting():
         if torch.amp.is_autocast_available(a.device.type):
             with torch.autocast(a.device.type, enabled=False):
                 return a @ b
@@ -28,23 +28,39 @@ class Linear(nn.Linear):
         return x if self.bias is None else x + self.bias
 
 
-@torch.fx.wrap
 def convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """The 1x1 convolution of x (B, C, H, W) by a weight (K, C), as (B, K, H, W) in the memory format of x.
+    """The 1x1 convolution of x (B, C, H, W) by a weight (K, C, 1, 1), as (B, K, H, W) in the memory format of x.
 
-    On a CPU, a matrix product takes less time than a convolution that has to change the format (benchmark `block`).
+    On a CPU, a matrix product takes less time than a convolution that changes the format (benchmark `block`).
     """
     if x.device.type != 'cpu' or x.is_contiguous(memory_format=torch.channels_last):
-        return F.conv2d(x, weight.unsqueeze(2).unsqueeze(3), bias)
-    out = torch.bmm(weight.expand(x.shape[0], -1, -1), x.flatten(2))  # torch.matmul would copy x
+        return F.conv2d(x, weight, bias)
+    out = torch.bmm(weight.flatten(1).expand(x.shape[0], -1, -1), x.flatten(2))  # torch.matmul would copy x
     return (out if bias is None else out + bias.unsqueeze(1)).unflatten(2, x.shape[2:])
 
 
 class Conv1x1(nn.Conv2d):
-    """1x1 convolution without bias."""
-
-    def __init__(self, in_channels: int, out_channels: int, **dd) -> None:
-        super().__init__(in_channels, out_channels, 1, bias=False, **dd)
+    """1x1 convolution by `convolve`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return convolve(x, self.weight.flatten(1))
+        return convolve(x, self.weight, self.bias)
+
+
+class ConvNorm(nn.Module):
+    """1x1 convolution without bias, and its norm, as a convolution layer of the host networks is (rulings 5 and 8).
+
+    Under autocast, the convolution alone runs in half precision (ruling 9).
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, norm_layer: Type[nn.Module] = nn.BatchNorm2d, **dd) -> None:
+        super().__init__()
+        self.conv = Conv1x1(in_chs, out_chs, 1, bias=False, **dd)
+        self.norm = norm_layer(out_chs, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x).type_as(self.conv.weight))
+
+    def reparameterize(self) -> None:
+        """Make one convolution of the two, for inference; timm's `reparameterize_model` calls this."""
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.conv, self.norm = fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()

@@ -15,7 +15,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, create_classifier, get_device_dtype
+from timm.layers import (
+    DropPath,
+    calculate_drop_path_rates,
+    create_classifier,
+    get_device_dtype,
+    register_notrace_function,
+    register_notrace_module,
+)
 from timm.models import checkpoint_seq, clean_state_dict, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor
@@ -44,10 +51,7 @@ HEAD = (Join(5, 5, branch=8), Join(13, 13, branch=12), Join(25, 25, branch=8))
 LEVELS = ((1, 2, 'stem'), (5, 4, 'body.2'), (13, 8, 'head.0'), (25, 16, 'head.1'), (33, 32, 'head.2'))  # with reduction
 
 
-torch.fx.wrap('match_size')  # data-dependent control flow: a leaf for symbolic tracing
-
-
-@torch.fx.wrap
+@register_notrace_function  # depends on the size
 def check_size(x: Tensor) -> None:
     """Raise ValueError unless images x (B, C, H, W) leave at least one position at 1/32."""
     if x.shape[2] < 29 or x.shape[3] < 29:
@@ -202,6 +206,7 @@ def join_sharing_memory(depla: Depla, x: Tensor, branch: Tensor) -> Tensor:
     return joined
 
 
+@register_notrace_module  # shares memory in training, and in no trace
 class JoinStage(nn.Module):
     """Stage of body or head: refine the trunk, resample it and join it with a branch, by DEPLA where there is one.
 
@@ -229,7 +234,11 @@ class JoinStage(nn.Module):
         self.depla = None
         if depla is not None:
             drop_path = DropPath(drop_paths[-1]) if drop_paths[-1] else None
-            self.depla = Depla(trunk_out, branch, **depla, upsample='nearest', drop_path=drop_path, **layers)
+            depla = dict(depla, upsample='nearest', drop_path=drop_path)
+            starts_at_zero = depla.pop('keep_candidate', False)  # which the stage does anyway, by concatenation
+            self.depla = Depla(trunk_out, branch, **depla, **layers)
+            if starts_at_zero:
+                self.depla.init_scale = 0.0
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         x = self.pool(self.blocks(x))
@@ -251,7 +260,8 @@ class FishNet(nn.Module):
         body_branches, head_branches: Residual blocks in the branch of each stage.
         width: Channels of the stem, a multiple of 4. All other widths are in proportion.
         depla: None for FishNet as published, or what differs from the paper's setting of DEPLA: `Depla`'s num_groups,
-            pooled_chs, maps_per_group, temperature, bfn and rescale_maps.
+            pooled_chs, maps_per_group, temperature, bfn and keep_candidate. A stage keeps the candidate in any case, by
+            concatenation: to keep it means that the refinement starts at zero.
         output_stride: Must be 32: the body resamples by fixed factors.
         drop_path_rate: Stochastic depth of the last block in the trunk; it grows linearly from the first.
         num_classes, in_chans, global_pool, drop_rate, norm_layer, device, dtype: As in timm's ResNet.

@@ -13,12 +13,12 @@ from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Type, Union
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import to_ntuple
+from timm.layers import register_notrace_module, to_ntuple
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from timm_depla.layers import Depla, check_depla_args
-from timm_depla.layers.batch_norm import can_fold, fold_into_conv
+from timm_depla.layers.fold import can_fold, compose, fuse_candidate, has_hooks
 
 from .builder import build_model
 
@@ -44,6 +44,7 @@ class BasicBlockDepla(BasicBlock):
         return self.act2(self.depla(identity, x))
 
 
+@register_notrace_module  # its path depends on hooks
 class BottleneckDepla(Bottleneck):
     """Bottleneck residual block (1x1, 3x3 and 1x1 convolutions) that aggregates with DEPLA."""
 
@@ -58,14 +59,26 @@ class BottleneckDepla(Bottleneck):
         identity = x if self.downsample is None else self.downsample(x)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
-        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript skips only what stands below this line)
-            if self.se is None and can_fold(self.bn3, self.conv3, self.depla.candidate):
-                weight, bias = fold_into_conv(self.bn3, self.conv3, x)
-                return self.act3(self.depla(identity, x, weight, bias))
+        if not torch.jit.is_scripting():
+            if self.can_compose():
+                values = compose(self.conv3, self.bn3, self.depla.candidate, x)
+                return self.act3(identity + self.depla.drop_path(self.depla.aggregate(identity, values)))
         x = self.bn3(self.conv3(x))
         if self.se is not None:
             x = self.se(x)
         return self.act3(self.depla(identity, x))
+
+    def can_compose(self) -> bool:
+        """Whether DEPLA's is all that reads the candidate, through linear layers alone, and nothing listens."""
+        is_all = self.se is None and not self.depla.keep_candidate and not has_hooks(self.depla)
+        return is_all and can_fold(self.conv3, self.bn3, self.depla.candidate)
+
+    def reparameterize(self) -> None:
+        """Make one convolution of the candidate's, for inference; timm's `reparameterize_model` calls this."""
+        if self.can_compose():
+            fuse_candidate(self.conv3, self.bn3, self.depla.candidate)
+            self.depla.candidate_chs = self.conv3.in_channels
+            self.conv3, self.bn3 = nn.Identity(), nn.Identity()
 
 
 def _create_depla(
@@ -130,7 +143,7 @@ class ResNetDepla(ResNet):
         layers: Residual blocks in each stage.
         depla: What differs from the paper's setting: `stage` (1 to 4, default 3), `positions` (block indices in the
             stage, default `default_positions`), and `Depla`'s num_groups, pooled_chs, maps_per_group, temperature, bfn
-            and rescale_maps.
+            and keep_candidate.
         **kwargs: Arguments of timm's ResNet.
 
     Raises:

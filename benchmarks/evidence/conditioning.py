@@ -1,0 +1,31 @@
+"""Does DEPLA train at its host's learning rate? The block as it is beside its first version, which had one norm."""
+
+import statistics
+from typing import List, Optional
+
+from ..record import table
+from . import study
+from .arms import ARMS
+
+SEEDS = (300, 301, 302)
+FIRST = study.RECORDS / 'first'  # runs of the first version, by the same command at commit 56482af
+RATES = study.RATES[2:]
+HOSTS = {'base': 0.027, 'fishnet': 0.081}  # the learning rate chosen for each in the first study
+
+
+def _mean(arm: str, rate: float, is_first: bool) -> Optional[str]:
+    """Mean top-1 over the seeds, and each; None without runs."""
+    found = [study.load((arm, seed, rate), FIRST if is_first else study.RECORDS) for seed in SEEDS]
+    tops = [run['results']['eval_top1'][-1] for run in found if run]
+    return f'{statistics.mean(tops):.2f} ({" ".join(f"{top:.2f}" for top in tops)})' if tops else None
+
+
+def conditioning() -> str:
+    rows: List[List[str]] = []
+    for name in ('base', 'depla', 'adaptive', 'kept', 'fishnet', 'fishnet-depla'):
+        for is_first in (True, False):
+            means = [_mean(name, rate, is_first) for rate in RATES]
+            if any(means):
+                version = '' if name in HOSTS else ', first version' if is_first else ', as it is'
+                rows.append([ARMS[name].label + version, *(mean or '' for mean in means)])
+    return table(['', *map(str, RATES)], rows)

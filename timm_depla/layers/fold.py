@@ -1,0 +1,101 @@
+"""The same functions with less: BatchNorm without the map that it normalises, and convolutions in a row as one.
+
+Statistics of what a linear map gives follow from the mean and the products of what it takes. Each function takes the
+modules that it stands for. Where one of them has hooks, call the modules instead: see `can_fold`.
+"""
+
+from typing import Tuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .linear import Conv1x1, ConvNorm, convolve, matmul
+
+__all__ = ['can_fold', 'compose', 'fold_into_features', 'fuse_candidate', 'has_hooks']
+
+_TYPES = (nn.BatchNorm2d, nn.Conv2d, Conv1x1, ConvNorm)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something listens to a module."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def can_fold(*modules: nn.Module) -> bool:
+    """Whether these are 1x1 convolutions without bias and BatchNorms with weights and statistics, all without hooks."""
+    parts = [part for module in modules for part in module.modules()]
+    norms = [part for part in parts if isinstance(part, nn.BatchNorm2d)]
+    return all(type(part) in _TYPES and not has_hooks(part) for part in parts) and all(
+        norm.affine and norm.track_running_stats and norm.momentum is not None for norm in norms
+    )
+
+
+@torch.no_grad()
+def _update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Move a norm's running statistics towards those of a batch with this number of positions."""
+    norm.num_batches_tracked += 1
+    norm.running_mean.lerp_(mean.type_as(norm.running_mean), norm.momentum)
+    norm.running_var.lerp_((var * (count / (count - 1))).type_as(norm.running_var), norm.momentum)
+
+
+def fold_into_features(norm: nn.BatchNorm2d, features: Tensor, heatmaps: Tensor) -> Tuple[Tensor, Tensor]:
+    """Move the norm of a back-filled map, in training, into the vectors that it is filled from.
+
+    A heatmap is one, its mean over the positions, plus its contrast. So the mean of the map is that of the summed
+    vectors, and its variance follows from the products of the contrasts with each other.
+
+    Args:
+        norm: Its running statistics are updated.
+        features: (B, L, C).
+        heatmaps: (B, L, N), of mean one.
+
+    Returns:
+        Vectors (B, L + 1, C) and heatmaps (B, L + 1, N) that fill the normalised map: those of the contrasts, and one
+        for all positions alike.
+    """
+    dtype, contrast = features.dtype, heatmaps - 1
+    features, products = features.type_as(norm.weight), contrast.type_as(norm.weight)
+    means = features.sum(1)  # (B, C), over the positions
+    mean = means.mean(0)
+    gram = matmul(products, products.transpose(1, 2)) / products.shape[2]  # (B, L, L)
+    var = (features * matmul(gram, features)).sum(1).mean(0) + (means - mean).square().mean(0)
+    _update(norm, mean, var, products.shape[0] * products.shape[2])
+    scale = norm.weight * (var + norm.eps).rsqrt()
+    level = norm.bias + (means - mean) * scale  # (B, C)
+    vectors = torch.cat([features * scale, level.unsqueeze(1)], dim=1).to(dtype)
+    return vectors, torch.cat([contrast, torch.ones_like(contrast[:, :1])], dim=1)
+
+
+def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -> Tensor:
+    """layer(norm(conv(x))) by one convolution of x (B, P, H, W); the maps between are not made.
+
+    In training, the mean and variance of the convolved map follow from those of x and its products over channels, which
+    are P * P numbers; the norm's running statistics are updated. All this is done in single precision or better.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight = conv.weight.flatten(1).to(dtype)  # (C, P)
+    mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
+    if norm.training:
+        rows = x.movedim(1, 3).flatten(0, 2).to(dtype)  # (B*N, P)
+        means = rows.mean(0)
+        covariance = matmul(rows.t(), rows) / len(rows) - means.outer(means)  # (P, P)
+        mean = matmul(weight, means)
+        var = (matmul(weight, covariance) * weight).sum(1).clamp(min=0)  # rounding may leave less
+        _update(norm, mean, var, len(rows))
+    scale = norm.weight.to(dtype) * (var + norm.eps).rsqrt()
+    kernel = layer.conv.weight.flatten(1).to(dtype)
+    bias = matmul(kernel, norm.bias.to(dtype) - mean * scale)
+    kernel = matmul(kernel * scale, weight).unsqueeze(2).unsqueeze(3)
+    return layer.norm(convolve(x, kernel.type_as(x), bias.type_as(x)).type_as(layer.conv.weight))
+
+
+@torch.no_grad()
+def fuse_candidate(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm) -> None:
+    """Let the layer, in evaluation, take what the convolution and norm before it take, in one convolution."""
+    fused, kernel = fuse_conv_bn_eval(conv, norm), layer.conv.weight.flatten(1)
+    bias = kernel @ fused.bias
+    fused.weight.data = (kernel @ fused.weight.flatten(1)).unsqueeze(2).unsqueeze(3)
+    fused.bias.data, fused.out_channels = bias, len(bias)
+    layer.conv = fused
