@@ -33,7 +33,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor
 
     On a CPU, a matrix product takes less time than a convolution that changes the format (benchmark `block`).
     """
-    if x.device.type != 'cpu' or x.is_contiguous(memory_format=torch.channels_last):
+    is_slow = x.device.type == 'cpu' and not x.is_contiguous(memory_format=torch.channels_last)
+    if not is_slow or torch.compiler.is_compiling():
         return F.conv2d(x, weight, bias)
     out = torch.bmm(weight.flatten(1).expand(x.shape[0], -1, -1), x.flatten(2))  # torch.matmul would copy x
     return (out if bias is None else out + bias.unsqueeze(1)).unflatten(2, x.shape[2:])
