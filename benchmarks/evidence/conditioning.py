@@ -1,6 +1,8 @@
 """Does DEPLA train at its host's learning rate? The block as it is beside its first version, which had one norm."""
 
+import json
 import statistics
+from pathlib import Path
 from typing import List, Optional
 
 from ..record import table
@@ -29,3 +31,15 @@ def conditioning() -> str:
                 version = '' if name in HOSTS else ', first version' if is_first else ', as it is'
                 rows.append([ARMS[name].label + version, *(mean or '' for mean in means)])
     return table(['', *map(str, RATES)], rows)
+
+
+def search() -> str:
+    """The runs that the block was chosen by; what was not chosen is no longer in the code."""
+    lines = Path(__file__).with_name('search.jsonl').read_text().splitlines()
+    rows = []
+    for run in map(json.loads, lines):
+        tops = [f'{run[key]:.2f}' for key in ('top1', 'top1_64', 'top1_96')]
+        peaks = ' '.join(f'{peak:.1f}' for peak in run['heatmap_peaks'])
+        rows.append([run['network'], run['block'], run['lr'], run['seed'], *tops, f'{run["train_loss"]:.3f}', peaks])
+    header = ['', 'block', 'rate', 'seed', 'top-1', 'at 64 pixels', 'at 96', 'training loss', 'heatmap peaks']
+    return table(header, rows)

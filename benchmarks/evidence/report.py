@@ -11,6 +11,7 @@ from scipy import stats
 from ..record import table
 from . import study
 from .arms import ARMS
+from .conditioning import conditioning, search
 from .study import RATES, best_rate, final_jobs, load
 
 DOCS = Path(__file__).parents[2] / 'docs' / 'evidence.md'
@@ -216,11 +217,12 @@ def plot() -> None:
 
 
 def write() -> None:
-    """Put each table between its marks in docs/evidence.md, and draw the plot beside it."""
+    """Put each table between its marks in docs/evidence.md, where it has them, and draw the plot beside it."""
     text = DOCS.read_text()
-    for make in (claims, classification, detection, tuning):
+    for make in (conditioning, search, claims, classification, detection, tuning):
         start, end = f'<!-- {make.__name__} -->\n', '\n<!-- end -->'
-        before, rest = text.split(start)
-        text = before + start + make() + end + rest.partition(end)[2]
+        if start in text:
+            before, rest = text.split(start)
+            text = before + start + make() + end + rest.partition(end)[2]
     DOCS.write_text(text)
     plot()

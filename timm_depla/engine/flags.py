@@ -138,7 +138,13 @@ def add_model_args(parser: FlagParser) -> None:
     add = group(parser, 'model')
     add('--pretrained', help='start from the weights published for the model')
     add('--pretrained-path', type=str, metavar='FILE', help='start from these weights as if published')
-    add('--initial-checkpoint', type=str, default='', metavar='FILE', help="start from these weights, or the trunk's")
+    add(
+        '--initial-checkpoint',
+        type=str,
+        default='',
+        metavar='FILE|MODEL',
+        help="start from these weights, or the trunk's",
+    )
     add('--num-classes', type=int, metavar='N', help='number of classes (default: those of the data)')
     add('--gp', type=str, metavar='POOL', help='global pooling: avg, max, avgmax or catavgmax')
     add('--drop', type=float, default=0.0, metavar='P', help='dropout before the classifier')

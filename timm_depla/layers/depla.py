@@ -2,9 +2,7 @@
 
 Paper: `Aggregation with Feature Detection`, Sun et al., ICCV 2021 -
 https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html
-Where the paper is silent or ambiguous, the code follows a numbered ruling of docs/rulings.md.
-
-Shapes, in the letters used below:
+Where the paper leaves room, the code follows a numbered ruling of docs/rulings.md. Shapes, in the letters used below:
     B: batch, H, W: height and width, N: H * W positions
     C1, C2: channels of the identity X and of the candidate Y, C: pooled channels (the paper's C2')
     L: groups of regions of interest (ROI), D: ROI maps a group
@@ -23,8 +21,6 @@ from .fold import can_fold, fold_into_features
 from .linear import ConvNorm, Linear, matmul
 
 __all__ = ['SoftRPN', 'soft_roi_pool', 'PlainBFN', 'AdaptiveBFN', 'Depla', 'match_size']
-
-INIT_SCALE = 0.2  # of the refinement (ruling 6)
 
 
 @register_notrace_function
@@ -56,7 +52,7 @@ def soft_roi_pool(maps: Tensor, values: Tensor) -> Tensor:
 def back_fill(features: Tensor, heatmaps: Tensor, like: Tensor) -> Tensor:
     """Back-filling, F[c, n] = sum over l of features[l, c] * heatmaps[l, n].
 
-    Takes features (B, L, C1) and heatmaps (B, L, N); returns (B, C1, H, W), in the size and memory format of `like`.
+    Takes features (B, L, C1) and heatmaps (B, L, N); returns F (B, C1, H, W) in the size and memory format of `like`.
     """
     if like.is_contiguous(memory_format=torch.channels_last):
         filled = matmul(heatmaps.transpose(1, 2), features).transpose(1, 2)
@@ -66,10 +62,7 @@ def back_fill(features: Tensor, heatmaps: Tensor, like: Tensor) -> Tensor:
 
 
 class SoftRPN(nn.Module):
-    """Soft region proposal network: ROI maps as a softmax over the positions of a feature map (Equation 1).
-
-    The lower the temperature, the sharper the maps. Arguments as for `Depla`.
-    """
+    """Soft region proposal network: ROI maps as a softmax over the positions of a feature map (Equation 1)."""
 
     def __init__(self, in_chs: int, num_groups: int, maps_per_group: int, temperature: float, upsample: str, **layers):
         super().__init__()
@@ -82,16 +75,13 @@ class SoftRPN(nn.Module):
         self.logits = ConvNorm(in_chs, num_groups * maps_per_group, **layers)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        """Map x (B, C1, H, W) to ROI maps M (B, L, D, N), each a distribution over the N positions.
-
-        Where another map is larger than x, the maps have its size.
-        """
+        """X (B, C1, H, W) to ROI maps M (B, L, D, N), in the size of the other map where that is larger."""
         logits = match_size(self.logits(x) / self.temperature, other, self.upsample)
         return softmax_positions(logits).unflatten(1, (self.maps_per_group, self.num_groups)).transpose(1, 2)
 
 
 class PlainBFN(nn.Module):
-    """Plain back-filling network: heatmaps from the ROI maps alone. Arguments as for `Depla`."""
+    """Plain back-filling network: heatmaps from the ROI maps alone."""
 
     def __init__(
         self, identity_chs: int, num_groups: int, pooled_chs: int, maps_per_group: int, upsample: str, norm_layer, **dd
@@ -101,17 +91,14 @@ class PlainBFN(nn.Module):
         self.transform = Linear(pooled_chs, pooled_chs, **dd)
 
     def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor, like: Tensor) -> Tuple[Tensor, Tensor]:
-        """Pooled features Z (B, L, C) and ROI maps M (B, L, D, N) to Z' (B, L, C) and heatmaps B (B, L, N)."""
+        """Z (B, L, C) and M (B, L, D, N) to Z' (B, L, C) and heatmaps B (B, L, N)."""
         levels = (maps * maps.shape[3]).clamp(min=1e-6).log()  # log(N M), ruling 4(b)
         logits = self.heatmap(levels.transpose(1, 2).flatten(1, 2).unsqueeze(3))  # (B, D*L, N, 1) -> (B, L, N, 1)
         return self.transform(pooled), softmax_positions(logits)
 
 
 class AdaptiveBFN(nn.Module):
-    """Adaptive back-filling network: each position of the identity attends to the pooled features.
-
-    Arguments as for `Depla`.
-    """
+    """Adaptive back-filling network: each position of the identity attends to the pooled features."""
 
     def __init__(
         self, identity_chs: int, num_groups: int, pooled_chs: int, maps_per_group: int, upsample: str, norm_layer, **dd
@@ -123,10 +110,7 @@ class AdaptiveBFN(nn.Module):
         self.transform = Linear(pooled_chs, pooled_chs, **dd)
 
     def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor, like: Tensor) -> Tuple[Tensor, Tensor]:
-        """Identity X (B, C1, h, w) and pooled features Z (B, L, C) to Z' (B, L, C) and heatmaps B (B, L, N).
-
-        The heatmaps have the size of `like`, to which the query is up-sampled.
-        """
+        """X (B, C1, h, w) and Z (B, L, C) to Z' (B, L, C) and heatmaps B (B, L, N), in the size of `like`."""
         query = match_size(self.query(identity), like, self.upsample).flatten(2)  # (B, C, N)
         key = F.normalize(self.key(pooled), dim=2)  # (B, L, C), ruling 10
         return self.transform(pooled), matmul(key, query).softmax(dim=2)
@@ -145,10 +129,10 @@ class Depla(nn.Module):
         num_groups: ROI groups L.
         pooled_chs: Pooled channels C (the paper's C2').
         maps_per_group: ROI maps a group, D.
-        temperature: Softmax temperature T of the ROI maps.
+        temperature: Softmax temperature T of the ROI maps; the lower, the sharper.
         bfn: Back-filling network, 'plain' or 'adaptive'.
-        keep_candidate: Return X + Y + refinement, with the refinement starting at zero, instead of the paper's
-            X + refinement: what a network with pretrained weights starts from unchanged (ruling 14).
+        keep_candidate: Return X + Y + refinement, with a refinement that starts at zero, instead of X + refinement:
+            a network with pretrained weights starts unchanged (ruling 14).
         norm_layer: Norm of the convolution layers (ruling 5).
         upsample: How the smaller map is up-sampled where the sizes differ, 'bilinear' or 'nearest'.
         drop_path: Stochastic depth of all that is added to the identity.
@@ -189,7 +173,7 @@ class Depla(nn.Module):
         self.candidate_chs = candidate_chs
         self.upsample = upsample
         self.keep_candidate = keep_candidate
-        self.init_scale = 0.0 if keep_candidate else INIT_SCALE
+        self.init_scale = 0.0 if keep_candidate else 0.2  # of the refinement, ruling 6
         layers = dict(norm_layer=norm_layer, device=device, dtype=dtype)
         self.rpn = SoftRPN(identity_chs, num_groups, maps_per_group, temperature, upsample, **layers)
         self.candidate = ConvNorm(candidate_chs, maps_per_group * pooled_chs, **layers)

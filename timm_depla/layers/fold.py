@@ -15,8 +15,6 @@ from .linear import Conv1x1, ConvNorm, convolve, matmul
 
 __all__ = ['can_fold', 'compose', 'fold_into_features', 'fuse_candidate', 'has_hooks']
 
-_TYPES = (nn.BatchNorm2d, nn.Conv2d, Conv1x1, ConvNorm)
-
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something listens to a module."""
@@ -26,10 +24,10 @@ def has_hooks(module: nn.Module) -> bool:
 def can_fold(*modules: nn.Module) -> bool:
     """Whether these are 1x1 convolutions without bias and BatchNorms with weights and statistics, all without hooks."""
     parts = [part for module in modules for part in module.modules()]
+    if any(type(part) not in (nn.BatchNorm2d, nn.Conv2d, Conv1x1, ConvNorm) or has_hooks(part) for part in parts):
+        return False
     norms = [part for part in parts if isinstance(part, nn.BatchNorm2d)]
-    return all(type(part) in _TYPES and not has_hooks(part) for part in parts) and all(
-        norm.affine and norm.track_running_stats and norm.momentum is not None for norm in norms
-    )
+    return all(norm.affine and norm.track_running_stats and norm.momentum is not None for norm in norms)
 
 
 @torch.no_grad()
@@ -46,14 +44,8 @@ def fold_into_features(norm: nn.BatchNorm2d, features: Tensor, heatmaps: Tensor)
     A heatmap is one, its mean over the positions, plus its contrast. So the mean of the map is that of the summed
     vectors, and its variance follows from the products of the contrasts with each other.
 
-    Args:
-        norm: Its running statistics are updated.
-        features: (B, L, C).
-        heatmaps: (B, L, N), of mean one.
-
-    Returns:
-        Vectors (B, L + 1, C) and heatmaps (B, L + 1, N) that fill the normalised map: those of the contrasts, and one
-        for all positions alike.
+    Takes features (B, L, C) and heatmaps (B, L, N) of mean one; updates the norm's running statistics. Returns vectors
+    (B, L + 1, C) and heatmaps (B, L + 1, N) that fill the normalised map: contrasts, and one for all positions alike.
     """
     dtype, contrast = features.dtype, heatmaps - 1
     features, products = features.type_as(norm.weight), contrast.type_as(norm.weight)
@@ -71,8 +63,8 @@ def fold_into_features(norm: nn.BatchNorm2d, features: Tensor, heatmaps: Tensor)
 def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -> Tensor:
     """layer(norm(conv(x))) by one convolution of x (B, P, H, W); the maps between are not made.
 
-    In training, the mean and variance of the convolved map follow from those of x and its products over channels, which
-    are P * P numbers; the norm's running statistics are updated. All this is done in single precision or better.
+    In training, the statistics of the convolved map follow from the P means of x and its P * P products, in single
+    precision or better; the norm's running statistics are updated.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = conv.weight.flatten(1).to(dtype)  # (C, P)
@@ -95,7 +87,6 @@ def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -
 def fuse_candidate(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm) -> None:
     """Let the layer, in evaluation, take what the convolution and norm before it take, in one convolution."""
     fused, kernel = fuse_conv_bn_eval(conv, norm), layer.conv.weight.flatten(1)
-    bias = kernel @ fused.bias
-    fused.weight.data = (kernel @ fused.weight.flatten(1)).unsqueeze(2).unsqueeze(3)
-    fused.bias.data, fused.out_channels = bias, len(bias)
+    weight, bias = kernel @ fused.weight.flatten(1), kernel @ fused.bias
+    fused.weight.data, fused.bias.data, fused.out_channels = weight[:, :, None, None], bias, len(bias)
     layer.conv = fused

@@ -48,10 +48,7 @@ class Conv1x1(nn.Conv2d):
 
 
 class ConvNorm(nn.Module):
-    """1x1 convolution without bias, and its norm, as a convolution layer of the host networks is (rulings 5 and 8).
-
-    Under autocast, the convolution alone runs in half precision (ruling 9).
-    """
+    """1x1 convolution without bias, and its norm (rulings 5, 8); under autocast the first is in half (ruling 9)."""
 
     def __init__(self, in_chs: int, out_chs: int, norm_layer: Type[nn.Module] = nn.BatchNorm2d, **dd) -> None:
         super().__init__()
