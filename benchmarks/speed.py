@@ -2,7 +2,8 @@
 
 A training step is forward and backward, without the optimizer's. Memory is what PyTorch allocates during a step beside
 the weights and buffers, and these. On a CPU the C library keeps freed memory, as train.py has it do. After a colon
-stands one of timm's attention layers, which the residual blocks then have.
+stands one of timm's attention layers, which the residual blocks then have. After a plus, `plain` is the model with
+hooks on DEPLA, which turn its faster paths off, and `fused` the one that timm's `reparameterize_model` makes.
 """
 
 import argparse
@@ -12,8 +13,10 @@ from typing import Any, Callable, Dict
 
 import timm
 import torch
+from timm.models import reparameterize_model
 
 from timm_depla.engine.world import keep_memory
+from timm_depla.layers import Depla
 
 from .pairs import median_interval, peak_memory, ratio_text, seconds_text, time_rounds
 from .record import table
@@ -25,7 +28,7 @@ KINDS = ('inference', 'training step')
 
 def add_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        '--model', nargs='+', default=['resnet50_depla'], metavar='MODEL[:ATTENTION]', help='models to time'
+        '--model', nargs='+', default=['resnet50_depla'], metavar='MODEL[:ATTENTION][+PATH]', help='models to time'
     )
     parser.add_argument('--base', default='resnet50', help='model to compare them with')
     parser.add_argument('--batch-size', type=int, default=8, help='images')
@@ -39,16 +42,31 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 
 
 def create_model(spec: str, img_size: int) -> torch.nn.Module:
-    """A model of timm, in channels-last format; after a colon, its attention layer. Some need to know the size."""
+    """A model of timm, in channels-last format; after a colon, its attention layer; after a plus, its path.
+
+    Some need to know the size.
+    """
+    spec, _, path = spec.partition('+')
     name, _, attention = spec.partition(':')
     kwargs: Dict[str, Any] = dict(block_args=dict(attn_layer=attention)) if attention else {}
     if timm.models.get_pretrained_cfg_value(name, 'fixed_input_size'):
         kwargs['img_size'] = img_size
     model = timm.create_model(name, **kwargs)
+    if path == 'fused':
+        model = reparameterize_model(model.eval())
+    elif path:
+        for module in model.modules():
+            if isinstance(module, Depla):
+                for part in module.modules():
+                    part.register_forward_hook(_listen)
     for parameter in model.parameters():
         if parameter.ndim == 4:  # lambda networks have convolutions in three dimensions, too
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
+
+
+def _listen(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    pass
 
 
 def infer(model: Callable, x: torch.Tensor) -> None:

@@ -29,7 +29,7 @@ def test_matches_literal_transcription(depla, memory_format):
     fpn = FeaturePyramidNetworkDepla([5, 7, 9], 6, depla={**ARGS, **depla}).double().eval()
     for block in fpn.top_down_blocks:
         randomized(block)
-    kwargs = dict(ARGS, rescale_maps=False, **{'temperature': 0.5, 'bfn': 'adaptive', **depla})
+    kwargs = dict(ARGS, keep_candidate=False, **{'temperature': 0.5, 'bfn': 'adaptive', **depla})
     merged, expected = None, []
     for i, x in reversed(list(enumerate(maps.values()))):
         lateral = F.conv2d(x, fpn.inner_blocks[i][0].weight, fpn.inner_blocks[i][0].bias)

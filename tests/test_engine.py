@@ -95,6 +95,7 @@ def test_initial_checkpoint_of_the_trunk(tmp_path):
     torch.manual_seed(0)
     torch.save(timm.create_model('resnet18', num_classes=1000).state_dict(), tmp_path / 'resnet18.pth')
     result = run('train.py', digits_folder(), '--model', 'resnet18_depla', *FAST, '--output', tmp_path,
+                 '--model-kwargs', "depla={'keep_candidate': True}",
                  '--initial-checkpoint', tmp_path / 'resnet18.pth')  # fmt: skip
     assert re.search(r'resnet18.pth: 120 tensors loaded, \d+ of DEPLA new, head left as it was', result)
 
