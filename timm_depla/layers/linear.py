@@ -14,7 +14,7 @@ __all__ = ['Conv1x1', 'ConvNorm', 'Linear', 'convolve', 'matmul']
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the precision of its operands, also under autocast (ruling 9)."""
     if not torch.jit.is_scripting():
-        if torch.amp.is_autocast_available(a.device.type):
+        if torch.amp.is_autocast_available(a.device.type) and torch.is_autocast_enabled(a.device.type):
             with torch.autocast(a.device.type, enabled=False):
                 return a @ b
     return a @ b
