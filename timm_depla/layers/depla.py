@@ -92,7 +92,7 @@ class PlainBFN(nn.Module):
 
     def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor, like: Tensor) -> Tuple[Tensor, Tensor]:
         """Z (B, L, C) and M (B, L, D, N) to Z' (B, L, C) and heatmaps B (B, L, N)."""
-        levels = maps.clamp(min=1e-6 / maps.shape[3]).log()  # ruling 4(b)
+        levels = (maps * maps.shape[3]).clamp(min=1e-6).log()  # log(N M), ruling 4(b)
         logits = self.heatmap(levels.transpose(1, 2).flatten(1, 2).unsqueeze(3))  # (B, D*L, N, 1) -> (B, L, N, 1)
         return self.transform(pooled), softmax_positions(logits)
 
