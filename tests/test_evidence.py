@@ -112,3 +112,8 @@ def test_tables(small, monkeypatch):
     report.write()
     assert report.DOCS.read_text() == once and once.count('<!-- end -->') == 4
     assert '| 0.250 |' in once and '| 90.00 ± 1.96 | +3.00 ± 2.31 (base) |' in once and report.PLOT.is_file()
+
+
+def test_docs_are_what_the_records_say():
+    text = report.DOCS.read_text()
+    assert report.conditioning() in text and report.search() in text
