@@ -221,20 +221,29 @@ def test_sizes_that_are_no_multiple_of_32(name, size):
 
 
 @pytest.mark.parametrize('name', TINY)
-def test_script_fx_compile_and_export(name):
-    model, x = create(name), torch.randn(2, 3, SIZE, 96)
-    shape = {0: torch.export.Dim('batch'), 2: 32 * torch.export.Dim('h', min=1), 3: 32 * torch.export.Dim('w', min=1)}
-    program = torch.export.export(model, (x,), dynamic_shapes=(shape,)).module()
+def test_script_fx_and_compile(name):
+    model, x = create(name).double(), torch.randn(2, 3, SIZE, 96).double()
     with torch.no_grad():
         expected = model(x)
-        other = torch.randn(3, 3, 96, 128)
-        for actual, wanted in (
-            (create_feature_extractor(model, ['fc'])(x)['fc'], expected),
-            (torch.jit.script(model)(x), expected),
-            (torch.compile(model, fullgraph=True, backend='aot_eager')(x), expected),
-            (program(other), model(other)),
+        for actual in (
+            create_feature_extractor(model, ['fc'])(x)['fc'],
+            torch.jit.script(model)(x),
+            torch.compile(model, fullgraph=True, backend='aot_eager')(x),
         ):
-            assert (actual - wanted).abs().max() < 1e-5 * wanted.abs().max()
+            assert (actual - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_export_with_dynamic_batch_and_size(name):
+    if 'depla' in name and torch.__version__ < (2, 15):
+        pytest.skip('before 2.15, torch takes many minutes to simplify the sizes of FishNet-DEPLA')
+    model, x = create(name).double(), torch.randn(2, 3, SIZE, 96).double()
+    shape = {0: torch.export.Dim('batch'), 2: 32 * torch.export.Dim('h', min=1), 3: 32 * torch.export.Dim('w', min=1)}
+    program = torch.export.export(model, (x,), dynamic_shapes=(shape,)).module()
+    other = torch.randn(3, 3, 96, 128).double()
+    with torch.no_grad():
+        expected = model(other)
+        assert (program(other) - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
 @pytest.mark.parametrize('name', TINY)
