@@ -3,10 +3,13 @@
 Forward reads X and Y and writes the output; backward reads these two and the output's gradient and writes two, and has
 twice the multiply-adds. The floor of each is the time of that many bytes at the copy bandwidth (read and written) plus
 that of the multiply-adds at the rate of a matrix product, both measured in turn with the block. Each
-is timed over as many calls in a row as have 5 G multiply-adds of the block, at most 20.
+is timed over as many calls in a row as have 5 G multiply-adds of the block, at most 20. A training step, forward and
+backward, stands beside that of the same block by its plain path: with hooks, so that no norm is folded, and PyTorch's
+own convolutions.
 """
 
 import argparse
+import copy
 import statistics
 from functools import partial
 from typing import Any, Callable, Dict, List
@@ -16,11 +19,13 @@ import torch
 from timm_depla.engine.plan import count_macs
 from timm_depla.engine.world import keep_memory
 from timm_depla.layers import Depla
+from timm_depla.layers.linear import Conv1x1
 
-from .pairs import ratio_text, seconds_text, time_rounds
+from .pairs import peak_memory, ratio_text, seconds_text, time_rounds
 from .record import table
+from .speed import listen
 
-SHAPES = ['8x1024x14x14', '2x256x200x304']
+SHAPES = ['1x1024x14x14', '8x1024x14x14', '32x1024x14x14', '2x256x200x304']
 FORMATS = {'channels last': torch.channels_last, 'contiguous': torch.contiguous_format}
 COPIED = 2**24  # elements
 SIDE = 1024  # of the matrices
@@ -43,21 +48,33 @@ def _measure(bfn: str, shape: List[int], memory_format: torch.memory_format, rou
     block = Depla(shape[1], bfn=bfn).train().to(memory_format=memory_format)
     x, y = (torch.randn(shape).to(memory_format=memory_format).requires_grad_() for _ in range(2))
     gradient = torch.randn(shape).to(memory_format=memory_format)
+    plain = copy.deepcopy(block)
+    for part in plain.modules():
+        part.register_forward_hook(listen)
+        if isinstance(part, Conv1x1):
+            part.__class__ = torch.nn.Conv2d
     out = block(x, y)
-    block.eval()
     inputs = [x, y, *block.parameters()]
+    steps = [partial(_step, module, x, y, gradient) for module in (block, plain)]
+    infer = copy.deepcopy(block).eval()
     source, a, b = torch.randn(COPIED), *torch.randn(2, SIDE, SIDE)
     target, product = torch.empty_like(source), torch.empty_like(a)
     calls = [
-        partial(_infer, block, x.detach(), y.detach()),
+        partial(_infer, infer, x.detach(), y.detach()),
         partial(torch.autograd.grad, out, inputs, gradient, retain_graph=True),
         partial(target.copy_, source),
         partial(torch.mm, a, b, out=product),
+        *steps,
     ]
     times = min(max(1, TIMED // macs), 20)
     samples = time_rounds([partial(_repeat, call, times) for call in calls], rounds)
     samples = [[seconds / times for seconds in sample] for sample in samples]
-    return dict(macs=macs, bytes=x.nbytes, samples=samples)
+    memory = [peak_memory(step) for step in steps]
+    return dict(macs=macs, bytes=x.nbytes, samples=samples, memory=memory)
+
+
+def _step(block: Depla, x: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor) -> None:
+    torch.autograd.grad(block(x, y), [x, y, *block.parameters()], gradient)
 
 
 def _repeat(call: Callable[[], Any], times: int) -> None:
@@ -90,12 +107,13 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def render(results: Dict[str, Any]) -> str:
-    rows = []
+    rows, steps = [], []
     for name, result in results.items():
         for i, (kind, maps, times) in enumerate((('forward', 3, 1), ('backward', 5, 2))):
             moved, macs = maps * result['bytes'], times * result['macs']
             floors = [
-                (moved / (8 * COPIED) * copy, macs / SIDE**3 * product) for _, _, copy, product in result['samples']
+                (moved / (8 * COPIED) * copied, macs / SIDE**3 * product)
+                for _, _, copied, product, *_ in result['samples']
             ]
             parts = [statistics.median(values) for values in zip(*floors, strict=True)]
             seconds = [sample[i] for sample in result['samples']]
@@ -104,11 +122,20 @@ def render(results: Dict[str, Any]) -> str:
                 seconds_text(statistics.median(seconds)),
                 ratio_text([second / sum(floor) for second, floor in zip(seconds, floors, strict=True)]),
             ])  # fmt: skip
+        times = [sample[4:] for sample in result['samples']]
+        medians = [statistics.median(seconds) for seconds in zip(*times, strict=True)]
+        fast, plain = result['memory']
+        steps.append([
+            name, *map(seconds_text, medians), ratio_text([fast / plain for fast, plain in times]),
+            f'{fast / 2**20:.1f} MiB', f'{plain / 2**20:.1f} MiB', f'{fast / plain:.3f}',
+        ])  # fmt: skip
     samples = [sample for result in results.values() for sample in result['samples']]
-    bandwidth = statistics.median(8 * COPIED / copy for _, _, copy, _ in samples)
-    rate = statistics.median(SIDE**3 / product for *_, product in samples)
+    bandwidth = statistics.median(8 * COPIED / copied for _, _, copied, *_ in samples)
+    rate = statistics.median(SIDE**3 / product for _, _, _, product, *_ in samples)
     return (
         f'Copy bandwidth {bandwidth / 1e9:.1f} GB/s, matrix product {rate / 1e9:.0f} G multiply-adds a second. Times '
         'are medians, the ratio is that to the sum of the two floors, round by round: median (95% interval).\n\n'
         + table(['block', '', 'moved', 'multiply-adds', 'floor, bytes', 'floor, multiply-adds', 'time', 'ratio'], rows)
+        + '\n\n'
+        + table(['training step', 'fast', 'plain path', 'ratio', 'peak memory', 'plain path', 'ratio'], steps)
     )

@@ -2,8 +2,9 @@
 
 A training step is forward and backward, without the optimizer's. Memory is what PyTorch allocates during a step beside
 the weights and buffers, and these. On a CPU the C library keeps freed memory, as train.py has it do. After a colon
-stands one of timm's attention layers, which the residual blocks then have. After a plus, `plain` is the model with
-hooks on DEPLA, which turn its faster paths off, and `fused` the one that timm's `reparameterize_model` makes.
+stands one of timm's attention layers, which the residual blocks then have. After a plus stands a path: `uncomposed` has
+a hook on every DEPLA, which has its candidate made, `plain` one on all of its parts, which turns every faster path off,
+and `fused` is what timm's `reparameterize_model` makes, for inference.
 """
 
 import argparse
@@ -57,16 +58,16 @@ def create_model(spec: str, img_size: int) -> torch.nn.Module:
     elif path:
         for module in model.modules():
             if isinstance(module, Depla):
-                for part in module.modules():
-                    part.register_forward_hook(_listen)
+                for part in module.modules() if path == 'plain' else (module,):
+                    part.register_forward_hook(listen)
     for parameter in model.parameters():
         if parameter.ndim == 4:  # lambda networks have convolutions in three dimensions, too
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
 
 
-def _listen(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-    pass
+def listen(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    """A hook that does nothing: what it is registered on must be called."""
 
 
 def infer(model: Callable, x: torch.Tensor) -> None:

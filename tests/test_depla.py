@@ -357,10 +357,7 @@ def test_bad_temperature(temperature):
         (dict(num_groups=0), 'num_groups must be at least 1, got 0'),
         (dict(pooled_chs=-2), 'pooled_chs must be at least 1, got -2'),
         (dict(maps_per_group=0), 'maps_per_group must be at least 1, got 0'),
-        (
-            dict(candidate_chs=6, keep_candidate=True),
-            'keep_candidate adds maps of the same width, got 8 and 6 channels',
-        ),
+        (dict(candidate_chs=6, keep_candidate=True), 'keep_candidate adds maps of one width, got 8 and 6 channels'),
         (dict(upsample='cubic'), "upsample must be one of bilinear, nearest, got 'cubic'"),
     ],
 )

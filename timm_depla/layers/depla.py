@@ -44,9 +44,11 @@ def soft_roi_pool(maps: Tensor, values: Tensor) -> Tensor:
 
     Takes ROI maps M (B, L, D, N), probabilities over the positions, and Y' (B, D*C, H, W); returns Z (B, L, C).
     """
-    rows = values.type_as(maps).flatten(2).unflatten(1, (maps.shape[2], -1)).transpose(2, 3)  # (B, D, N, C)
-    pooled = [matmul(m, v) for m, v in zip(maps.unbind(2), rows.unbind(1))]  # noqa: B905  (TorchScript)
-    return torch.stack(pooled).sum(0)
+    values = values.type_as(maps).flatten(2).unflatten(1, (maps.shape[2], -1))  # (B, D, C, N)
+    if values.is_contiguous():
+        return matmul(maps.transpose(1, 2), values.transpose(2, 3)).sum(1)
+    rows = values.permute(0, 3, 1, 2).flatten(1, 2)  # (B, N*D, C), as channels-last memory has it
+    return matmul(maps.permute(0, 1, 3, 2).flatten(2), rows)
 
 
 def back_fill(features: Tensor, heatmaps: Tensor, like: Tensor) -> Tensor:
@@ -166,9 +168,7 @@ class Depla(nn.Module):
             if value not in known:
                 raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}')
         if keep_candidate and candidate_chs != identity_chs:
-            raise ValueError(
-                f'keep_candidate adds maps of the same width, got {identity_chs} and {candidate_chs} channels'
-            )
+            raise ValueError(f'keep_candidate adds maps of one width, got {identity_chs} and {candidate_chs} channels')
         self.identity_chs = identity_chs
         self.candidate_chs = candidate_chs
         self.upsample = upsample
