@@ -2,10 +2,9 @@
 
 import timm
 
-import timm_depla  # noqa: F401  (registers the models)
+import timm_depla
 
 dependencies = ['torch', 'timm']
 
-for _module in ('resnet_depla', 'fishnet_depla'):
-    for _name in timm.list_models(module=_module):
-        globals()[_name] = timm.model_entrypoint(_name)
+for _name in timm_depla.list_models():
+    globals()[_name] = timm.model_entrypoint(_name)

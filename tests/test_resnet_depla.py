@@ -11,7 +11,7 @@ from timm.models import reparameterize_model
 import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.engine.plan import count_cost, count_macs
 from timm_depla.layers import Depla
-from timm_depla.models.resnet_depla import default_positions
+from timm_depla.models.placement import default_positions
 
 MODELS = timm.list_models(module='resnet_depla')
 SIZE = 64

@@ -1,8 +1,9 @@
 """Run timm's own tests/test_models.py, unchanged, on our models: `python tests/timm_suite.py 1.0.29 1.0.31`.
 
 For each version, timm and its source distribution are fetched with pip into a temporary folder. As a pytest plugin,
-this file adds our models to the tests that pick theirs by the names of timm's own files; the runner checks that every
-test that runs on resnet50 runs on each of ours too, so that none is left out in silence.
+this file adds our models to the tests that pick theirs by the names of timm's own files, and `host_depla` with two more
+hosts; the runner checks that every test that runs on resnet50 runs on each of ours too, so that none is left out in
+silence.
 """
 
 import argparse
@@ -13,9 +14,11 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Callable
 
 ROOT = Path(__file__).parent.parent
-LIST_MODELS = 'import timm, timm_depla; print(*timm.list_models(module=["resnet_depla", "fishnet_depla"]))'
+HOSTS = ('test_convnext', 'test_mambaout')
+LIST_MODELS = 'import timm_depla; print(*timm_depla.list_models())'
 PLUGINS = ['-p', 'timm_depla', '-p', 'timm_suite']
 
 
@@ -23,13 +26,30 @@ def pytest_configure() -> None:
     """Let `list_models(module=[...])`, where it asks for timm's file 'resnet', find the models of our files."""
     import timm
 
+    import timm_depla
+
+    for host in HOSTS:
+        timm.models.register_model(with_host(host))
+    names = timm_depla.list_models()
+    modules = sorted({timm.model_entrypoint(name).__module__.rpartition('.')[2] for name in names})
     upstream = timm.list_models
 
     def list_models(filter='', module='', **kwargs):
-        ours = ['resnet_depla', 'fishnet_depla'] if not isinstance(module, str) and 'resnet' in module else []
+        ours = [*modules, __name__] if not isinstance(module, str) and 'resnet' in module else []
         return upstream(filter, [*module, *ours] if ours else module, **kwargs)
 
     timm.list_models = list_models
+
+
+def with_host(host: str) -> Callable:
+    """An entrypoint for `host_depla` with another host."""
+    import timm
+
+    def entrypoint(pretrained=False, **kwargs):
+        return timm.model_entrypoint('host_depla')(pretrained, host=host, **kwargs)
+
+    entrypoint.__name__ = f'host_depla_{host}'
+    return entrypoint
 
 
 def run(*command: object, **kwargs) -> subprocess.CompletedProcess:
@@ -55,6 +75,7 @@ def run_version(version: str, folder: Path, options: list) -> int:
     ids = run(*command, '--collect-only', '-q', cwd=source, env=env, capture_output=True, text=True).stdout
     expected = functions_on(ids, 'resnet50')
     models = run(sys.executable, '-c', LIST_MODELS, env=env, capture_output=True, text=True).stdout.split()
+    models += [f'host_depla_{host}' for host in HOSTS]
     print(f'timm {version}: {len(expected)} tests on each of {len(models)} models', flush=True)
     for model in models:
         if missing := expected - functions_on(ids, model):

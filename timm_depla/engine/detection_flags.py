@@ -42,6 +42,7 @@ LEFT_OUT_OF_DETECTION = {
     '--torchcompile': 'image sizes change from batch to batch',
     '--torchcompile-mode': 'image sizes change from batch to batch',
     '--train-num-samples': _STREAM,
+    '--trunk-lr-scale': _CLASSIFIER,
     '--val-num-samples': _STREAM,
     '--validation-batch-size': 'images are validated one by one, so that none is padded',
 }

@@ -28,7 +28,7 @@ __all__ = [
 OWN_FLAGS = {
     '--recipe', '--dry-run', '--checkpoint-minutes', '--deterministic', '--resume-with-changes', '--log-tensorboard',
     '--evaluator', '--pretrained-backbone', '--trainable-backbone-layers', '--backbone-norm', '--classes',
-    '--resize-backend',
+    '--resize-backend', '--trunk-lr-scale',
 }  # fmt: skip
 """Flags that timm's scripts do not have."""
 
@@ -175,6 +175,7 @@ def add_optimizer_args(parser: FlagParser) -> None:
     number('--layer-decay', help='learning rate decay from layer to layer')
     number('--layer-decay-min-scale', default=0.0, help='lowest scale of the layer decay')
     number('--layer-decay-no-opt-scale', help='layers below this scale are not trained')
+    number('--trunk-lr-scale', help='learning rate of all but DEPLA and the classifier, scaled by this')
     add('--grad-accum-steps', type=int, default=1, metavar='N', help='steps whose gradients make one update')
 
 

@@ -13,8 +13,6 @@ import torch
 import torch.nn as nn
 import yaml
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad, distribute_bn, unwrap_model
 
 from timm_depla.data import Draw, UnreadableError, seed_position
@@ -25,39 +23,12 @@ from .evaluation import autocast
 from .plan import describe
 from .report import Report
 from .run import Losses, Run
+from .setup import create_optimizer
 from .world import Interrupt, World, keep_memory, setup_world
 
 __all__ = ['assemble', 'run_epoch', 'set_up_device', 'train', 'train_one_epoch']
 
 _logger = logging.getLogger(__name__)
-
-
-def create_optimizer(
-    args: Namespace, trainable: nn.Module, world: World, num_updates: int
-) -> Tuple[torch.optim.Optimizer, Any, int]:
-    """Optimizer, schedule, and the number of epochs, for `num_updates` updates an epoch; sets `args.lr`.
-
-    Raises:
-        ConfigError: If there is no such optimizer or schedule, or it does not take an argument.
-    """
-    if args.lr is None:
-        ratio = args.batch_size * world.size * args.grad_accum_steps / args.lr_base_size
-        adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
-        scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
-        args.lr = args.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
-    try:
-        optimizer = create_optimizer_v2(trainable, **optimizer_kwargs(args), **args.opt_kwargs)
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ConfigError(f"cannot create optimizer '{args.opt}': {error}") from error
-    try:
-        scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=num_updates)
-    except (AssertionError, ValueError) as error:
-        raise ConfigError(f"cannot create schedule '{args.sched}': {error}") from error
-    if scheduler is None:
-        raise ConfigError(f"cannot create schedule '{args.sched}': use one of timm's, such as cosine or constant")
-    if args.stop_epoch is not None and not 0 < args.stop_epoch <= num_epochs:
-        raise ConfigError(f'--stop-epoch {args.stop_epoch} is not within the {num_epochs} epochs of the schedule')
-    return optimizer, scheduler, num_epochs
 
 
 def assemble(

@@ -135,6 +135,7 @@ class Depla(nn.Module):
         bfn: Back-filling network, 'plain' or 'adaptive'.
         keep_candidate: Return X + Y + refinement, with a refinement that starts at zero, instead of X + refinement:
             a network with pretrained weights starts unchanged (ruling 14).
+        add_identity: False for a candidate that holds X already, such as a residual block's: return Y + refinement.
         norm_layer: Norm of the convolution layers (ruling 5).
         upsample: How the smaller map is up-sampled where the sizes differ, 'bilinear' or 'nearest'.
         drop_path: Stochastic depth of all that is added to the identity.
@@ -153,6 +154,7 @@ class Depla(nn.Module):
         temperature: float = 1.0,
         bfn: str = 'plain',
         keep_candidate: bool = False,
+        add_identity: bool = True,
         norm_layer: Type[nn.Module] = nn.BatchNorm2d,
         upsample: str = 'bilinear',
         drop_path: Optional[nn.Module] = None,
@@ -167,12 +169,13 @@ class Depla(nn.Module):
         for name, value, known in (('bfn', bfn, BFNS), ('upsample', upsample, ('bilinear', 'nearest'))):
             if value not in known:
                 raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}')
+        keep_candidate = keep_candidate or not add_identity
         if keep_candidate and candidate_chs != identity_chs:
             raise ValueError(f'keep_candidate adds maps of one width, got {identity_chs} and {candidate_chs} channels')
-        self.identity_chs = identity_chs
-        self.candidate_chs = candidate_chs
+        self.identity_chs, self.candidate_chs = identity_chs, candidate_chs
         self.upsample = upsample
         self.keep_candidate = keep_candidate
+        self.add_identity = add_identity
         self.init_scale = 0.0 if keep_candidate else 0.2  # of the refinement, ruling 6
         layers = dict(norm_layer=norm_layer, device=device, dtype=dtype)
         self.rpn = SoftRPN(identity_chs, num_groups, maps_per_group, temperature, upsample, **layers)
@@ -205,6 +208,8 @@ class Depla(nn.Module):
                 f'but got {identity.shape[1]} and {candidate.shape[1]}; set identity_chs and candidate_chs to match'
             )
         refinement = self.aggregate(identity, self.candidate(candidate))
+        if not self.add_identity:
+            return match_size(candidate, refinement, self.upsample) + self.drop_path(refinement)
         if self.keep_candidate:
             refinement = refinement + match_size(candidate, refinement, self.upsample)
         return match_size(identity, refinement, self.upsample) + self.drop_path(refinement)

@@ -8,12 +8,14 @@ from typing import Tuple
 
 import torch
 import torch.nn as nn
+from timm.layers import BatchNormAct2d
 from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .linear import Conv1x1, ConvNorm, convolve, matmul
 
-__all__ = ['can_fold', 'compose', 'fold_into_features', 'fuse_candidate', 'has_hooks']
+__all__ = ['can_fold', 'compose', 'fold_into_features', 'has_hooks']
+
+LINEAR = (nn.BatchNorm2d, BatchNormAct2d, nn.Identity, nn.Conv2d, Conv1x1, ConvNorm)  # an activation is none of them
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -24,7 +26,9 @@ def has_hooks(module: nn.Module) -> bool:
 def can_fold(*modules: nn.Module) -> bool:
     """Whether these are 1x1 convolutions without bias and BatchNorms with weights and statistics, all without hooks."""
     parts = [part for module in modules for part in module.modules()]
-    if any(type(part) not in (nn.BatchNorm2d, nn.Conv2d, Conv1x1, ConvNorm) or has_hooks(part) for part in parts):
+    if any(type(part) not in LINEAR or has_hooks(part) for part in parts):
+        return False
+    if any(part.bias is not None or part.kernel_size != (1, 1) for part in parts if isinstance(part, nn.Conv2d)):
         return False
     norms = [part for part in parts if isinstance(part, nn.BatchNorm2d)]
     return all(norm.affine and norm.track_running_stats and norm.momentum is not None for norm in norms)
@@ -81,12 +85,3 @@ def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -
     bias = matmul(kernel, norm.bias.to(dtype) - mean * scale)
     kernel = matmul(kernel * scale, weight).unsqueeze(2).unsqueeze(3)
     return layer.norm(convolve(x, kernel.type_as(x), bias.type_as(x)).type_as(layer.conv.weight))
-
-
-@torch.no_grad()
-def fuse_candidate(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm) -> None:
-    """Let the layer, in evaluation, take what the convolution and norm before it take, in one convolution."""
-    fused, kernel = fuse_conv_bn_eval(conv, norm), layer.conv.weight.flatten(1)
-    weight, bias = kernel @ fused.weight.flatten(1), kernel @ fused.bias
-    fused.weight.data, fused.bias.data, fused.out_channels = weight[:, :, None, None], bias, len(bias)
-    layer.conv = fused

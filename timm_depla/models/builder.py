@@ -1,13 +1,14 @@
-"""Weights from the Hugging Face Hub as safetensors or not at all."""
+"""The registry of timm, with weights from the Hugging Face Hub as safetensors or not at all."""
 
-from typing import Any, Dict, Optional, Type
+from typing import Any, Dict, List, Optional, Type
 
+import timm
 import torch.nn as nn
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from timm.models import build_model_with_cfg
 
-__all__ = ['build_model']
+__all__ = ['build_model', 'list_models']
 
 _FILE = 'model.safetensors'
 
@@ -35,3 +36,10 @@ def build_model(
         raise RuntimeError(
             f'{_FILE} is damaged ({error}): remove it from the cache (`hf cache rm`) or from its folder, and pull again'
         ) from error
+
+
+def list_models(filter: str = '') -> List[str]:
+    """Names of this package's models, as timm's registry has them; `filter` may have wildcards."""
+    return [
+        name for name in timm.list_models(filter) if timm.model_entrypoint(name).__module__.startswith('timm_depla.')
+    ]

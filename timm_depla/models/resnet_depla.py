@@ -8,7 +8,7 @@ Three residual blocks of stage 3 aggregate their shortcut and their weight layer
 """
 
 import itertools
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Type, Union
 
 import torch
 import torch.nn as nn
@@ -17,10 +17,10 @@ from timm.layers import register_notrace_module, to_ntuple
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from timm_depla.layers import Depla, check_depla_args
-from timm_depla.layers.fold import can_fold, compose, fuse_candidate, has_hooks
+from timm_depla.layers import Depla
 
 from .builder import build_model
+from .placement import can_compose, create_depla, fuse_candidate, refine_composed, split_depla_args
 
 __all__ = ['BasicBlockDepla', 'BottleneckDepla', 'ResNetDepla']  # register_model adds each entrypoint
 
@@ -30,7 +30,7 @@ class BasicBlockDepla(BasicBlock):
 
     def __init__(self, inplanes: int, planes: int, *args, depla: Dict[str, Any], **kwargs) -> None:
         super().__init__(inplanes, planes, *args, **kwargs)
-        self.depla = _create_depla(self, planes, depla, **kwargs)
+        self.depla = create_depla(self, planes * self.expansion, depla, **kwargs)
 
     def zero_init_last(self) -> None:
         """Leave the last norm alone: at zero it would make the candidate Y zero and starve DEPLA (ruling 6)."""
@@ -50,7 +50,7 @@ class BottleneckDepla(Bottleneck):
 
     def __init__(self, inplanes: int, planes: int, *args, depla: Dict[str, Any], **kwargs) -> None:
         super().__init__(inplanes, planes, *args, **kwargs)
-        self.depla = _create_depla(self, planes, depla, **kwargs)
+        self.depla = create_depla(self, planes * self.expansion, depla, **kwargs)
 
     def zero_init_last(self) -> None:
         """Leave the last norm alone: at zero it would make the candidate Y zero and starve DEPLA (ruling 6)."""
@@ -61,63 +61,23 @@ class BottleneckDepla(Bottleneck):
         x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
         if not torch.jit.is_scripting():
             if self.can_compose():
-                values = compose(self.conv3, self.bn3, self.depla.candidate, x)
-                return self.act3(identity + self.depla.drop_path(self.depla.aggregate(identity, values)))
+                return self.act3(refine_composed(self.conv3, self.bn3, self.depla, identity, x))
         x = self.bn3(self.conv3(x))
         if self.se is not None:
             x = self.se(x)
         return self.act3(self.depla(identity, x))
 
     def can_compose(self) -> bool:
-        """Whether DEPLA's is all that reads the candidate, through linear layers alone, and nothing listens."""
-        is_all = self.se is None and not self.depla.keep_candidate and not has_hooks(self.depla)
-        return is_all and can_fold(self.conv3, self.bn3, self.depla.candidate)
+        return self.se is None and can_compose(self.conv3, self.bn3, self.depla)
 
     def reparameterize(self) -> None:
         """Make one convolution of the candidate's, for inference; timm's `reparameterize_model` calls this."""
         if self.can_compose():
-            fuse_candidate(self.conv3, self.bn3, self.depla.candidate)
-            self.depla.candidate_chs = self.conv3.in_channels
+            fuse_candidate(self.conv3, self.bn3, self.depla)
             self.conv3, self.bn3 = nn.Identity(), nn.Identity()
 
 
-def _create_depla(
-    block: nn.Module, planes: int, depla: Dict[str, Any], norm_layer: Type[nn.Module], device=None, dtype=None, **_
-) -> Depla:
-    """Build a residual block's DEPLA; the block's stochastic depth moves to DEPLA's refinement."""
-    drop_path, block.drop_path = block.drop_path, None
-    return Depla(
-        planes * block.expansion, **depla, norm_layer=norm_layer, drop_path=drop_path, device=device, dtype=dtype
-    )
-
-
 _DEPLA_BLOCKS = {BasicBlock: BasicBlockDepla, Bottleneck: BottleneckDepla}
-
-
-def default_positions(num_blocks: int) -> Tuple[int, ...]:
-    """Indices of the DEPLA blocks in a stage: three, evenly spread, ending with the last (ruling 3).
-
-    Never the first block, which changes the resolution: a stage of up to four blocks takes all the others.
-    """
-    if num_blocks <= 4:
-        return tuple(range(1, num_blocks))
-    return tuple(round((i + 1) * num_blocks / 3) - 1 for i in range(3))
-
-
-def _resolve_depla(
-    layers: Sequence[int], stage: int = 3, positions: Optional[Sequence[int]] = None, **block_args
-) -> Tuple[int, Tuple[int, ...], Dict[str, Any]]:
-    """Check the `depla` argument of a model and split it into stage, block positions and block arguments."""
-    check_depla_args(block_args, 'stage', 'positions')
-    if stage not in range(1, len(layers) + 1):
-        raise ValueError(f'depla stage must be one of 1 to {len(layers)}, got {stage!r}')
-    num_blocks = layers[stage - 1]
-    positions = tuple(default_positions(num_blocks) if positions is None else positions)
-    if not positions or any(p not in range(num_blocks) for p in positions):
-        raise ValueError(
-            f'depla positions must be block indices of stage {stage}, 0 to {num_blocks - 1}, got {positions}'
-        )
-    return stage, positions, block_args
 
 
 def _at_positions(block: Type[nn.Module], positions: Sequence[int], depla: Dict[str, Any]) -> Callable[..., nn.Module]:
@@ -158,7 +118,7 @@ class ResNetDepla(ResNet):
         depla: Optional[Dict[str, Any]] = None,
         **kwargs,
     ) -> None:
-        stage, positions, block_args = _resolve_depla(layers, **(depla or {}))
+        stage, positions, block_args = split_depla_args(layers, **(depla or {}))
         blocks = list(to_ntuple(len(layers))(block))
         blocks[stage - 1] = _at_positions(blocks[stage - 1], positions, block_args)
         super().__init__(blocks, layers, **kwargs)

@@ -12,6 +12,8 @@ from timm.models import clean_state_dict, is_model, load_state_dict
 
 from timm_depla.layers import Depla
 
+from .insertion import BlockWithDepla
+
 __all__ = ['TrunkReport', 'load_trunk']
 
 _COUNTER = '.num_batches_tracked'  # which a frozen BatchNorm has not, and nothing reads
@@ -59,7 +61,9 @@ def load_trunk(
     state = _read(source, model)
     own = model.state_dict()
     prefixes = tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, Depla))
-    heads = tuple(f'{name}.' for name in ([model.get_classifier(name_only=True)] if heads is None else heads))
+    if heads is None:
+        heads = [name for name, module in model.named_modules() if module is model.get_classifier()]
+    heads = tuple(f'{name}.' for name in heads)
     skipped = [k for k in own if k.startswith(heads) and k in state and state[k].shape != own[k].shape]
     state = {k: v for k, v in state.items() if k not in skipped}
 
@@ -96,8 +100,17 @@ def _read(source: Union[str, os.PathLike, Dict[str, torch.Tensor]], model: nn.Mo
         raise FileNotFoundError(f"'{source}' is neither a checkpoint file nor a model of timm")
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError('it holds something else than the tensors of a model')
+    state = _rename_blocks(state, model)
     filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)  # timm's convention
     return filter_fn(state, model) if filter_fn else state
+
+
+def _rename_blocks(state: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """The state dict, of a plain network too, under the names of the network that DEPLA was inserted into."""
+    for prefix in (f'{name}.' for name, module in model.named_modules() if isinstance(module, BlockWithDepla)):
+        if not any(key.startswith(f'{prefix}depla.') for key in state):
+            state = {k.replace(prefix, f'{prefix}block.', 1) if k.startswith(prefix) else k: state[k] for k in state}
+    return state
 
 
 def _some(label: str, names: List[str]) -> str:

@@ -1,0 +1,86 @@
+"""Fine-tuning with DEPLA inserted against fine-tuning without: the recipe `finetune` from the same weights.
+
+timm's `test_convnext` is trained on the embedded digits and fine-tuned on scattered digits (one somewhere in the image,
+amid clutter), as it is and as the host of DEPLA (`host_depla`), each seed from weights of its own. Last epoch, average
+of the weights; the difference is that of the pairs, with Student's 95% interval.
+"""
+
+import argparse
+import csv
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List
+
+from scipy.stats import ttest_1samp
+
+from timm_depla.engine.classification import train
+from timm_depla.engine.config import parse_args
+from timm_depla.engine.flags import create_train_parser
+
+from .evidence.scattered import cached
+from .record import table
+
+HOST = 'test_convnext'
+IMAGES = ['--img-size', '128', '--crop-pct', '1', '--hflip', '0', '--color-jitter', '0', '--scale', '0.8', '1']
+ARMS = {
+    'host': ['--model', HOST],
+    'DEPLA, plain': ['--model', 'host_depla', '--model-kwargs', f'host={HOST}'],
+    'DEPLA, adaptive': ['--model', 'host_depla', '--model-kwargs', f'host={HOST}', "depla={'bfn': 'adaptive'}"],
+}
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--epochs', type=int, default=6, help='of fine-tuning')
+    parser.add_argument('--seed', nargs='+', type=int, default=[0, 1, 2, 3, 4], help='seeds')
+
+
+def _train(output: str, name: str, *flags: str) -> List[float]:
+    """Validation top-1 of each epoch of a run."""
+    argv = [*flags, *IMAGES, '--output', output, '--experiment', name]
+    train(parse_args(create_train_parser(), argv))
+    rows = csv.DictReader((Path(output) / name / 'summary.csv').open())
+    return [round(float(row['eval_top1']), 3) for row in rows]
+
+
+def run(args: argparse.Namespace) -> Dict[str, Any]:
+    results: Dict[str, Any] = dict(epochs=args.epochs, pretrained=[], **{arm: [] for arm in ARMS})
+    for seed in map(str, args.seed):
+        with tempfile.TemporaryDirectory() as output:
+            recipe = [
+                '--recipe',
+                'digits',
+                '--model',
+                HOST,
+                '--opt',
+                'adamw',
+                '--lr',
+                '0.004',
+                '--weight-decay',
+                '0.05',
+            ]
+            results['pretrained'].append(_train(output, 'pretrained', *recipe, '--seed', seed)[-1])
+            weights = ['--initial-checkpoint', f'{output}/pretrained/best/model.safetensors']
+            for arm, model in ARMS.items():
+                recipe = [str(cached()), '--recipe', 'finetune', '--epochs', str(args.epochs)]
+                results[arm].append(_train(output, arm.replace(' ', ''), *recipe, *model, *weights, '--seed', seed)[-1])
+                print(arm, seed, results[arm][-1], flush=True)
+    return results
+
+
+def render(results: Dict[str, Any]) -> str:
+    rows = []
+    for arm in ARMS:
+        scores = results[arm]
+        row = [arm, *(f'{score:.2f}' for score in scores), f'{statistics.mean(scores):.2f}', '']
+        if arm != 'host':
+            gains = [score - host for score, host in zip(scores, results['host'], strict=True)]
+            low, high = ttest_1samp(gains, 0).confidence_interval(0.95)
+            row[-1] = f'{statistics.mean(gains):+.2f} ({low:+.2f} to {high:+.2f})'
+        rows.append(row)
+    digits = ', '.join(f'{score:.2f}' for score in results['pretrained'])
+    seeds = [f'run {i + 1}' for i in range(len(results['host']))]
+    return (
+        f'{results["epochs"]} epochs of fine-tuning, validation top-1 in percent; on the digits the hosts had '
+        f'{digits}.\n\n' + table(['', *seeds, 'mean', 'over the host'], rows)
+    )

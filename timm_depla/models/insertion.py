@@ -1,0 +1,193 @@
+"""DEPLA in any convolutional or NHWC network of timm, from its pretrained weights: around blocks that stay as they are.
+
+Paper: `Aggregation with Feature Detection`, Sun et al., ICCV 2021 -
+https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html
+"""
+
+from typing import Any, Dict, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_device_dtype
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor
+
+from timm_depla.layers import Depla, check_depla_args
+
+from .builder import build_model
+from .placement import default_positions
+
+__all__ = ['BlockWithDepla', 'insert_depla']  # register_model adds the entrypoint
+
+REDUCTION = 16  # of the stage that has DEPLA, as in the paper's ResNet
+
+
+class BlockWithDepla(nn.Module):
+    """block(X) + refinement(X, block(X)), which starts as block(X), for a block that keeps the shape of its map.
+
+    Args:
+        block: The block.
+        chs: Channels of its map.
+        channels_last: Whether the map is (B, H, W, C) and not (B, C, H, W).
+        depla: Arguments of `Depla`.
+    """
+
+    def __init__(self, block: nn.Module, chs: int, channels_last: bool, depla: Dict[str, Any], **dd) -> None:
+        super().__init__()
+        self.channels_last = channels_last
+        self.block = block
+        self.depla = Depla(chs, **depla, add_identity=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        if self.channels_last:
+            return self.depla(x.permute(0, 3, 1, 2), y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.depla(x, y)
+
+
+def insert_depla(model: nn.Module, depla: Optional[Dict[str, Any]] = None) -> nn.Module:
+    """Put DEPLA around blocks of a network, in place. What the network gives is the same until DEPLA is trained.
+
+    Example:
+        model = insert_depla(timm.create_model('convnext_tiny', pretrained=True))
+
+    Args:
+        model: A network of timm whose blocks take and give maps (B, C, H, W) or (B, H, W, C).
+        depla: What differs from the paper's setting: `modules`, the names of blocks that keep the shape of their map
+            (default: up to three of the stage at 1/16), and `Depla`'s num_groups, pooled_chs, maps_per_group,
+            temperature and bfn.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: If `depla` has an unknown key.
+        ValueError: If a module does not exist, has DEPLA already or changes the shape of its map, or if no block of
+            the stage at 1/16 keeps it.
+    """
+    block_args = dict(depla or {})
+    names = block_args.pop('modules', None)
+    check_depla_args(block_args, 'modules')
+    if not block_args.pop('keep_candidate', True):
+        raise ValueError('DEPLA around a block keeps what the block gives: leave out keep_candidate=False')
+    stage = None if names is not None else _find_stage(model)
+    names = list(names) if stage is None else _list_blocks(model, stage)
+    modules = dict(model.named_modules())
+    if unknown := [name for name in names if name not in modules]:
+        raise ValueError(f'no module {unknown} in {type(model).__name__}; see model.named_modules()')
+    shapes = _trace_shapes(model, {name: modules[name] for name in names})
+    kept = [name for name in names if shapes[name] is not None]
+    if stage is not None and kept:
+        kept = [kept[i - 1] for i in default_positions(len(kept) + 1)]
+    elif not kept or len(kept) < len(names):
+        changed = ', '.join(name for name in names if name not in kept)
+        raise ValueError(
+            f'{changed} of {type(model).__name__} take or give something else than one map of one shape, which DEPLA '
+            "can't be around: name other modules, depla=dict(modules=[...])"
+        )
+    channels_last = getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
+    for name in kept:
+        parent, _, child = name.rpartition('.')
+        chs = shapes[name][3 if channels_last else 1]
+        block = BlockWithDepla(modules[name], chs, channels_last, block_args, **get_device_dtype(model))
+        setattr(modules[parent], child, block.train(modules[name].training))
+    return model
+
+
+def _find_stage(model: nn.Module) -> str:
+    """Name of the last stage at 1/16."""
+    infos = getattr(model, 'feature_info', [])
+    stages = [info['module'] for info in getattr(infos, 'info', infos) if info['reduction'] == REDUCTION]
+    if not stages:
+        raise ValueError(
+            f'{type(model).__name__} tells no stage at 1/{REDUCTION}: name blocks, depla=dict(modules=[...])'
+        )
+    return stages[-1]
+
+
+def _list_blocks(model: nn.Module, stage: str) -> Sequence[str]:
+    """Names of the blocks of a stage, which timm keeps in it or in its `blocks`."""
+    path = stage if not hasattr(model.get_submodule(stage), 'blocks') else f'{stage}.blocks'
+    return [f'{path}.{name}' for name, _ in model.get_submodule(path).named_children()]
+
+
+@torch.no_grad()
+def _trace_shapes(model: nn.Module, modules: Dict[str, nn.Module]) -> Dict[str, Optional[Tuple[int, ...]]]:
+    """Shape of the map that each module takes and gives for an image, or None where there is no such shape."""
+    shapes: Dict[str, Optional[Tuple[int, ...]]] = dict.fromkeys(modules)
+
+    def listen(name: str, inputs: Tuple[Any, ...], output: Any) -> None:
+        is_map = len(inputs) == 1 and isinstance(output, Tensor) and output.ndim == 4
+        if is_map and isinstance(inputs[0], Tensor) and inputs[0].shape == output.shape:
+            shapes[name] = tuple(output.shape)
+
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, output, name=name: listen(name, inputs, output))
+        for name, module in modules.items()
+        if not isinstance(module, BlockWithDepla)
+    ]
+    was_training = {module: module.training for module in model.modules()}
+    try:
+        size = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or model.pretrained_cfg['input_size'][1:]
+        model.eval()(torch.zeros(1, model.in_chans, *size, **get_device_dtype(model)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in was_training.items():
+            module.training = training
+    return shapes
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'host_depla.untrained': dict(
+            num_classes=1000,
+            input_size=(3, 224, 224),
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+            license='apache-2.0',
+            paper_name='Aggregation with Feature Detection',
+        )
+    }
+)
+
+
+def _create_host(host: str, has_weights: bool, depla: Optional[Dict[str, Any]], **kwargs) -> nn.Module:
+    return insert_depla(timm.create_model(host, pretrained=has_weights, **kwargs), depla)
+
+
+@register_model
+def host_depla(
+    pretrained: bool = False,
+    host: str = 'resnet50',
+    depla: Optional[Dict[str, Any]] = None,
+    pretrained_cfg: Any = None,
+    **kwargs,
+) -> nn.Module:
+    """Any network of timm, `host`, with DEPLA around some of its blocks: see `insert_depla`.
+
+    Pretrained weights are the host's, by timm, or from a Hub repository or folder those of the whole.
+    """
+    if not timm.is_model(host):
+        raise ValueError(f"host '{host}' is no model of timm; see timm.list_models()")
+    is_whole = pretrained_cfg is not None and not isinstance(pretrained_cfg, str)
+    if not is_whole:
+        pretrained_cfg = timm.get_pretrained_cfg(host).to_dict()
+        pretrained_cfg.update(architecture='host_depla', tag=None, url=None, file=None, state_dict=None, hf_hub_id=None)
+    if kwargs.get('features_only') and 'out_indices' not in kwargs:
+        with torch.device('meta'):
+            infos = timm.create_model(host).feature_info
+        kwargs['out_indices'] = tuple(range(len(getattr(infos, 'info', infos))))
+    return build_model(
+        _create_host,
+        'host_depla',
+        pretrained and is_whole,
+        pretrained_cfg=pretrained_cfg,
+        feature_cfg=dict(feature_cls='getter'),
+        host=host,
+        has_weights=pretrained and not is_whole,
+        depla=depla,
+        **kwargs,
+    )

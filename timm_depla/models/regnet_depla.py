@@ -1,0 +1,171 @@
+"""RegNetX and RegNetY with DEPLA, which the paper leaves to future work.
+
+Papers: `Aggregation with Feature Detection`, Sun et al., ICCV 2021 -
+https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html, and
+`Designing Network Design Spaces`, Radosavovic et al., CVPR 2020 - https://arxiv.org/abs/2003.13678
+
+Three blocks of stage 3 aggregate their shortcut and their weight layers with DEPLA where the others add them. The rest
+is timm's RegNet, whose weights load into the trunk: see `load_trunk`.
+"""
+
+from typing import Any, Dict, Optional
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_norm_layer, register_notrace_module
+from timm.models import generate_default_cfgs, register_model
+from timm.models.regnet import Bottleneck, RegNet, RegNetCfg, model_cfgs
+
+from .builder import build_model
+from .placement import can_compose, create_depla, fuse_candidate, refine_composed, split_depla_args
+
+__all__ = ['RegNetBottleneckDepla', 'RegNetDepla']  # register_model adds each entrypoint
+
+
+@register_notrace_module  # its path depends on hooks
+class RegNetBottleneckDepla(nn.Module):
+    """Bottleneck block of a RegNet that aggregates with DEPLA. Takes over the layers of timm's block."""
+
+    def __init__(self, block: Bottleneck, depla: Dict[str, Any], **layers) -> None:
+        super().__init__()
+        if not isinstance(block, Bottleneck) or block.downsample is None:
+            raise ValueError('no DEPLA for RegNet blocks with pre-activation or without a shortcut')
+        for name, layer in block.named_children():
+            self.add_module(name, layer)
+        nn.init.ones_(self.conv3.bn.weight)  # at zero the candidate Y would be zero and starve DEPLA (ruling 6)
+        self.depla = create_depla(self, self.conv3.conv.out_channels, depla, **layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        identity = self.downsample(x)
+        x = self.se(self.conv2(self.conv1(x)))
+        if not torch.jit.is_scripting():
+            if can_compose(self.conv3.conv, self.conv3.bn, self.depla):
+                return self.act3(refine_composed(self.conv3.conv, self.conv3.bn, self.depla, identity, x))
+        return self.act3(self.depla(identity, self.conv3(x)))
+
+    def reparameterize(self) -> None:
+        """Make one convolution of the candidate's, for inference; timm's `reparameterize_model` calls this."""
+        if can_compose(self.conv3.conv, self.conv3.bn, self.depla):
+            fuse_candidate(self.conv3.conv, self.conv3.bn, self.depla)
+            self.conv3.conv, self.conv3.bn = nn.Identity(), nn.Identity()
+
+
+class RegNetDepla(RegNet):
+    """timm's RegNet, with DEPLA in some blocks of one stage.
+
+    Args:
+        cfg: timm's configuration of a RegNetX or RegNetY.
+        depla: What differs from the paper's setting: `stage` (1 to 4, default 3), `positions` (block indices in the
+            stage, default `default_positions`), and `Depla`'s num_groups, pooled_chs, maps_per_group, temperature, bfn
+            and keep_candidate.
+        device, dtype, **kwargs: Arguments of timm's RegNet.
+
+    Raises:
+        TypeError: If `depla` has an unknown key.
+        ValueError: If the stage or a position does not exist, its block has pre-activation or no shortcut, or an
+            argument of `Depla` is out of range.
+    """
+
+    def __init__(
+        self, cfg: RegNetCfg, depla: Optional[Dict[str, Any]] = None, device=None, dtype=None, **kwargs
+    ) -> None:
+        super().__init__(cfg, device=device, dtype=dtype, **kwargs)
+        stages = [self.s1, self.s2, self.s3, self.s4]
+        stage, positions, block_args = split_depla_args([len(list(s.children())) for s in stages], **(depla or {}))
+        blocks = stages[stage - 1]
+        norm_layer = get_norm_layer(kwargs.get('norm_layer', cfg.norm_layer))
+        for name in (f'b{position + 1}' for position in positions):
+            block = RegNetBottleneckDepla(
+                getattr(blocks, name), block_args, norm_layer=norm_layer, device=device, dtype=dtype
+            )
+            setattr(blocks, name, block)
+
+
+def _create_regnet_depla(
+    variant: str, pretrained: bool = False, cfg: Optional[RegNetCfg] = None, **kwargs
+) -> RegNetDepla:
+    """Build a variant, of timm's configuration of the plain network by default."""
+    return build_model(
+        RegNetDepla, variant, pretrained, model_cfg=cfg or model_cfgs[variant.removesuffix('_depla')], **kwargs
+    )
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.conv', 'classifier': 'head.fc', 'license': 'apache-2.0',
+        'paper_name': 'Aggregation with Feature Detection',
+        **kwargs,
+    }  # fmt: skip
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'regnetx_008_depla.untrained': _cfg(),
+        'regnetx_016_depla.untrained': _cfg(),
+        'regnetx_032_depla.untrained': _cfg(),
+        'regnety_008_depla.untrained': _cfg(),
+        'regnety_016_depla.untrained': _cfg(),
+        'regnety_032_depla.untrained': _cfg(),
+        'regnety_040_depla.untrained': _cfg(),
+        'regnety_080_depla.untrained': _cfg(),
+        'test_regnet_depla.untrained': _cfg(input_size=(3, 128, 128), pool_size=(4, 4)),
+    }
+)
+
+
+@register_model
+def regnetx_008_depla(pretrained: bool = False, **kwargs) -> RegNetDepla:
+    """RegNetX-800MF with plain DEPLA."""
+    return _create_regnet_depla('regnetx_008_depla', pretrained, **kwargs)
+
+
+@register_model
+def regnetx_016_depla(pretrained: bool = False, **kwargs) -> RegNetDepla:
+    """RegNetX-1.6GF with plain DEPLA."""
+    return _create_regnet_depla('regnetx_016_depla', pretrained, **kwargs)
+
+
+@register_model
+def regnetx_032_depla(pretrained: bool = False, **kwargs) -> RegNetDepla:
+    """RegNetX-3.2GF with plain DEPLA."""
+    return _create_regnet_depla('regnetx_032_depla', pretrained, **kwargs)
+
+
+@register_model
+def regnety_008_depla(pretrained: bool = False, **kwargs) -> RegNetDepla:
+    """RegNetY-800MF with plain DEPLA."""
+    return _create_regnet_depla('regnety_008_depla', pretrained, **kwargs)
+
+
+@register_model
+def regnety_016_depla(pretrained: bool = False, **kwargs) -> RegNetDepla:
+    """RegNetY-1.6GF with plain DEPLA."""
+    return _create_regnet_depla('regnety_016_depla', pretrained, **kwargs)
+
+
+@register_model
+def regnety_032_depla(pretrained: bool = False, **kwargs) -> RegNetDepla:
+    """RegNetY-3.2GF with plain DEPLA."""
+    return _create_regnet_depla('regnety_032_depla', pretrained, **kwargs)
+
+
+@register_model
+def regnety_040_depla(pretrained: bool = False, **kwargs) -> RegNetDepla:
+    """RegNetY-4.0GF with plain DEPLA."""
+    return _create_regnet_depla('regnety_040_depla', pretrained, **kwargs)
+
+
+@register_model
+def regnety_080_depla(pretrained: bool = False, **kwargs) -> RegNetDepla:
+    """RegNetY-8.0GF with plain DEPLA."""
+    return _create_regnet_depla('regnety_080_depla', pretrained, **kwargs)
+
+
+@register_model
+def test_regnet_depla(pretrained: bool = False, **kwargs) -> RegNetDepla:
+    """Tiny RegNetY with plain DEPLA, for tests."""
+    cfg = RegNetCfg(w0=16, wa=8.0, wm=2.0, group_size=8, depth=12, se_ratio=0.25, stem_width=16)
+    return _create_regnet_depla('test_regnet_depla', pretrained, cfg=cfg, **kwargs)
