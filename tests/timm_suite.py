@@ -14,12 +14,13 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Callable
 
 ROOT = Path(__file__).parent.parent
-HOSTS = ('test_convnext', 'test_mambaout')
-LIST_MODELS = 'import timm_depla; print(*timm_depla.list_models())'
-PLUGINS = ['-p', 'timm_depla', '-p', 'timm_suite']
+LIST_MODELS = """
+import timm, timm_depla, timm_hosts
+print(*timm_depla.list_models(), *timm.list_models(module='timm_hosts'))
+"""
+PLUGINS = ['-p', 'timm_depla', '-p', 'timm_hosts', '-p', 'timm_suite']
 
 
 def pytest_configure() -> None:
@@ -28,28 +29,15 @@ def pytest_configure() -> None:
 
     import timm_depla
 
-    for host in HOSTS:
-        timm.models.register_model(with_host(host))
     names = timm_depla.list_models()
     modules = sorted({timm.model_entrypoint(name).__module__.rpartition('.')[2] for name in names})
     upstream = timm.list_models
 
     def list_models(filter='', module='', **kwargs):
-        ours = [*modules, __name__] if not isinstance(module, str) and 'resnet' in module else []
+        ours = [*modules, 'timm_hosts'] if not isinstance(module, str) and 'resnet' in module else []
         return upstream(filter, [*module, *ours] if ours else module, **kwargs)
 
     timm.list_models = list_models
-
-
-def with_host(host: str) -> Callable:
-    """An entrypoint for `host_depla` with another host."""
-    import timm
-
-    def entrypoint(pretrained=False, **kwargs):
-        return timm.model_entrypoint('host_depla')(pretrained, host=host, **kwargs)
-
-    entrypoint.__name__ = f'host_depla_{host}'
-    return entrypoint
 
 
 def run(*command: object, **kwargs) -> subprocess.CompletedProcess:
@@ -75,7 +63,6 @@ def run_version(version: str, folder: Path, options: list) -> int:
     ids = run(*command, '--collect-only', '-q', cwd=source, env=env, capture_output=True, text=True).stdout
     expected = functions_on(ids, 'resnet50')
     models = run(sys.executable, '-c', LIST_MODELS, env=env, capture_output=True, text=True).stdout.split()
-    models += [f'host_depla_{host}' for host in HOSTS]
     print(f'timm {version}: {len(expected)} tests on each of {len(models)} models', flush=True)
     for model in models:
         if missing := expected - functions_on(ids, model):
