@@ -2,9 +2,9 @@
 """Train an image classifier: `python train.py` on the embedded digits, `python train.py DIR` on a folder of images."""
 
 import timm_depla  # noqa: F401  (registers the models)
-from timm_depla.engine.classification import train
+from timm_depla.engine.classification.flags import create_train_parser
+from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args
-from timm_depla.engine.flags import create_train_parser
 from timm_depla.engine.world import run_command
 
 

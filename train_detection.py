@@ -9,8 +9,8 @@ from timm_depla.engine.world import run_command
 
 def main() -> int:
     require('pycocotools', 'detection')
-    from timm_depla.engine.detection import train
-    from timm_depla.engine.detection_flags import create_detection_parser
+    from timm_depla.engine.detection.flags import create_detection_parser
+    from timm_depla.engine.detection.train import train
 
     parser = create_detection_parser()
     args = parse_args(parser)

@@ -9,8 +9,8 @@ from timm_depla.engine.world import run_command
 
 def main() -> None:
     require('pycocotools', 'detection')
-    from timm_depla.engine.detection_flags import create_detection_validate_parser
-    from timm_depla.engine.detection_validation import validate
+    from timm_depla.engine.detection.flags import create_detection_validate_parser
+    from timm_depla.engine.detection.validate import validate
 
     validate(parse_args(create_detection_validate_parser()))
 

@@ -14,9 +14,9 @@ from typing import Any, Dict, List
 
 from scipy.stats import ttest_1samp
 
-from timm_depla.engine.classification import train
+from timm_depla.engine.classification.flags import create_train_parser
+from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args
-from timm_depla.engine.flags import create_train_parser
 
 from .evidence.scattered import cached
 from .record import table

@@ -20,10 +20,10 @@ from PIL import Image
 from timm.data import create_transform
 
 from timm_depla.data import TensorResizedCrop
-from timm_depla.engine.classification import build
+from timm_depla.engine.classification.flags import create_train_parser
+from timm_depla.engine.classification.train import build
 from timm_depla.engine.config import parse_args
-from timm_depla.engine.flags import create_train_parser
-from timm_depla.engine.training import set_up_device
+from timm_depla.engine.setup import set_up_device
 from timm_depla.engine.world import setup_world
 
 from .pairs import ratio_text

@@ -21,12 +21,13 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import AverageMeter, CheckpointSaver, accuracy
 
-from timm_depla.engine.classification import build
+from timm_depla.engine.classification.datasets import find_data
+from timm_depla.engine.classification.flags import create_train_parser
+from timm_depla.engine.classification.train import build
 from timm_depla.engine.config import parse_args
-from timm_depla.engine.flags import create_train_parser
-from timm_depla.engine.loaders import find_data
 from timm_depla.engine.report import Report
-from timm_depla.engine.training import run_epoch, set_up_device
+from timm_depla.engine.setup import set_up_device
+from timm_depla.engine.training import run_epoch
 from timm_depla.engine.world import Interrupt, setup_world
 
 from .record import table

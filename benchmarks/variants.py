@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
-from timm_depla.engine.classification import train
+from timm_depla.engine.classification.flags import create_train_parser
+from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args
-from timm_depla.engine.flags import create_train_parser
 
 from .record import table
 

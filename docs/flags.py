@@ -5,18 +5,18 @@ import argparse
 from pathlib import Path
 from typing import Dict, List
 
-from timm_depla.engine.detection_flags import (
+from timm_depla.engine.classification.flags import (
+    LEFT_OUT,
+    LEFT_OUT_OF_VALIDATION,
+    create_train_parser,
+    create_validate_parser,
+)
+from timm_depla.engine.detection.flags import (
     LEFT_OUT_OF_DETECTION,
     create_detection_parser,
     create_detection_validate_parser,
 )
-from timm_depla.engine.flags import (
-    LEFT_OUT,
-    LEFT_OUT_OF_VALIDATION,
-    OWN_FLAGS,
-    create_train_parser,
-    create_validate_parser,
-)
+from timm_depla.engine.flags import OWN_FLAGS
 
 HEADER = """# Flags
 

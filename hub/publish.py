@@ -28,11 +28,11 @@ import timm_depla
 from benchmarks.record import create_record
 from timm_depla import detection
 from timm_depla.data import digits_folder
-from timm_depla.engine import validation
 from timm_depla.engine.checkpoint import find_damage
+from timm_depla.engine.classification import validate as validation
+from timm_depla.engine.classification.flags import create_validate_parser
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError, require
-from timm_depla.engine.flags import create_validate_parser
 from timm_depla.engine.models import load_model
 from timm_depla.engine.plan import count_cost
 from timm_depla.engine.run import CHANGE_NOTHING
@@ -100,8 +100,8 @@ def evaluate(folder: Path, is_detector: bool) -> Dict[str, Any]:
     start = time.perf_counter()
     if is_detector:
         require('pycocotools', 'detection')
-        from timm_depla.engine.detection_flags import create_detection_validate_parser
-        from timm_depla.engine.detection_validation import validate
+        from timm_depla.engine.detection.flags import create_detection_validate_parser
+        from timm_depla.engine.detection.validate import validate
 
         evaluation = validate(parse_args(create_detection_validate_parser(), argv))
         seconds = time.perf_counter() - start

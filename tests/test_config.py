@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from timm_depla.engine.classification.flags import LEFT_OUT, create_train_parser, create_validate_parser
 from timm_depla.engine.config import list_recipes, parse_args
 from timm_depla.engine.errors import ConfigError
-from timm_depla.engine.flags import LEFT_OUT, create_train_parser, create_validate_parser
 
 
 def parse(*argv, **kwargs):

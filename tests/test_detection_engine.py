@@ -27,13 +27,13 @@ from timm_depla.detection.predict import draw_detections, predict, read_image
 from timm_depla.engine import run
 from timm_depla.engine.checkpoint import list_checkpoints
 from timm_depla.engine.config import list_recipes, parse_args
-from timm_depla.engine.detection import build, train
-from timm_depla.engine.detection_flags import (
+from timm_depla.engine.detection.flags import (
     LEFT_OUT_OF_DETECTION,
     create_detection_parser,
     create_detection_validate_parser,
 )
-from timm_depla.engine.detection_validation import validate
+from timm_depla.engine.detection.train import build, train
+from timm_depla.engine.detection.validate import validate
 from timm_depla.engine.errors import ConfigError, TrainingError
 from timm_depla.engine.models import load_model
 from timm_depla.engine.plan import learning_rates

@@ -12,10 +12,10 @@ import pytest
 
 from benchmarks import crash
 from timm_depla.data import digits_folder
+from timm_depla.engine.classification.flags import create_validate_parser
+from timm_depla.engine.classification.validate import validate
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError
-from timm_depla.engine.flags import create_validate_parser
-from timm_depla.engine.validation import validate
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']

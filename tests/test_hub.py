@@ -23,11 +23,12 @@ from hub.card import create_card
 from hub.publish import FILES, publish
 from timm_depla.data import digits_folder, scenes
 from timm_depla.detection import from_pretrained
-from timm_depla.engine import classification, detection
+from timm_depla.engine.classification import train as classification
+from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args
-from timm_depla.engine.detection_flags import create_detection_parser
+from timm_depla.engine.detection import train as detection
+from timm_depla.engine.detection.flags import create_detection_parser
 from timm_depla.engine.errors import ConfigError
-from timm_depla.engine.flags import create_train_parser
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = sorted(path for path in (ROOT / 'hub' / 'weights').iterdir())

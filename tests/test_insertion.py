@@ -9,9 +9,9 @@ import torch
 from timm.models import save_for_hf
 
 import timm_depla
+from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError
-from timm_depla.engine.flags import create_train_parser
 from timm_depla.engine.setup import create_optimizer
 from timm_depla.engine.world import World
 from timm_depla.layers import Depla

@@ -14,10 +14,11 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla.data import TensorResizedCrop, read_image, read_pixels
+from timm_depla.engine.classification.datasets import count_classes, open_splits
+from timm_depla.engine.classification.flags import create_train_parser
+from timm_depla.engine.classification.loaders import TrainLoader, create_val_loader
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError
-from timm_depla.engine.flags import create_train_parser
-from timm_depla.engine.loaders import TrainLoader, count_classes, create_val_loader, open_splits
 from timm_depla.engine.world import World
 
 CPU = torch.device('cpu')

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from timm_depla.data import digits_folder
-from timm_depla.engine.classification import train
+from timm_depla.engine.classification.flags import create_train_parser
+from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args
-from timm_depla.engine.flags import create_train_parser
 from timm_depla.engine.plan import learning_rates
 
 STEPS = 5004  # of 256 images an epoch of ImageNet

@@ -6,10 +6,10 @@ import queue
 import pytest
 from PIL import Image
 
-from timm_depla.engine.classification import train
+from timm_depla.engine.classification.flags import create_train_parser
+from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError, TrainingError
-from timm_depla.engine.flags import create_train_parser
 from timm_depla.engine.report import UnreadableImages
 
 FAST = ['--recipe', 'digits', '--epochs', '2', '--img-size', '32', '--workers', '0', '--experiment', 'run']

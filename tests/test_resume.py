@@ -21,10 +21,10 @@ import timm_depla  # noqa: F401  (registers the models)
 from benchmarks.crash import differences
 from timm_depla.engine import checkpoint, run
 from timm_depla.engine.checkpoint import list_checkpoints
-from timm_depla.engine.classification import train
+from timm_depla.engine.classification.flags import create_train_parser
+from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError, TrainingError
-from timm_depla.engine.flags import create_train_parser
 
 ROOT = Path(__file__).parent.parent
 FAST = ['--recipe', 'digits', '--img-size', 32, '--batch-size', 8, '--epochs', 2, '--recovery-interval', 1,

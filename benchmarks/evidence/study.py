@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Tuple
 
-from timm_depla.engine import classification, detection
+from timm_depla.engine.classification import train as classification
+from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args
-from timm_depla.engine.detection_flags import create_detection_parser
-from timm_depla.engine.flags import create_train_parser
+from timm_depla.engine.detection import train as detection
+from timm_depla.engine.detection.flags import create_detection_parser
 
 from .. import record
 from . import scattered

@@ -1,139 +1,27 @@
 """The loop of every kind of training: epochs, steps, checkpoints, signals, and going on."""
 
 import logging
-import math
-import os
 import time
 from argparse import Namespace
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple, Type
+from typing import Any, Callable, Dict
 
 import torch
-import torch.nn as nn
-import yaml
-from timm.layers import convert_sync_batchnorm
-from timm.utils import ModelEmaV3, NativeScaler, dispatch_clip_grad, distribute_bn, unwrap_model
+from timm.utils import dispatch_clip_grad, distribute_bn
 
 from timm_depla.data import Draw, UnreadableError, seed_position
 
-from .checkpoint import checkpoint_name, find_damage, newest_checkpoint, write_file
-from .errors import ConfigError, TrainingError
-from .evaluation import autocast
+from .checkpoint import checkpoint_name
+from .errors import TrainingError
 from .plan import describe
 from .report import Report
 from .run import Losses, Run
-from .setup import create_optimizer
-from .world import Interrupt, World, keep_memory, setup_world
+from .setup import autocast, find_resume, open_folder, set_up_device
+from .world import Interrupt, World, setup_world
 
-__all__ = ['assemble', 'run_epoch', 'set_up_device', 'train', 'train_one_epoch']
+__all__ = ['run_epoch', 'train', 'train_one_epoch']
 
 _logger = logging.getLogger(__name__)
-
-
-def assemble(
-    kind: Type[Run], args: Namespace, world: World, task: nn.Module, model: nn.Module, config: bytes, loaders: Tuple
-) -> Run:
-    """A run at its start: adds optimizer, schedule and average, and joins the processes.
-
-    Args:
-        kind: The run's class.
-        args: Its arguments.
-        world: The processes that train together.
-        task: timm's training task of the model.
-        model: The network, on its device.
-        config: Its config.json.
-        loaders: The loaders of training and validation.
-
-    Raises:
-        ConfigError: If an argument of optimizer or schedule is out of range.
-    """
-    trainable = unwrap_model(task.get_trainable_module())
-    num_updates = math.ceil(len(loaders[0]) / args.grad_accum_steps)
-    optimizer, scheduler, num_epochs = create_optimizer(args, trainable, world, num_updates)
-    ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
-    scaler = NativeScaler(world.device.type) if args.amp and args.amp_dtype == 'float16' else None
-    if world.size > 1:
-        device_ids = None if world.device.type == 'cpu' else [world.device]
-        task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
-    folder = Path(args.output) / (args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{args.model}')
-    return kind(
-        args, world, world.share(folder), model, trainable, task, optimizer, scheduler, scaler, ema, config, *loaders,
-        num_epochs,
-    )  # fmt: skip
-
-
-def share_batch_norm(args: Namespace, model: nn.Module, world: World) -> nn.Module:
-    """The model with norms over all processes' batches, if `args.sync_bn` asks for it.
-
-    Raises:
-        ConfigError: If several processes train on CPUs.
-    """
-    if not args.sync_bn or world.size == 1:
-        return model
-    if world.device.type == 'cpu':
-        raise ConfigError('--sync-bn works on GPUs only: give --no-sync-bn')
-    return convert_sync_batchnorm(model)
-
-
-def set_up_device(args: Namespace, world: World) -> None:
-    """Deterministic kernels, or the fastest ones; a CPU is faster keeping its memory."""
-    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    if world.device.type == 'cpu':
-        keep_memory()
-    if world.device.type == 'cuda':
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-        torch.backends.cudnn.benchmark = not args.deterministic
-        torch.backends.cuda.matmul.allow_tf32 = True
-
-
-def find_resume(args: Namespace, world: World) -> Optional[Path]:
-    """The checkpoint to go on from, if any; sets `args.output` and `args.experiment` to its run's folder.
-
-    Raises:
-        ConfigError: If there is none where one was named, or 'auto' does not know the run.
-    """
-    if not args.resume:
-        return None
-    path = Path(args.resume)
-    if args.resume == 'auto':
-        if not args.experiment:
-            raise ConfigError('--resume auto goes on with a run by name: add --experiment, or give its folder')
-        path = Path(args.output) / args.experiment
-    elif path.resolve().parent.name == 'checkpoints':
-        path = path.resolve()
-    is_checkpoint = path.parent.name == 'checkpoints'
-    damage = find_damage(path) if is_checkpoint else None
-    if damage is not None:
-        raise ConfigError(f"'{path}' is no whole checkpoint ({damage}): give the run's folder for its newest one")
-    checkpoint = world.share(path if is_checkpoint else newest_checkpoint(path))
-    if checkpoint is None and args.resume != 'auto':
-        raise ConfigError(f"'{args.resume}' has no checkpoint to go on from: give a run's folder")
-    run = checkpoint.parent.parent if checkpoint is not None else path
-    args.output, args.experiment = str(run.parent), run.name
-    return checkpoint
-
-
-def open_folder(run: Run, resumed: bool) -> None:
-    """Make the run's folder and write its configuration, args.yaml.
-
-    Raises:
-        ConfigError: If it holds another run already, or cannot be written.
-    """
-    args, folder = run.args, run.folder
-    if not run.world.is_primary:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=resumed or args.resume == 'auto')
-        (folder / 'checkpoints').mkdir(exist_ok=True)
-    except FileExistsError as error:
-        raise ConfigError(
-            f"run folder '{folder}' exists: go on with it by --resume auto, or choose another --experiment or --output"
-        ) from error
-    except OSError as error:
-        raise ConfigError(f"cannot write run folder '{folder}': {error}") from error
-    write_file(folder / 'args.yaml', yaml.safe_dump(vars(args), sort_keys=False).encode())
 
 
 def take_step(run: Run, images: Any, targets: Any) -> torch.Tensor:

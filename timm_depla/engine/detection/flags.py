@@ -6,8 +6,8 @@ from timm.utils import ParseKwargs
 
 from timm_depla.detection.coco import METRICS
 
-from .config import RECIPES, FlagParser
-from .flags import (
+from ..config import RECIPES, FlagParser
+from ..flags import (
     add_device_args,
     add_loading_args,
     add_model_args,

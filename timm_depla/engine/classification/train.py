@@ -13,15 +13,17 @@ from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistilla
 
 from timm_depla.data import Draw, seed_position
 
-from . import training
-from .errors import ConfigError
-from .evaluation import evaluate
-from .loaders import TrainLoader, class_names, count_classes, create_val_loader, find_data, mixes, open_splits
-from .models import create_model, load_model, load_weights, model_config
-from .plan import count_cost
-from .report import Metric
-from .run import Run
-from .world import Interrupt, World
+from .. import training
+from ..errors import ConfigError
+from ..models import create_model, load_model, load_weights, model_config
+from ..plan import count_cost
+from ..report import Metric
+from ..run import Run
+from ..setup import assemble, share_batch_norm
+from ..world import Interrupt, World
+from .datasets import class_names, count_classes, find_data, open_splits
+from .loaders import TrainLoader, create_val_loader, mixes
+from .validate import evaluate
 
 __all__ = ['build', 'train']
 
@@ -136,13 +138,13 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Classificatio
     args.num_classes = count_classes(args, train_set)
     model, data_config = build_model(args, world, is_fresh)
     config = model_config(model, rebuild_args(args), [str(name) for name in class_names(train_set)])
-    model = training.share_batch_norm(args, model, world)
+    model = share_batch_norm(args, model, world)
     loaders = TrainLoader(args, train_set, data_config, world), create_val_loader(args, val_set, data_config, world)
     task = create_task(args, model, world)
     compiled = dict(backend=args.torchcompile, mode=args.torchcompile_mode) if args.torchcompile else None
     if compiled:
         task.compile(**compiled)
-    run = training.assemble(ClassificationRun, args, world, task, model, config, loaders)
+    run = assemble(ClassificationRun, args, world, task, model, config, loaders)
     if compiled:
         run.eval_model = torch.compile(run.evaluated, **compiled)
     return run

@@ -17,15 +17,16 @@ from timm_depla.detection import create_detector, detector_config
 from timm_depla.detection.coco import METRICS, CocoDetection
 from timm_depla.detection.rcnn import split_name
 
-from . import training
-from .detection_loaders import DetectionLoader, ValidationLoader, find_data, open_splits
-from .detection_validation import evaluate
-from .errors import ConfigError
-from .models import create_model, load_weights
-from .plan import count_cost
-from .report import Metric
-from .run import Run
-from .world import Interrupt, World
+from .. import training
+from ..errors import ConfigError
+from ..models import create_model, load_weights
+from ..plan import count_cost
+from ..report import Metric
+from ..run import Run
+from ..setup import assemble, share_batch_norm
+from ..world import Interrupt, World
+from .loaders import DetectionLoader, ValidationLoader, find_data, open_splits
+from .validate import evaluate
 
 __all__ = ['build', 'train']
 
@@ -148,10 +149,10 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> DetectionRun:
     model = build_model(args, train_set, world, is_fresh)
     rebuild = dict(args.model_kwargs, backbone_norm=args.backbone_norm)
     config = detector_config(args.model, train_set.class_names, train_set.category_ids, rebuild)
-    model = training.share_batch_norm(args, model, world)
+    model = share_batch_norm(args, model, world)
     loaders = DetectionLoader(args, train_set, world), ValidationLoader(args, val_set, world)
     task = DetectionTask(model, device=world.device, verbose=False)
-    return training.assemble(DetectionRun, args, world, task, model, config, loaders)
+    return assemble(DetectionRun, args, world, task, model, config, loaders)
 
 
 def train(args: Namespace) -> int:

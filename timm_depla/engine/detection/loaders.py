@@ -13,10 +13,10 @@ from timm_depla.data import UnreadableError, read_or_next
 from timm_depla.data.scenes import scenes_folder
 from timm_depla.detection.coco import CocoDetection, create_transform
 
-from .batches import ResumableLoader, loader_kwargs
-from .errors import ConfigError
-from .report import UnreadableImages
-from .world import World
+from ..batches import ResumableLoader, loader_kwargs
+from ..errors import ConfigError
+from ..report import UnreadableImages
+from ..world import World
 
 __all__ = ['DetectionLoader', 'ValidationLoader', 'find_data', 'open_split', 'open_splits']
 

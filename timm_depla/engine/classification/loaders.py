@@ -1,183 +1,27 @@
-"""Data sets and their loaders: timm's data sets, transforms, mixing and prefetcher, in an order that can be resumed."""
+"""Loaders of classification: timm's transforms, mixing and prefetcher, in an order that can be resumed."""
 
 import dataclasses
-import logging
-import tarfile
 from argparse import Namespace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
-from timm.data import AugMixDataset, FastCollateMixup, IterableImageDataset, create_dataset, create_transform
+from timm.data import AugMixDataset, FastCollateMixup, IterableImageDataset, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, DistributedSampler, Subset, default_collate
 
-from timm_depla.data import (
-    CheckedImages,
-    Draw,
-    SeededStream,
-    TensorResizedCrop,
-    digits_folder,
-    read_image,
-    read_pixels,
-    seed_position,
-)
+from timm_depla.data import CheckedImages, Draw, SeededStream, TensorResizedCrop, read_image, read_pixels, seed_position
 
-from .batches import ResumableLoader, loader_kwargs
-from .errors import ConfigError, require
-from .report import UnreadableImages
-from .world import World
+from ..batches import ResumableLoader, loader_kwargs
+from ..errors import ConfigError, require
+from ..report import UnreadableImages
+from ..world import World
+from .datasets import open_split
 
-__all__ = [
-    'TrainLoader',
-    'class_names',
-    'count_classes',
-    'create_val_loader',
-    'find_data',
-    'mixes',
-    'open_split',
-    'open_splits',
-]
-
-_logger = logging.getLogger(__name__)
-
-_STREAMS = ('wds/', 'hfids/')
-
-
-def find_data(args: Namespace) -> str:
-    """The data folder of a training run: the one given, or the embedded digits.
-
-    Raises:
-        ConfigError: If the digits cannot be written.
-    """
-    if args.data or args.data_dir or args.dataset:
-        return args.data or args.data_dir
-    _logger.info('no data folder given: training on the embedded handwritten digits')
-    try:
-        return str(digits_folder())
-    except (ModuleNotFoundError, OSError, RuntimeError) as error:
-        raise ConfigError(str(error)) from error
-
-
-def open_split(args: Namespace, split: str, is_training: bool = False, epoch: int = 0) -> Any:
-    """One split of the data: a folder or SPLIT.tar of images, or a data set that timm names.
-
-    Args:
-        args: The run's arguments.
-        split: The split's name.
-        is_training: Whether a stream is shuffled.
-        epoch: The epoch of a stream.
-
-    Raises:
-        ConfigError: If it cannot be opened.
-    """
-    kind = args.dataset.partition('/')[0].lower()
-    if kind == 'tfds':
-        raise ConfigError('tfds/ reads by TensorFlow, whose order cannot be restored: convert to WebDataset')
-    if kind in ('', 'wds') and not Path(args.data_dir or '').exists() and '://' not in str(args.data_dir):
-        raise ConfigError(f"no data folder '{args.data_dir}'")
-    number = args.train_num_samples if is_training else args.val_num_samples
-    options: Dict[str, Any] = {}
-    if args.dataset.lower().startswith(_STREAMS):
-        options = dict(input_key=args.input_key, target_key=args.target_key, num_samples=number)
-        options.update(seed=args.seed + epoch, batch_size=args.batch_size, is_training=is_training)
-        options['repeats'] = getattr(args, 'epoch_repeats', 0)
-    elif kind == 'hfds':
-        options = dict(input_key=args.input_key, target_key=args.target_key)
-    if kind in ('hfds', 'hfids'):
-        options['trust_remote_code'] = args.dataset_trust_remote_code
-    if kind != 'torch':
-        options['input_img_mode'] = args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB')
-    if args.class_map:
-        options['class_map'] = args.class_map
-    try:
-        options.update({'download': True} if args.dataset_download else {})
-        tar = Path(args.data_dir or '', f'{split}.tar')
-        root = str(tar) if not kind and tar.is_file() else args.data_dir
-        return create_dataset(args.dataset, root=root, split=split, **options)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f'data set \'{args.dataset}\': {error}; pip install "timm-depla[stream]"') from error
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if kind:
-            raise ConfigError(f"cannot open the split '{split}' of '{args.dataset}': {error}") from error
-        raise ConfigError(
-            f"no classes with images for the split '{split}' in '{args.data_dir}': "
-            f'expected {Path(args.data_dir) / split}/CLASS/IMAGE'
-        ) from error
-
-
-def count_samples(args: Namespace, split: str) -> int:
-    """Count the images of a stream that does not tell: of local shards by their names, else by reading the stream.
-
-    Raises:
-        ConfigError: If its shards are not local files.
-    """
-    if not args.dataset.lower().startswith('wds/'):
-        import datasets
-
-        builder = datasets.load_dataset_builder(args.dataset.partition('/')[2], cache_dir=args.data_dir)
-        return sum(1 for _ in builder.as_streaming_dataset(split=split))
-    reader = open_split(args, split).reader
-    suffixes = tuple(f'.{key}' for key in reader.input_key.split(';'))
-    total = 0
-    for name in reader.split_info.filenames:
-        path = Path(args.data_dir, name)
-        if not path.is_file():
-            raise ConfigError(f"the length of '{path}' is not known: give --train-num-samples")
-        with tarfile.open(path) as shard:
-            total += sum(member.name.lower().endswith(suffixes) for member in shard)
-    return total
-
-
-def class_names(dataset: Any) -> Any:
-    """The classes of a data set, by name or index; empty where it does not tell."""
-    reader = getattr(dataset, 'reader', None)
-    known = (getattr(reader, name, None) for name in ('class_to_idx', 'class_name_to_idx'))
-    return next(filter(None, known), None) or getattr(dataset, 'classes', ())
-
-
-def open_splits(args: Namespace) -> Tuple[Any, Any]:
-    """The training and the validation split.
-
-    Raises:
-        ConfigError: If one cannot be opened, both are the same folder, or their classes differ.
-    """
-    if args.dataset.lower().startswith(_STREAMS) and not args.train_num_samples:
-        try:
-            open_split(args, args.train_split, is_training=True)
-        except ConfigError as error:
-            if 'num_samples' not in str(error):
-                raise
-            args.train_num_samples = count_samples(args, args.train_split)
-            _logger.info('counted %d training images: --train-num-samples saves the counting', args.train_num_samples)
-    train_set, val_set = open_split(args, args.train_split, is_training=True), open_split(args, args.val_split)
-    train_reader, val_reader = getattr(train_set, 'reader', None), getattr(val_set, 'reader', None)
-    if not args.dataset and getattr(train_reader, 'root', 0) == getattr(val_reader, 'root', 1):
-        raise ConfigError(
-            f"training and validation would both read '{val_reader.root}': expected the folders "
-            f"'{args.train_split}' and '{args.val_split}' in '{args.data_dir}'"
-        )
-    classes = [set(class_names(dataset)) for dataset in (train_set, val_set)]
-    if classes[0] != classes[1]:
-        differing = map(str, sorted(classes[0] ^ classes[1], key=str))
-        raise ConfigError(f"the splits of '{args.data_dir}' differ in the classes {', '.join(islice(differing, 5))}")
-    return train_set, val_set
-
-
-def count_classes(args: Namespace, dataset: Any) -> int:
-    """The number of classes of a data set.
-
-    Raises:
-        ConfigError: If neither the data nor `args.num_classes` tells.
-    """
-    known = class_names(dataset)
-    if not (args.num_classes or known):
-        raise ConfigError(f"'{args.dataset}' does not say how many classes it has: give --num-classes")
-    return args.num_classes or len(known)
+__all__ = ['TrainLoader', 'create_val_loader', 'mixes']
 
 
 def mixes(args: Namespace) -> bool:

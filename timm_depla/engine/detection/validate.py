@@ -14,14 +14,14 @@ from timm_depla.data import UnreadableError
 from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import CocoDetection, evaluate_coco, to_results
 
-from .checkpoint import write_file
-from .detection_loaders import ValidationLoader, open_split
-from .errors import ConfigError
-from .evaluation import autocast
-from .models import load_weights
-from .report import progress
-from .validation import run_arguments
-from .world import Interrupt, World, setup_world
+from ..checkpoint import write_file
+from ..classification.validate import run_arguments
+from ..errors import ConfigError
+from ..models import load_weights
+from ..report import progress
+from ..setup import autocast
+from ..world import Interrupt, World, setup_world
+from .loaders import ValidationLoader, open_split
 
 __all__ = ['Evaluation', 'evaluate', 'validate']
 

@@ -1,0 +1,196 @@
+"""The flags of train.py and validate.py."""
+
+from functools import partial
+from typing import Dict
+
+from timm.utils import ParseKwargs
+
+from ..config import FlagParser
+from ..flags import (
+    add_device_args,
+    add_loading_args,
+    add_model_args,
+    add_optimizer_args,
+    add_run_args,
+    add_schedule_args,
+    group,
+)
+
+__all__ = ['LEFT_OUT', 'LEFT_OUT_OF_VALIDATION', 'create_train_parser', 'create_validate_parser']
+
+_JIT = 'TorchScript is deprecated: use --torchcompile'
+_LEFT_OUT_OF_BOTH = {
+    '--amp-impl': 'Apex is no longer kept up: --amp is torch.amp',
+    '--device-modules': 'no other accelerator than those that torch knows has been tried',
+    '--fast-norm': 'it is for layer and group norms, which these networks have not',
+    '--fuser': _JIT,
+    '--model-dtype': 'the weights stay in float32: use --amp --amp-dtype bfloat16',
+    '--no-prefetcher': "there is one way of loading, timm's prefetcher",
+    '--task': 'one label an image only',
+    '--target-format': 'one label an image only',
+    '--torchscript': _JIT,
+}
+LEFT_OUT = {
+    **_LEFT_OUT_OF_BOTH,
+    '--bn-eps': "an argument of EfficientNet's: use --model-kwargs",
+    '--bn-momentum': "an argument of EfficientNet's: use --model-kwargs",
+    '--drop-connect': 'timm deprecates it: use --drop-path',
+    '--kd-loss-type': "timm has one, 'kl'",
+    '--kd-student-feature-dim': 'timm finds it from the model',
+    '--kd-teacher-feature-dim': 'timm finds it from the model',
+    '--kd-token-distill-type': 'for transformers with a distillation token',
+    '--local_rank': 'torchrun and Slurm tell it through the environment',
+    '--loss': 'the loss follows from --smoothing, --mixup, --cutmix, --bce-loss and --jsd-loss',
+    '--model-ema-force-cpu': 'the average is validated each epoch, on the device',
+    '--naflex-loader': 'for transformers that take sequences of any length',
+    '--pretrained-cfg-overlay': 'use --pretrained-path, --num-classes and the data flags',
+    '--save-images': 'every batch can be made again from its position: see docs/training.md',
+    '--split-bn': 'its second set of norms is in no model that timm loads',
+    '--start-epoch': 'a checkpoint knows its position: use --resume',
+    '--synchronize-step': "reading each step's loss synchronises already, one step late",
+    '--train-size-schedule': 'one image size a run',
+    '--tta': 'it needs a loader that timm no longer has',
+    '--use-multi-epochs-loader': 'workers live for the whole run',
+    '--worker-seeding': 'random numbers follow from the position, not the worker',
+}
+"""Flags of timm's train.py that ours lacks, each with the reason."""
+LEFT_OUT_OF_VALIDATION = {
+    **_LEFT_OUT_OF_BOTH,
+    '--log-freq': 'a bar on a terminal, and the result in a log',
+    '--aot-autograd': 'use --torchcompile',
+    '--num-gpu': 'DataParallel is not kept up: validate one model on each device',
+    '--tf-preprocessing': 'it needs TensorFlow, for the first ports of its models',
+    '--use-ema': 'a checkpoint of ours holds the weights that were validated; files of weights load the average first',
+}
+"""Flags of timm's validate.py that ours lacks, each with the reason."""
+
+
+def _add_data_args(parser: FlagParser) -> None:
+    add = group(parser, 'data')
+    text = partial(add, type=str, default='')
+    text('--data-dir', default=None, metavar='DIR', help='data folder, or cache of a Hugging Face data set')
+    text('--dataset', metavar='NAME', help='wds/, hfds/NAME, hfids/NAME or torch/NAME (default: folder or tar)')
+    text('--class-map', metavar='FILE', help='file that maps class names to indices')
+    add('--dataset-download', help='download torch/ and hfids/ data sets')
+    add('--dataset-trust-remote-code', help='let Hugging Face data sets run their own code')
+    text('--input-img-mode', default=None, metavar='MODE', help='image mode (default: L for one channel, else RGB)')
+    text('--input-key', default=None, metavar='KEY', help='key of the image (wds/, hfds/, hfids/)')
+    text('--target-key', default=None, metavar='KEY', help='key of the class (wds/, hfds/, hfids/)')
+    add('-b', '--batch-size', type=int, default=128, metavar='N', help='images a step in each process')
+    add_loading_args(add)
+    add('--img-size', type=int, metavar='N', help="image size in pixels (default: the model's)")
+    add('--in-chans', type=int, metavar='N', help="image channels (default: the model's)")
+    add('--input-size', type=int, nargs=3, metavar='N', help='channels, height and width')
+    add('--crop-pct', type=float, metavar='X', help='centre crop for validation, share of the image')
+    add('--crop-mode', type=str, metavar='MODE', help='crop for validation: center, squash or border')
+    add('--mean', type=float, nargs='+', metavar='X', help="pixel mean (default: the model's)")
+    add('--std', type=float, nargs='+', metavar='X', help="pixel deviation (default: the model's)")
+    text('--interpolation', metavar='NAME', help="resizing (default: the model's)")
+
+
+def _add_augmentation_args(parser: FlagParser) -> None:
+    add = group(parser, 'augmentation and loss')
+    number = partial(add, type=float, metavar='X')
+    add('--no-aug', action='store_true', help='no augmentation')
+    add('--train-crop-mode', type=str, metavar='MODE', help='training crop: rrc, rkrc or rkrr (default: rrc)')
+    number('--scale', nargs=2, default=[0.08, 1.0], help='random crop, area')
+    number('--ratio', nargs=2, default=[3 / 4, 4 / 3], help='random crop, aspect')
+    number('--hflip', default=0.5, help='probability of a horizontal flip')
+    number('--vflip', default=0.0, help='probability of a vertical flip')
+    number('--color-jitter', default=0.4, help='brightness, contrast, saturation')
+    number('--color-jitter-prob', help='probability of colour jitter (default: always)')
+    number('--grayscale-prob', default=0.0, help='probability of a grey image')
+    number('--gaussian-blur-prob', default=0.0, help='probability of blur')
+    add('--aa', type=str, metavar='POLICY', help='AutoAugment, RandAugment or AugMix policy, as timm names them')
+    number('--aug-repeats', default=0.0, help='times that a sample appears in the epoch, augmented anew')
+    add('--aug-splits', type=int, default=0, metavar='N', help='a clean and N - 1 augmented copies of each batch')
+    add('--train-interpolation', type=str, default='random', metavar='NAME', help='resizing in training')
+    add('--resize-backend', default='pil', choices=['pil', 'torch'], help='torch is faster and rounds differently')
+    number('--reprob', default=0.0, help='probability of random erasing')
+    add('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='what fills an erased box')
+    add('--recount', type=int, default=1, metavar='N', help='boxes to erase, at most')
+    add('--resplit', help='leave the first augmentation split unerased')
+    number('--mixup', default=0.0, help='mixup alpha')
+    number('--cutmix', default=0.0, help='cutmix alpha')
+    number('--cutmix-minmax', nargs=2, help='smallest and largest side of the cutmix box, share of the image')
+    number('--mixup-prob', default=1.0, help='probability of mixing')
+    number('--mixup-switch-prob', default=0.5, help='probability of cutmix where mixup is on too')
+    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='what shares the mixing parameters')
+    add('--mixup-off-epoch', type=int, default=0, metavar='N', help='mix no more from this epoch on (0: always mix)')
+    number('--smoothing', default=0.1, help='label smoothing')
+    add('--bce-loss', help='binary cross-entropy')
+    add('--bce-sum', help='sum it over the classes instead of averaging')
+    number('--bce-target-thresh', help='binarise soft targets above this')
+    number('--bce-pos-weight', help='weight of the positive class')
+    add('--jsd-loss', help='Jensen-Shannon consistency between augmentation splits')
+
+
+def _add_distillation_args(parser: FlagParser) -> None:
+    add = group(parser, 'distillation')
+    number = partial(add, type=float, metavar='X')
+    add('--kd-model-name', type=str, metavar='RUN|MODEL', help='teacher: a run, a checkpoint or a pretrained model')
+    add('--kd-distill-type', default='logit', choices=['logit', 'feature'], help='what the student matches')
+    number('--distill-loss-weight', help='weight of the distillation loss')
+    number('--task-loss-weight', help='weight of the classification loss')
+    number('--kd-temperature', default=4.0, help='temperature of the soft targets')
+
+
+def _create_parser(
+    script: str, arguments: str, description: str, default_model: str, left_out: Dict[str, str]
+) -> FlagParser:
+    """What train.py and validate.py share."""
+    usage = f'{script} {arguments} [--FLAG VALUE ...]'
+    parser = FlagParser(script, usage, description, left_out=left_out)
+    parser.add_argument('-m', '--model', default=default_model, metavar='NAME', help='any model of timm or timm_depla')
+    parser.add_argument(
+        '--model-kwargs',
+        nargs='*',
+        default={},
+        action=ParseKwargs,
+        metavar='KEY=VALUE',
+        help="model arguments, as in depla=\"{'temperature': 0.5, 'bfn': 'adaptive'}\"",
+    )
+    _add_data_args(parser)
+    add_device_args(parser)
+    return parser
+
+
+def create_train_parser() -> FlagParser:
+    """The command line of train.py."""
+    description = 'Train an image classifier of timm or timm_depla; without a data folder, on the embedded digits.'
+    parser = _create_parser('train.py', '[DIR] [--recipe NAME]', description, 'resnet50_depla', LEFT_OUT)
+    parser.add_argument('data', nargs='?', metavar='DIR', help='data folder')
+    for add_args in (
+        add_model_args,
+        add_optimizer_args,
+        add_schedule_args,
+        _add_augmentation_args,
+        _add_distillation_args,
+    ):
+        add_args(parser)
+    add_run_args(parser, ['top1', 'top5', 'loss'], 'validation')
+    return parser
+
+
+def create_validate_parser() -> FlagParser:
+    """The command line of validate.py."""
+    description = 'Validate image classifiers: runs, checkpoints, and models with pretrained weights.'
+    parser = _create_parser('validate.py', 'RUN|CHECKPOINT|MODEL ...', description, '', LEFT_OUT_OF_VALIDATION)
+    parser.set_defaults(batch_size=256)
+    parser.add_argument('targets', nargs='*', metavar='RUN|CHECKPOINT|MODEL', help='what to validate, or wildcards')
+    add = group(parser, 'validation')
+    text = partial(add, type=str, default='')
+    text('--checkpoint', metavar='FILE', help='a checkpoint, or a file of weights of --model')
+    add('--pretrained', help='use the pretrained weights of --model (a model without a checkpoint always does)')
+    text('--split', '--val-split', dest='val_split', default='validation', metavar='NAME', help='validation split')
+    add('--val-num-samples', type=int, metavar='N', help='images of a streaming data set')
+    add('--num-classes', type=int, metavar='N', help='classes of a file of weights')
+    add('--gp', type=str, metavar='POOL', help='global pooling: avg, max, avgmax or catavgmax')
+    add('--use-train-size', help="the model's training size even where its cfg names a test size")
+    add('--test-pool', help='pool over windows of the training size where images are larger')
+    text('--real-labels', metavar='FILE', help="ImageNet's reassessed labels (JSON)")
+    text('--valid-labels', metavar='FILE', help='class indices to choose among, one a line')
+    add('--retry', help='halve the batch and try again where memory runs out')
+    text('--results-file', metavar='FILE', help='write the table of results')
+    add('--results-format', default='csv', choices=['csv', 'json'], help='its format')
+    return parser
