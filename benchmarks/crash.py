@@ -20,11 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List
 
-import torch
-
 from timm_depla.data import digits_folder
 from timm_depla.data.scenes import scenes_folder
-from timm_depla.engine.checkpoint import find_damage
+from timm_depla.engine.checkpoint import differences
 
 from .record import table
 
@@ -99,27 +97,6 @@ def kill(process: subprocess.Popen, count: int, run: Path, seed: int) -> str:
     end(process, ranks)
     name = f'rank {ranks.index(hit[0])}' if len(hit) < count else 'all ranks' if count > 1 else 'the process'
     return f'{name} {"during a write" if during_write else "at any moment"}'
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two states are equal bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
-
-
-def differences(run: Path, reference: Path) -> List[str]:
-    """What differs between the ends of two runs."""
-    found = [str(folder) for folder in (run / 'last').resolve().parent.iterdir() if find_damage(folder)]
-    for name in ('summary.csv', 'last/model.safetensors', 'best/model.safetensors'):
-        if (run / name).read_bytes() != (reference / name).read_bytes():
-            found.append(name)
-    a, b = (torch.load(folder / 'last' / 'state.pt', weights_only=True) for folder in (run, reference))
-    return found + [key for key in a.keys() | b.keys() if not same(a.get(key), b.get(key))]
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:

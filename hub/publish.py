@@ -25,7 +25,6 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 import timm_depla
-from benchmarks.record import create_record
 from timm_depla import detection
 from timm_depla.data import digits_folder
 from timm_depla.engine.checkpoint import find_damage
@@ -35,6 +34,7 @@ from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.models import load_model
 from timm_depla.engine.plan import count_cost
+from timm_depla.engine.record import create_record
 from timm_depla.engine.run import CHANGE_NOTHING
 from timm_depla.engine.world import run_command
 

@@ -19,13 +19,12 @@ from safetensors.torch import load_file, save_file
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 import timm_depla  # noqa: F401  (registers the models)
-from benchmarks.crash import differences
 from timm_depla.data import scenes
 from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import METRICS, CocoDetection, evaluate_coco
 from timm_depla.detection.predict import draw_detections, predict, read_image
 from timm_depla.engine import run
-from timm_depla.engine.checkpoint import list_checkpoints
+from timm_depla.engine.checkpoint import differences, list_checkpoints
 from timm_depla.engine.config import list_recipes, parse_args
 from timm_depla.engine.detection.flags import (
     LEFT_OUT_OF_DETECTION,

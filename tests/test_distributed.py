@@ -1,6 +1,5 @@
 """Two processes, by torchrun."""
 
-import argparse
 import csv
 import os
 import re
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import crash
 from timm_depla.data import digits_folder
 from timm_depla.engine.classification.flags import create_validate_parser
 from timm_depla.engine.classification.validate import validate
@@ -71,15 +69,6 @@ def test_error_names_the_rank(tmp_path):
     result = torchrun(ROOT / 'train.py', tmp_path / 'nowhere')
     assert result.returncode != 0
     assert re.search(r"train.py \(rank [01]\): error: no data folder '.*nowhere'", result.stderr)
-
-
-@pytest.mark.parametrize('processes', [1, 2])
-def test_kills(processes):
-    """A kill during a write; `python -m benchmarks crash` has many, at any moment."""
-    results = crash.run(argparse.Namespace(task='classification', kills=1, processes=processes, max_workers=2, seed=3))
-    assert results['kills'] == 1
-    assert results['different'] == []
-    assert results['identical'] == results['runs'] == 1
 
 
 def test_bad_device(run):

@@ -1,7 +1,5 @@
 """The study of docs/evidence.md: its data, its networks, its statistics, and that a run gives its number again."""
 
-import json
-
 import numpy as np
 import pytest
 import timm
@@ -16,7 +14,7 @@ def small(tmp_path, monkeypatch):
     """A study of few images, with its own records."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setattr(scattered, 'IMAGES', {'train': 80, 'validation': 40})
-    monkeypatch.setattr(study, 'RECORDS', tmp_path / 'records')
+    monkeypatch.setattr(study, 'RECORDS', tmp_path / 'records.jsonl')
     recipe = tmp_path / 'small.yaml'
     recipe.write_text(f'base: {study.RECIPE}\nepochs: 1\nwarmup_epochs: 0\nimg_size: 64\nbatch_size: 40\n')
     monkeypatch.setattr(study, 'RECIPE', recipe)
@@ -62,10 +60,9 @@ def test_a_run_gives_its_number_again(small):
 
 def fake(arm, seed, rate, top1):
     """Put a run on record."""
-    study.RECORDS.mkdir(exist_ok=True)
     results = {report.TOP1: [0.0, top1], report.LOSS: [1.0, 0.25]}
     results |= {f'eval_{kind}{name}': [0.0, top1 / 100] for kind in ('', 'mask_') for name in report.DETECTION}
-    study._path((arm, seed, rate)).write_text(json.dumps(dict(results=results)))
+    study.save(dict(arm=arm, seed=seed, lr=rate, results=results))
 
 
 def test_grid_goes_on_beyond_a_best_rate_at_its_edge(small):

@@ -1,6 +1,7 @@
 """Imports point one way: engine -> data, detection, models -> layers; see the layout in CONTRIBUTING.md."""
 
 import ast
+import re
 from pathlib import Path
 
 import timm_depla
@@ -10,7 +11,7 @@ ALLOWED = {
     'models': {'layers'},
     'data': set(),
     'detection': {'layers'},
-    'engine': {'data', 'detection', 'models', 'layers'},
+    'engine': {'data', 'detection', 'models', 'layers', 'version'},
     'recipes': set(),
 }
 
@@ -42,3 +43,9 @@ def test_imports_point_one_way():
         for path in (root / part).rglob('*.py'):
             extra = set(imported_parts(path, root)) - allowed - {part}
             assert not extra, f'{path} imports {extra}'
+
+
+def test_nothing_imports_the_benchmarks():
+    root = Path(timm_depla.__file__).parent.parent
+    for path in [*root.glob('*.py'), *root.glob('hub/*.py'), *root.glob('timm_depla/**/*.py')]:
+        assert not re.search(r'^\s*(from|import) benchmarks', path.read_text(), re.MULTILINE), path

@@ -18,9 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import timm_depla  # noqa: F401  (registers the models)
-from benchmarks.crash import differences
 from timm_depla.engine import checkpoint, run
-from timm_depla.engine.checkpoint import list_checkpoints
+from timm_depla.engine.checkpoint import differences, list_checkpoints
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args

@@ -10,7 +10,7 @@ from . import study
 from .arms import ARMS
 
 SEEDS = (300, 301, 302)
-FIRST = study.RECORDS / 'first'  # runs of the first version, by the same command at commit 56482af
+FIRST = study.RECORDS.with_name('first.jsonl')  # runs of the first version, by the same command at commit 56482af
 RATES = study.RATES[2:]
 HOSTS = ('base', 'fishnet')
 

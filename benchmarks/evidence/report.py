@@ -192,7 +192,7 @@ def plot() -> None:
     import matplotlib
     from matplotlib import pyplot as plt
 
-    matplotlib.rcParams['svg.hashsalt'] = ''  # the same file of the same records
+    matplotlib.rcParams.update({'svg.hashsalt': '', 'svg.fonttype': 'none'})  # the same file of the same records
     panels: Dict[str, Dict[str, Tuple[float, float]]] = {}
     for name, arm in ARMS.items():
         base = ARMS[arm.base].label

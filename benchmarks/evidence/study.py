@@ -16,13 +16,13 @@ from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection import train as detection
 from timm_depla.engine.detection.flags import create_detection_parser
+from timm_depla.engine.record import create_record
 
-from .. import record
 from . import scattered
 from .arms import ARMS
 
 RECIPE = Path(__file__).with_name('scattered.yaml')
-RECORDS = Path(__file__).parent / 'records'
+RECORDS = Path(__file__).with_name('records.jsonl')  # a line a run
 # Learning rates of the classifiers, of which each arm takes its best.
 RATES = (0.001, 0.003, 0.009, 0.027, 0.081, 0.243)
 FIRST_RATES = (1, 4)  # slice that every arm tries; it goes on beyond until the best is inside
@@ -32,15 +32,17 @@ SEEDS = {'classification': (0, 1, 2, 3, 4), 'detection': (0, 1, 2)}
 Job = Tuple[str, int, Optional[float]]  # arm, seed, learning rate
 
 
-def _path(job: Job, folder: Optional[Path] = None) -> Path:
-    arm, seed, rate = job
-    return (folder or RECORDS) / f'{arm}{"" if rate is None else f"-lr{rate}"}-seed{seed}.json'
+def load(job: Job, records: Optional[Path] = None) -> Optional[Dict[str, Any]]:
+    """A run's record, the newest if there are more."""
+    path = records or RECORDS
+    runs = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
+    return next((run for run in reversed(list(runs)) if (run['arm'], run['seed'], run['lr']) == job), None)
 
 
-def load(job: Job, folder: Optional[Path] = None) -> Optional[Dict[str, Any]]:
-    """A run's record, if there is one."""
-    path = _path(job, folder)
-    return json.loads(path.read_text()) if path.is_file() else None
+def save(run: Dict[str, Any]) -> None:
+    """Add a run to the records."""
+    with RECORDS.open('a') as file:
+        file.write(json.dumps(run) + '\n')
 
 
 def tuning(arm: str) -> Dict[float, Optional[float]]:
@@ -97,9 +99,8 @@ def train(job: Job) -> Dict[str, Any]:
         if key == 'train_loss' or key.startswith('eval_')
     }
     command = f'python -m benchmarks.evidence train {name} --seed {seed}' + (f' --lr {rate}' if rate else '')
-    RECORDS.mkdir(exist_ok=True)
-    entry = record.create_record(command, results, arm=name, seed=seed, lr=rate)
-    _path(job).write_text(json.dumps(entry, indent=1) + '\n')
+    entry = create_record(command, results, arm=name, seed=seed, lr=rate)
+    save(entry)
     return entry
 
 

@@ -15,11 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
 
+import torch
+
 from .errors import TrainingError
 
 __all__ = [
     'BackgroundWriter',
     'checkpoint_name',
+    'differences',
     'find_damage',
     'link',
     'list_checkpoints',
@@ -164,6 +167,27 @@ def prune(run: Path, keep: Iterable[str]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     for scratch in (run / 'checkpoints').glob('.*.part'):
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two states are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b or (a != a and b != b)
+
+
+def differences(run: Path, reference: Path) -> List[str]:
+    """What differs between the ends of two runs."""
+    found = [str(folder) for folder in (run / 'last').resolve().parent.iterdir() if find_damage(folder)]
+    for name in ('summary.csv', 'last/model.safetensors', 'best/model.safetensors'):
+        if (run / name).read_bytes() != (reference / name).read_bytes():
+            found.append(name)
+    a, b = (torch.load(folder / 'last' / 'state.pt', weights_only=True) for folder in (run, reference))
+    return found + [key for key in a.keys() | b.keys() if not _same(a.get(key), b.get(key))]
 
 
 class BackgroundWriter:
