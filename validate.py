@@ -3,13 +3,13 @@
 
 import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.engine.classification.flags import create_validate_parser
-from timm_depla.engine.classification.validate import validate_all
+from timm_depla.engine.classification.validate import validate
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.world import run_command
 
 
 def main() -> None:
-    validate_all(parse_args(create_validate_parser()))
+    validate(parse_args(create_validate_parser()))
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ import timm_depla
 from timm_depla import detection
 from timm_depla.data import digits_folder
 from timm_depla.engine.checkpoint import find_damage
-from timm_depla.engine.classification import validate as validation
+from timm_depla.engine.classification import validate as classification
 from timm_depla.engine.classification.flags import create_validate_parser
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError, require
@@ -106,7 +106,7 @@ def evaluate(folder: Path, is_detector: bool) -> Dict[str, Any]:
         evaluation = validate(parse_args(create_detection_validate_parser(), argv))
         seconds = time.perf_counter() - start
         return {**evaluation.scores, 'images': evaluation.images, 'images_per_second': evaluation.images / seconds}
-    metrics = validation.measure(parse_args(create_validate_parser(), argv), str(folder))
+    (metrics,) = classification.validate(parse_args(create_validate_parser(), argv))
     return {key: metrics[key] for key in ('top1', 'top5', 'loss', 'images', 'images_per_second')}
 
 

@@ -49,7 +49,7 @@ def run(tmp_path_factory):
 
 def test_validation_counts_as_one_process_does(run):
     row = list(csv.DictReader((run / 'summary.csv').open()))[-1]
-    result = validate(parse_args(create_validate_parser(), [str(run / 'last')]), str(run / 'last'))
+    (result,) = validate(parse_args(create_validate_parser(), [str(run / 'last')]))
     assert 0 < result['top1'] < 100
     assert result['top1'] == round(float(row['eval_top1']), 4)
     assert result['top5'] == round(float(row['eval_top5']), 4)
@@ -74,4 +74,4 @@ def test_error_names_the_rank(tmp_path):
 def test_bad_device(run):
     args = parse_args(create_validate_parser(), [str(run), '--device', 'nothing', '--data-dir', str(digits_folder())])
     with pytest.raises(ConfigError, match="cannot use device 'nothing'"):
-        validate(args, str(run))
+        validate(args)

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.data import digits_folder
+from timm_depla.engine.classification import validate as validation
 from timm_depla.engine.classification.flags import create_train_parser, create_validate_parser
 from timm_depla.engine.classification.train import train
-from timm_depla.engine.classification.validate import validate_all
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError
 
@@ -29,7 +29,7 @@ def run(tmp_path_factory):
 
 
 def validate(*argv):
-    return validate_all(parse_args(create_validate_parser(), [str(a) for a in ['--workers', 0, *argv]]))
+    return validation.validate(parse_args(create_validate_parser(), [str(a) for a in ['--workers', 0, *argv]]))
 
 
 def scores(row):
@@ -132,8 +132,6 @@ def test_valid_labels(run, tmp_path):
 
 def test_memory_runs_out(run, monkeypatch, caplog):
     """--retry halves the batch; without it the message says so."""
-    from timm_depla.engine.classification import validate as validation
-
     evaluate = validation.evaluate
 
     def small_memory(model, loader, *args, **kwargs):

@@ -28,9 +28,15 @@ from ..world import Interrupt, World, setup_world
 from .datasets import class_names, count_classes, open_split
 from .loaders import create_val_loader
 
-__all__ = ['evaluate', 'measure', 'validate', 'validate_all']
+__all__ = ['evaluate', 'validate']
 
 _logger = logging.getLogger(__name__)
+
+TABLE = (
+    'model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation',
+    'images_per_second',
+)  # fmt: skip
+"""Columns of timm's table of results."""
 
 
 @torch.inference_mode()
@@ -119,27 +125,27 @@ def find_targets(args: Namespace) -> List[str]:
     return found
 
 
-def _scoring(args: Namespace, dataset: Any) -> Optional[Callable[[torch.Tensor], torch.Tensor]]:
-    """What to do with each batch's logits before they are scored."""
+def _scoring(args: Namespace, dataset: Any) -> Tuple[Optional[Callable], Optional[RealLabelsImagenet]]:
+    """What to do with each batch's logits before they are scored; and what scores by the reassessed labels."""
     if args.valid_labels:
         try:
             valid = [int(line) for line in Path(args.valid_labels).read_text().split()]
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read --valid-labels '{args.valid_labels}': {error}") from error
-        return lambda logits: logits[:, valid]
-    if args.real_labels:
-        try:
-            args.real = RealLabelsImagenet(dataset.filenames(basename=True), real_json=args.real_labels)
-        except (AssertionError, AttributeError, OSError, ValueError) as error:
-            message = f"--real-labels '{args.real_labels}' does not fit the images: {error or 'another number of them'}"
-            raise ConfigError(message) from error
+        return (lambda logits: logits[:, valid]), None
+    if not args.real_labels:
+        return None, None
+    try:
+        real = RealLabelsImagenet(dataset.filenames(basename=True), real_json=args.real_labels)
+    except (AssertionError, AttributeError, OSError, ValueError) as error:
+        message = f"--real-labels '{args.real_labels}' does not fit the images: {error or 'another number of them'}"
+        raise ConfigError(message) from error
 
-        def observe(logits: torch.Tensor) -> torch.Tensor:
-            args.real.add_result(logits)
-            return logits
+    def observe(logits: torch.Tensor) -> torch.Tensor:
+        real.add_result(logits)
+        return logits
 
-        return observe
-    return None
+    return observe, real
 
 
 def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
@@ -168,17 +174,8 @@ def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
     return dataset, model
 
 
-def measure(args: Namespace, target: str, world: Optional[World] = None) -> Dict[str, Any]:
-    """Measure a run, a checkpoint or a model on `args.data_dir`, by default on the data that its run was trained with.
-
-    Returns:
-        `loss`, `top1` and `top5` in percent, `images`, `images_per_second`, `parameters`, and timm's `data_config`.
-
-    Raises:
-        ConfigError: If the target does not load, the data is not to be found, or their classes do not match.
-    """
-    args = Namespace(**{**vars(args), 'train_num_samples': None, 'seed': 0})
-    world = world or setup_world(args.device)
+def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
+    """A target's row of `validate`."""
     dataset, model = _open(args, target)
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
     parameters = sum(p.numel() for p in model.parameters())
@@ -188,44 +185,41 @@ def measure(args: Namespace, target: str, world: Optional[World] = None) -> Dict
     model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
-    observe = _scoring(args, dataset)
+    observe, real = _scoring(args, dataset)
     loader = create_val_loader(args, dataset, data_config, world)
     start = time.perf_counter()
     metrics = evaluate(model, loader, args, world, observe=observe)
     rate = metrics['count'] / (time.perf_counter() - start)
     loader.unreadable.collect(wait=True)
-    images = int(metrics.pop('count'))
-    if args.real_labels:
-        metrics.update(top1=args.real.get_accuracy(k=1), top5=args.real.get_accuracy(k=5))
-    scores = f'top-1 {metrics["top1"]:.2f}  top-5 {metrics["top5"]:.2f}  loss {metrics["loss"]:.3f}'
+    if real is not None:
+        metrics.update(top1=real.get_accuracy(k=1), top5=real.get_accuracy(k=5))
+    top1, top5, loss, images = (metrics[key] for key in ('top1', 'top5', 'loss', 'count'))
+    scores = f'top-1 {top1:.2f}  top-5 {top5:.2f}  loss {loss:.3f}'
     data = args.data_dir or args.dataset
     _logger.info('%s on %s, %d images: %s  %.0f images/s', target, data, images, scores, rate)
-    return dict(metrics, images=images, images_per_second=rate, parameters=parameters, data_config=data_config)
-
-
-def validate(args: Namespace, target: str, world: Optional[World] = None) -> Dict[str, Any]:
-    """As `measure`, as a row of timm's table of results."""
-    found = measure(args, target, world)
     return dict(
         model=target,
-        top1=round(found['top1'], 4),
-        top1_err=round(100 - found['top1'], 4),
-        top5=round(found['top5'], 4),
-        top5_err=round(100 - found['top5'], 4),
-        param_count=round(found['parameters'] / 1e6, 2),
-        img_size=found['data_config']['input_size'][-1],
-        crop_pct=found['data_config']['crop_pct'],
-        interpolation=found['data_config']['interpolation'],
-        images_per_second=round(found['images_per_second'], 1),
+        top1=round(top1, 4),
+        top1_err=round(100 - top1, 4),
+        top5=round(top5, 4),
+        top5_err=round(100 - top5, 4),
+        param_count=round(parameters / 1e6, 2),
+        img_size=data_config['input_size'][-1],
+        crop_pct=data_config['crop_pct'],
+        interpolation=data_config['interpolation'],
+        images_per_second=round(rate, 1),
+        loss=loss,
+        images=int(images),
     )
 
 
-def _validate_with_retry(args: Namespace, target: str, world: World) -> Dict[str, Any]:
-    """As `validate`, with a smaller batch where memory runs out and `args.retry` allows."""
+def _validate_target(args: Namespace, target: str, world: World) -> Dict[str, Any]:
+    """A target's row, with a smaller batch where memory runs out and `args.retry` allows."""
     batch_size = args.batch_size
     while True:
+        own_args = {**vars(args), 'batch_size': batch_size, 'train_num_samples': None, 'seed': 0}
         try:
-            return validate(Namespace(**{**vars(args), 'batch_size': batch_size}), target, world)
+            return _measure(Namespace(**own_args), target, world)
         except torch.OutOfMemoryError as error:
             smaller = decay_batch_step(batch_size)
             if not (args.retry and smaller and check_batch_size_retry(str(error))):
@@ -236,16 +230,22 @@ def _validate_with_retry(args: Namespace, target: str, world: World) -> Dict[str
             batch_size = smaller
 
 
-def validate_all(args: Namespace) -> List[Dict[str, Any]]:
+def validate(args: Namespace) -> List[Dict[str, Any]]:
     """Validate every target; several make a table, best first, in which one's failure does not stop the others.
 
+    Without `args.data_dir` each is validated on the data that its run was trained with.
+
+    Returns:
+        A row of timm's table of results for each (percent, millions of parameters), and `loss` and `images`.
+
     Raises:
-        ConfigError: If a single target fails, or all do.
+        ConfigError: If a single target fails, or all do: it does not load, the data is not to be found, or their
+            classes do not match.
     """
     targets, world, rows = find_targets(args), setup_world(args.device), []
     for target in targets:
         try:
-            rows.append(_validate_with_retry(args, target, world))
+            rows.append(_validate_target(args, target, world))
         except UserError as error:
             if len(targets) == 1:
                 raise
@@ -253,13 +253,14 @@ def validate_all(args: Namespace) -> List[Dict[str, Any]]:
     if not rows:
         raise ConfigError(f'none of the {len(targets)} models could be validated')
     rows.sort(key=lambda row: row['top1'], reverse=True)
+    table = [{key: row[key] for key in TABLE} for row in rows]
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator='\n')
+    writer = csv.DictWriter(text, TABLE, lineterminator='\n')
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(table)
     if len(targets) > 1:
         print(text.getvalue(), end='', flush=True)
     if args.results_file:
-        table = text.getvalue() if args.results_format == 'csv' else json.dumps(rows, indent=4) + '\n'
-        write_file(Path(args.results_file), table.encode())
+        content = text.getvalue() if args.results_format == 'csv' else json.dumps(table, indent=4) + '\n'
+        write_file(Path(args.results_file), content.encode())
     return rows
