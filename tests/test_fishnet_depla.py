@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_depla.layers import Depla
 from timm_depla.models import load_trunk
-from timm_depla.models.fishnet_depla import join_sharing_memory
+from timm_depla.models.fishnet_blocks import join_sharing_memory
 
 FOLDER = Path(__file__).parent / 'fishnet'
 MODELS = timm.list_models(module='fishnet_depla')
