@@ -116,7 +116,6 @@ def literal(block, identity, candidate, num_groups, pooled_chs, maps_per_group, 
 @pytest.mark.parametrize('keep_candidate', [False, True])
 @pytest.mark.parametrize('bfn', BFNS)
 def test_matches_literal_transcription(bfn, keep_candidate, temperature, sizes):
-    torch.manual_seed(0)
     kwargs = dict(ARGS, temperature=temperature, bfn=bfn, keep_candidate=keep_candidate)
     candidate_chs = 6 if keep_candidate else 5
     block = randomized(Depla(6, candidate_chs, **kwargs))
@@ -131,7 +130,6 @@ def test_matches_literal_transcription(bfn, keep_candidate, temperature, sizes):
 @pytest.mark.parametrize('sizes', [((2, 3), (2, 3)), ((4, 3), (2, 2)), ((2, 2), (3, 4))])
 @pytest.mark.parametrize('bfn', BFNS)
 def test_gradcheck(bfn, sizes):
-    torch.manual_seed(0)
     block = randomized(Depla(4, 3, num_groups=2, pooled_chs=3, maps_per_group=2, bfn=bfn, temperature=0.5))
     x = torch.randn(1, 4, *sizes[0], dtype=torch.float64, requires_grad=True)
     y = torch.randn(1, 3, *sizes[1], dtype=torch.float64, requires_grad=True)
@@ -146,7 +144,6 @@ def test_gradcheck(bfn, sizes):
 
 @pytest.mark.parametrize('bfn', BFNS)
 def test_equivariant_to_shuffled_positions_and_batch(bfn):
-    torch.manual_seed(0)
     block = randomized(Depla(6, **ARGS, bfn=bfn))
     x, y = torch.randn(2, 3, 6, 4, 5).double()
     expected = block(x, y)
@@ -163,7 +160,6 @@ def test_equivariant_to_shuffled_positions_and_batch(bfn):
 @pytest.mark.parametrize('bfn', BFNS)
 def test_does_not_fade_with_resolution(bfn):
     """Repeating every pixel repeats every output pixel (ruling 4)."""
-    torch.manual_seed(0)
     block = randomized(Depla(6, **ARGS, bfn=bfn))
     x, y = torch.randn(2, 2, 6, 4, 5).double()
     larger = nn.Upsample(scale_factor=3)
@@ -171,7 +167,6 @@ def test_does_not_fade_with_resolution(bfn):
 
 
 def test_soft_rpn_maps_are_probabilities_and_temperature_divides_logits():
-    torch.manual_seed(0)
     x = torch.randn(2, 8, 6, 7)
     rpn, sharp = (SoftRPN(8, 5, 3, temperature, 'bilinear').eval() for temperature in (1.0, 0.25))
     sharp.logits.conv.weight.data.copy_(rpn.logits.conv.weight.data / 4)
@@ -183,7 +178,6 @@ def test_soft_rpn_maps_are_probabilities_and_temperature_divides_logits():
 
 
 def test_soft_roi_pool_is_a_weighted_sum():
-    torch.manual_seed(0)
     maps, values = torch.randn(2, 5, 3, 42).softmax(-1), torch.randn(2, 3, 4, 42)
     expected = torch.einsum('bldn,bdcn->blc', maps, values)
     torch.testing.assert_close(soft_roi_pool(maps, values.reshape(2, 12, 6, 7)), expected)
@@ -191,7 +185,6 @@ def test_soft_roi_pool_is_a_weighted_sum():
 
 @pytest.mark.parametrize('bfn', BFNS.values())
 def test_back_filling_heatmaps_are_probabilities(bfn):
-    torch.manual_seed(0)
     bfn = bfn(8, 5, 4, 3, 'bilinear', norm_layer=torch.nn.BatchNorm2d)
     identity, maps = torch.randn(2, 8, 6, 7), torch.rand(2, 5, 3, 42)
     features, heatmaps = bfn(identity, torch.randn(2, 5, 4), maps, identity)
@@ -204,7 +197,6 @@ def test_back_filling_heatmaps_are_probabilities(bfn):
 @pytest.mark.parametrize('temperature', [0.5, 1.0])
 @pytest.mark.parametrize('bfn', BFNS)
 def test_autocast_at_detection_size(bfn, temperature, dtype, bound):
-    torch.manual_seed(0)
     block = Depla(64, bfn=bfn, temperature=temperature)
     x, y = torch.randn(2, 1, 64, 256, 256)
     with torch.no_grad():
@@ -224,7 +216,6 @@ def test_autocast_at_detection_size(bfn, temperature, dtype, bound):
 @pytest.mark.parametrize('bfn', BFNS)
 def test_autocast_survives_one_hot_maps(bfn):
     """One pixel outshines 65,535 others: B * N is 65,536 there, more than float16 can hold."""
-    torch.manual_seed(0)
     block = Depla(64, bfn=bfn).train()
     x, y = torch.randn(2, 2, 64, 256, 256)
     x[:, :, 7, 9] *= 100
@@ -257,7 +248,6 @@ def test_memory_is_linear_in_positions(bfn):
 
 @pytest.mark.parametrize('bfn', BFNS)
 def test_script_and_compile(bfn):
-    torch.manual_seed(0)
     block = Depla(8, 6, **ARGS, bfn=bfn).eval()
     x, y = torch.randn(2, 8, 6, 8), torch.randn(2, 6, 3, 4)
     with torch.no_grad():
@@ -271,7 +261,6 @@ def test_script_and_compile(bfn):
 
 @pytest.mark.parametrize('bfn', BFNS)
 def test_export_with_dynamic_batch_and_size(bfn):
-    torch.manual_seed(0)
     block = Depla(8, **ARGS, bfn=bfn).eval()
     batch, height, width = (
         torch.export.Dim('batch'),
@@ -291,7 +280,6 @@ class MapNorm(nn.BatchNorm2d):
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('bfn', BFNS)
 def test_folded_norm_is_batch_norm_of_the_map(bfn, memory_format):
-    torch.manual_seed(0)
     folded = Depla(8, 6, **ARGS, bfn=bfn, temperature=0.2).double()
     plain = Depla(8, 6, **ARGS, bfn=bfn, temperature=0.2, norm_layer=MapNorm).double()
     plain.load_state_dict(folded.state_dict())
@@ -311,7 +299,6 @@ def test_folded_norm_is_batch_norm_of_the_map(bfn, memory_format):
 
 @pytest.mark.parametrize('norm_dtype', [torch.bfloat16, torch.float32])
 def test_half_precision_weights(norm_dtype):
-    torch.manual_seed(0)
     block = Depla(8).train()
     x, y = torch.randn(2, 3, 8, 6, 7)
     expected = block(x, y)
