@@ -113,3 +113,8 @@ def test_flags_are_documented():
 def test_validate_parser():
     args = create_validate_parser().parse_args(['run', '--data-dir', 'data', '-b', '3'])
     assert (args.targets, args.data_dir, args.batch_size, args.model) == (['run'], 'data', 3, '')
+
+
+def test_recipe_cannot_trust_code(recipe):
+    with pytest.raises(ConfigError, match="would run a data set's code"):
+        parse('--recipe', recipe('dataset_trust_remote_code: true'))

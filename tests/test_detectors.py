@@ -1,16 +1,25 @@
 """FPN-DEPLA against a literal transcription, and the detectors against torchvision's."""
 
+import json
 from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from safetensors.torch import save_file
 from test_depla import literal, randomized
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from timm_depla.detection import BackboneWithFPN, FeaturePyramidNetworkDepla, create_detector, list_detectors
+from timm_depla.detection import (
+    BackboneWithFPN,
+    FeaturePyramidNetworkDepla,
+    create_detector,
+    detector_config,
+    from_pretrained,
+    list_detectors,
+)
 
 ARGS = dict(num_groups=3, pooled_chs=4, maps_per_group=2)
 
@@ -173,3 +182,23 @@ def test_norms_of_the_backbone(norm):
 def test_bad_argument(name, kwargs, error, message):
     with pytest.raises(error, match=message):
         create_detector(name, **kwargs)
+
+
+@pytest.mark.parametrize(
+    'model_args',
+    [
+        dict(pretrained_backbone=True),
+        dict(backbone_kwargs=dict(pretrained_cfg_overlay=dict(url='http://localhost/x.pth'))),
+        dict(backbone_kwargs=dict(checkpoint_path='/x.pth')),
+    ],
+)
+def test_published_detector_fetches_nothing(model_args, tmp_path):
+    config = json.loads(detector_config('fasterrcnn_test_resnet_fpn', ['a'], [1], model_args))
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    save_file({'x': torch.zeros(1)}, tmp_path / 'model.safetensors')
+    with pytest.raises(ValueError, match='would load weights from elsewhere by'):
+        from_pretrained(tmp_path)
+    config['model_args'] = [1]
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match='its model_args are no mapping'):
+        from_pretrained(tmp_path)

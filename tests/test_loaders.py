@@ -14,7 +14,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla.data import TensorResizedCrop, read_image, read_pixels
-from timm_depla.engine.classification.datasets import count_classes, open_splits
+from timm_depla.engine.classification.datasets import check_source, count_classes, open_splits
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.loaders import TrainLoader, create_val_loader
 from timm_depla.engine.config import parse_args
@@ -244,3 +244,19 @@ def test_bad_data_arguments(argv, message, flags):
 def test_stream_refuses_what_needs_random_access(flags):
     with pytest.raises(ConfigError, match='need a data set with random access'):
         load(arguments(*flags['hfids'], '--aug-repeats', 2))
+
+
+@pytest.mark.parametrize(
+    'source',
+    ['pipe:id', ' PIPE:id', 'file:/etc/passwd', 'ais://x', "https://host/a'; id; '", 'https://host/$(id)', 'hf://a b'],
+)
+def test_stream_that_a_shell_would_read_is_refused(source):
+    with pytest.raises(ConfigError, match='is not read: '):
+        check_source(source)
+
+
+@pytest.mark.parametrize(
+    'source', ['', '/data/shards', 'https://host/t-{000..127}.tar', 'hf://datasets/a/b', 's3://b/1']
+)
+def test_stream_that_may_be_read(source):
+    check_source(source)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import save_file
 
 import timm_depla  # noqa: F401  (registers the models)
@@ -155,3 +156,33 @@ def test_bad_arguments(run, tmp_path):
         validate(tmp_path, tmp_path / 'nowhere', '--data-dir', digits_folder())
     with pytest.raises(ConfigError, match="'--tf-preprocessing' of timm is not here"):
         validate(run, '--tf-preprocessing')
+
+
+@pytest.mark.parametrize('place', ['run', 'best', 'parent'])
+def test_a_shared_run_runs_no_command(run, place, tmp_path):
+    """An args.yaml whose data webdataset would hand to a shell."""
+    planted = tmp_path / 'planted'
+    shutil.copytree(run, planted, symlinks=True)
+    arguments = yaml.safe_load((run / 'args.yaml').read_text())
+    arguments.update(dataset='wds/', data_dir=f'pipe:touch {tmp_path}/executed #://')
+    (planted / 'args.yaml').write_text(yaml.safe_dump(arguments))
+    target = {'run': planted, 'best': planted / 'best', 'parent': planted / 'deeper' / 'weights'}[place]
+    if place == 'parent':
+        shutil.copytree((run / 'best').resolve(), target)
+    with pytest.raises(ConfigError, match=r'is no folder here: name the data|is no run folder'):
+        validate(target)
+    with pytest.raises(
+        ConfigError, match=r"'pipe:touch .*' is not read: a stream is a local folder or one of https://"
+    ):
+        validate(target, '--dataset', 'wds/', '--data-dir', arguments['data_dir'])
+    with pytest.raises(ConfigError, match=r'is not read: a stream is a local folder'):
+        train(parse_args(create_train_parser(), ['--recipe', str(planted / 'args.yaml'), '--output', str(tmp_path)]))
+    assert not (tmp_path / 'executed').exists()
+
+
+@pytest.mark.parametrize('text', ['- a list', 'key: [', 'data_dir: *missing', '\x00'])
+def test_damaged_args_yaml(run, text, tmp_path):
+    shutil.copytree(run, tmp_path / 'run', symlinks=True)
+    (tmp_path / 'run' / 'args.yaml').write_text(text)
+    with pytest.raises(ConfigError, match=r'cannot read .*args.yaml'):
+        validate(tmp_path / 'run')

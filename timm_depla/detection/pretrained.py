@@ -15,6 +15,7 @@ from .rcnn import create_detector
 __all__ = ['detector_config', 'from_pretrained', 'is_detector']
 
 _LIBRARY = 'timm_depla'
+FETCHING = {'cache_dir', 'checkpoint_path', 'weights', 'weights_backbone'}  # and pretrained*: arguments that load
 _KEYS = {'architecture', 'num_classes', 'model_args', 'class_names', 'category_ids'}
 
 
@@ -55,6 +56,22 @@ def is_detector(folder: os.PathLike) -> bool:
     return False
 
 
+def _check_args(model_args: Any, source: Any) -> Dict[str, Any]:
+    """A published detector's arguments, which may shape the network and fetch nothing.
+
+    Raises:
+        ValueError: If one would load weights from a place of its choice, or they are no mapping.
+    """
+    if not isinstance(model_args, dict) or not isinstance(model_args.get('backbone_kwargs') or {}, dict):
+        raise ValueError(f"'{source}' cannot be read: its model_args are no mapping")
+    names = {*model_args, *(model_args.get('backbone_kwargs') or {})}
+    if fetching := sorted(name for name in names if name in FETCHING or name.startswith('pretrained')):
+        raise ValueError(
+            f"'{source}' would load weights from elsewhere by {fetching}: remove that from its config.json"
+        )
+    return model_args
+
+
 def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
     """Load a trained detector, for inference.
 
@@ -88,7 +105,7 @@ def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
         raise ValueError(f"'{source}' cannot be read: {error}") from error
     if config.get('library_name') != _LIBRARY or not config.keys() >= _KEYS:
         raise ValueError(f"'{source}' holds no detector but '{config.get('architecture')}'")
-    arguments = {**config['model_args'], **kwargs}
+    arguments = {**_check_args(config['model_args'], source), **kwargs}
     model = create_detector(config['architecture'], num_classes=config['num_classes'], **arguments)
     try:
         model.load_state_dict(weights)

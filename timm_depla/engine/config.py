@@ -100,6 +100,8 @@ def parse_args(
         for key in recipe:
             if key not in actions:
                 raise ConfigError(f"unknown key '{key}' in recipe '{name}'{closest(key, list(actions))}")
+        if recipe.get('dataset_trust_remote_code'):
+            raise ConfigError(f"recipe '{name}' would run a data set's code: give --dataset-trust-remote-code yourself")
         flags = [flag for key, value in recipe.items() for flag in _as_flags(actions[key], value)]
         checked = vars(parser.parse_args(flags))
         parser.set_defaults(**{**{key: checked[key] for key in recipe}, 'recipe': name})

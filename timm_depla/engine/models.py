@@ -7,6 +7,7 @@ from typing import Any, Dict, Optional, Sequence
 
 import timm
 import torch.nn as nn
+import yaml
 from timm.models._hub import save_config_for_hf
 
 from timm_depla.detection import is_detector
@@ -15,8 +16,9 @@ from timm_depla.models import load_trunk
 from .config import closest
 from .errors import ConfigError
 
-__all__ = ['create_model', 'load_model', 'load_weights', 'model_config']
+__all__ = ['create_model', 'load_model', 'load_weights', 'model_config', 'run_arguments', 'trained_data']
 
+DATA = ('dataset', 'data_dir', 'class_map', 'input_key', 'target_key', 'input_img_mode')  # arguments that tell the data
 _SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # timm's prefixes of a model's name
 
 
@@ -98,3 +100,44 @@ def load_weights(model: nn.Module, path: str, heads: Optional[Sequence[str]] = N
         return str(load_trunk(model, path, heads))
     except Exception as error:  # a file that is no checkpoint can make the unpickler raise anything
         raise ConfigError(f"cannot load '{path}': {error}") from error
+
+
+def run_arguments(target: str) -> Dict[str, Any]:
+    """The arguments of the run that a target is, or that a checkpoint or its file is of; none for other targets.
+
+    Raises:
+        ConfigError: If its args.yaml cannot be read.
+    """
+    path = Path(target.removeprefix('local-dir:')).resolve()
+    folder = path.parent if path.is_file() else path
+    file = (folder.parent.parent if folder.parent.name == 'checkpoints' else folder) / 'args.yaml'
+    if not file.is_file():
+        return {}
+    try:
+        arguments = yaml.safe_load(file.read_text())
+    except (OSError, RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read '{file}': {error}") from error
+    if not isinstance(arguments, dict):
+        raise ConfigError(f"cannot read '{file}': it is no mapping of arguments to values")
+    return arguments
+
+
+def trained_data(target: str) -> Dict[str, str]:
+    """The data of the target's run, as arguments; none for other targets.
+
+    A run can come from anybody: who shares one cannot choose what is fetched, so this is a local folder or nothing.
+
+    Raises:
+        ConfigError: If the run had other data, or its folder is not here.
+    """
+    found = run_arguments(target)
+    found = {key: found[key] for key in DATA if found.get(key)}
+    if not found:
+        return {}
+    kind, folder = str(found.get('dataset', '')), str(found.get('data_dir', ''))
+    if kind.partition('/')[0].lower() not in ('', 'torch', 'wds') or not Path(folder).is_dir():
+        raise ConfigError(
+            f"'{target}' was trained on '{f'{kind} {folder}'.strip()}', which is no folder here: name the data to "
+            'validate it on with --data-dir and --dataset'
+        )
+    return found

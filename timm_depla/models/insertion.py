@@ -170,6 +170,8 @@ def host_depla(
 
     Pretrained weights are the host's, by timm, or from a Hub repository or folder those of the whole.
     """
+    if fetching := {'checkpoint_path', 'has_weights'} & kwargs.keys():  # a config.json may not choose files to load
+        raise TypeError(f'unknown argument {sorted(fetching)}')
     if not timm.is_model(host):
         raise ValueError(f"host '{host}' is no model of timm; see timm.list_models()")
     is_whole = pretrained_cfg is not None and not isinstance(pretrained_cfg, str)

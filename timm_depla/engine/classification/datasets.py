@@ -1,6 +1,7 @@
 """The data sets of classification: folders, tar files, streams and what else timm names, opened and counted."""
 
 import logging
+import re
 import tarfile
 from argparse import Namespace
 from itertools import islice
@@ -18,6 +19,7 @@ __all__ = ['class_names', 'count_classes', 'find_data', 'open_split', 'open_spli
 _logger = logging.getLogger(__name__)
 
 _STREAMS = ('wds/', 'hfids/')
+SCHEMES = ('https', 'http', 'hf', 's3', 'gs')  # of streams; webdataset knows more, one of which runs any command
 
 
 def find_data(args: Namespace) -> str:
@@ -35,6 +37,20 @@ def find_data(args: Namespace) -> str:
         raise ConfigError(str(error)) from error
 
 
+def check_source(source: str) -> None:
+    """Refuse a stream whose address webdataset would run as a command, or hand to a shell.
+
+    Raises:
+        ConfigError: If its scheme is not one of `SCHEMES`, or it has characters that a shell reads.
+    """
+    scheme = re.match(r'\s*([A-Za-z][\w+.-]+):', source)
+    if scheme and scheme[1].lower() not in SCHEMES:
+        known = ', '.join(f'{name}://' for name in SCHEMES)
+        raise ConfigError(f"'{source}' is not read: a stream is a local folder or one of {known}")
+    if scheme and not re.fullmatch(r'[\w./:{}%,~@+=-]+', source):
+        raise ConfigError(f"'{source}' is not read: an address has letters, digits and ./:{{}}%,~@+=- alone")
+
+
 def open_split(args: Namespace, split: str, is_training: bool = False, epoch: int = 0) -> Any:
     """One split of the data: a folder or SPLIT.tar of images, or a data set that timm names.
 
@@ -45,11 +61,14 @@ def open_split(args: Namespace, split: str, is_training: bool = False, epoch: in
         epoch: The epoch of a stream.
 
     Raises:
-        ConfigError: If it cannot be opened.
+        ConfigError: If it cannot be opened, or is nothing that may be.
     """
     kind = args.dataset.partition('/')[0].lower()
     if kind == 'tfds':
         raise ConfigError('tfds/ reads by TensorFlow, whose order cannot be restored: convert to WebDataset')
+    if kind == 'wds':
+        check_source(str(args.data_dir or ''))
+        check_source(split)
     if kind in ('', 'wds') and not Path(args.data_dir or '').exists() and '://' not in str(args.data_dir):
         raise ConfigError(f"no data folder '{args.data_dir}'")
     number = args.train_num_samples if is_training else args.val_num_samples

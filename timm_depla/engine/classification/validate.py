@@ -12,7 +12,6 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import timm
 import torch
 import torch.nn as nn
-import yaml
 from timm.data import RealLabelsImagenet, resolve_data_config
 from timm.layers import apply_test_time_pool
 from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
@@ -21,7 +20,7 @@ from timm_depla.data import digits_folder
 
 from ..checkpoint import write_file
 from ..errors import ConfigError, UserError
-from ..models import load_model
+from ..models import load_model, run_arguments, trained_data
 from ..report import progress
 from ..setup import autocast
 from ..world import Interrupt, World, setup_world
@@ -87,13 +86,6 @@ def evaluate(
     }
 
 
-def run_arguments(target: str) -> Dict[str, Any]:
-    """The arguments of the run that a target is, or is in; none for other targets."""
-    path = Path(target.removeprefix('local-dir:')).resolve()
-    found = [folder / 'args.yaml' for folder in (path, *list(path.parents)[:3]) if (folder / 'args.yaml').is_file()]
-    return yaml.safe_load(found[0].read_text()) if found else {}
-
-
 def trained_on_digits(target: str) -> bool:
     """Whether a published folder says that it was trained on the embedded digits."""
     record = Path(target.removeprefix('local-dir:'), 'record.json')
@@ -151,15 +143,15 @@ def _scoring(args: Namespace, dataset: Any) -> Tuple[Optional[Callable], Optiona
 def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
     """The data set and the model; without data of their own, the arguments take the data of the target's run."""
     if args.data_dir is None and not args.dataset:
-        trained = run_arguments(target)
+        trained = trained_data(target)
         if not trained and trained_on_digits(target):
             trained = {'data_dir': str(digits_folder())}
         if not trained:
             raise ConfigError(
                 f"'{target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
             )
-        for key in ('dataset', 'data_dir', 'class_map', 'input_key', 'target_key', 'input_img_mode'):
-            setattr(args, key, getattr(args, key) or trained.get(key, getattr(args, key)))
+        for key, value in trained.items():
+            setattr(args, key, getattr(args, key) or value)
     dataset = open_split(args, args.val_split)
     options = dict(num_classes=args.num_classes, in_chans=args.in_chans, global_pool=args.gp)
     options = {key: value for key, value in options.items() if value is not None}
