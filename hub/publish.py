@@ -36,6 +36,7 @@ from timm_depla.engine.models import load_model
 from timm_depla.engine.plan import count_cost
 from timm_depla.engine.record import create_record
 from timm_depla.engine.run import CHANGE_NOTHING
+from timm_depla.engine.state import read_state
 from timm_depla.engine.world import run_command
 
 from .card import create_card
@@ -67,7 +68,7 @@ def find_checkpoint(source: str) -> Tuple[Path, Dict[str, Any]]:
     path = Path(source).resolve()
     folder = path if (path / 'config.json').is_file() else (path / 'best').resolve()
     arguments = folder.parent.parent / 'args.yaml'
-    if not (folder / 'state.pt').is_file() or not arguments.is_file():
+    if not (folder / 'record.json').is_file() or not arguments.is_file():
         raise ConfigError(f"'{source}' is no run of train.py or train_detection.py, and no checkpoint of one")
     damage = find_damage(folder)
     if damage is not None:
@@ -113,7 +114,7 @@ def evaluate(folder: Path, is_detector: bool) -> Dict[str, Any]:
 def candidates(checkpoint: Path, scratch: Path, uses_average: bool) -> Dict[str, Path]:
     """Folders that can be validated, by what their weights are."""
     found = {'average of the weights' if uses_average else 'weights': scratch / 'kept'}
-    plain = torch.load(checkpoint / 'state.pt', map_location='cpu', weights_only=True).get('trainable', {})
+    plain = read_state(checkpoint).get('trainable', {})
     kept = safetensors.torch.load_file(checkpoint / 'model.safetensors')
     if uses_average and plain.keys() == kept.keys():
         found['weights without averaging'] = scratch / 'plain'

@@ -1,10 +1,13 @@
 """Checkpoints are whole or not used."""
 
+import json
 import random
 import shutil
 
 import pytest
+import torch
 
+from timm_depla.checksums import list_sums
 from timm_depla.engine.checkpoint import (
     BackgroundWriter,
     checkpoint_name,
@@ -13,21 +16,28 @@ from timm_depla.engine.checkpoint import (
     list_checkpoints,
     newest_checkpoint,
     prune,
+    set_aside,
     write_checkpoint,
     write_file,
 )
 from timm_depla.engine.errors import TrainingError
+from timm_depla.engine.state import pack_state, read_state
 
-FILES = ('model.safetensors', 'config.json', 'record.json', 'state.pt')
+FILES = ('model.safetensors', 'config.json', 'record.json', 'state.json', 'state.safetensors')
+
+
+def files(epoch, fill=None):
+    """Content of a checkpoint at the start of an epoch, random where `fill` is None."""
+    draw = random.Random(epoch)
+    content = {name: draw.randbytes(draw.randint(50, 5000)) if fill is None else fill for name in FILES}
+    return {**content, 'record.json': json.dumps(dict(epoch=epoch, step=0)).encode()}
 
 
 @pytest.fixture
 def run(tmp_path):
     """Two checkpoints."""
-    draw = random.Random(0)
     for epoch in (1, 2):
-        files = {name: draw.randbytes(draw.randint(50, 5000)) for name in FILES}
-        write_checkpoint(tmp_path / 'checkpoints' / checkpoint_name(epoch, 0), files)
+        write_checkpoint(tmp_path / 'checkpoints' / checkpoint_name(epoch, 0), files(epoch))
     return tmp_path
 
 
@@ -56,30 +66,29 @@ def test_damage_anywhere_is_found(run, seed, caplog):
 
 def test_missing_file_is_damage(run):
     newest = newest_checkpoint(run)
-    (newest / 'state.pt').unlink()
-    assert 'state.pt' in find_damage(newest)
+    (newest / 'state.json').unlink()
+    assert 'state.json' in find_damage(newest)
     shutil.rmtree(newest)
     newest.mkdir()
     assert 'checksums.json' in find_damage(newest)
     (newest / 'checksums.json').write_text('{}')
-    assert find_damage(newest) == 'config.json, model.safetensors, record.json, state.pt missing'
+    assert find_damage(newest) == f'{", ".join(FILES)} missing'
 
 
 def test_damaged_checkpoint_is_written_anew(run):
     newest = newest_checkpoint(run)
-    (newest / 'state.pt').write_bytes(b'')
-    files = {name: b'new' for name in FILES}
-    write_checkpoint(newest, files)
+    (newest / 'state.json').write_bytes(b'')
+    write_checkpoint(newest, files(2, b'new'))
     assert find_damage(newest) is None
-    assert (newest / 'state.pt').read_bytes() == b'new'
-    write_checkpoint(newest, {name: b'other' for name in FILES})
-    assert (newest / 'state.pt').read_bytes() == b'new'  # a whole one stays
+    assert (newest / 'state.json').read_bytes() == b'new'
+    write_checkpoint(newest, files(2, b'other'))
+    assert (newest / 'state.json').read_bytes() == b'new'  # a whole one stays
 
 
 def test_links_and_pruning(run):
     checkpoints = run / 'checkpoints'
     for epoch in range(3, 7):
-        write_checkpoint(checkpoints / checkpoint_name(epoch, 0), {name: b'' for name in FILES})
+        write_checkpoint(checkpoints / checkpoint_name(epoch, 0), files(epoch, b''))
     link(run / 'best', checkpoints / checkpoint_name(2, 0))
     link(run / 'best', checkpoints / checkpoint_name(3, 0))
     assert (run / 'best').resolve() == (checkpoints / '0003-000000').resolve()
@@ -108,3 +117,67 @@ def test_background_writer_raises_at_the_next_call():
     with pytest.raises(TrainingError, match='no room'):
         writer.submit(fail)
     writer.wait()
+
+
+def test_only_exact_names_are_checkpoints(run):
+    """And they are sorted as numbers, and known by the position inside."""
+    checkpoints = run / 'checkpoints'
+    write_checkpoint(checkpoints / '10000-000000', files(10000))
+    write_checkpoint(checkpoints / '9999-000000', files(9999))
+    for name in ('3x-0y', '0001-000000.backup', '0001-00', '99999-000000.part', 'a0003-000000'):
+        shutil.copytree(checkpoints / '0001-000000', checkpoints / name)
+    names = ['10000-000000', '9999-000000', '0002-000000', '0001-000000']
+    assert [folder.name for folder in list_checkpoints(run)] == names
+    prune(run, [])
+    assert (checkpoints / '0001-000000.backup').is_dir() and len(list_checkpoints(run)) == 2
+
+
+def test_swapped_checkpoints_are_damaged(run, caplog):
+    checkpoints = run / 'checkpoints'
+    (checkpoints / '0002-000000').rename(checkpoints / 'other')
+    (checkpoints / '0001-000000').rename(checkpoints / '0002-000000')
+    assert find_damage(checkpoints / '0002-000000') == 'it is the checkpoint 0001-000000 under another name'
+    assert newest_checkpoint(run) is None
+
+
+def test_checkpoint_of_an_earlier_version(run):
+    newest = newest_checkpoint(run)
+    shutil.rmtree(newest)
+    old = {name: b'' for name in ('model.safetensors', 'config.json', 'record.json', 'state.pt')}
+    newest.mkdir()
+    for name, data in {**old, 'checksums.json': list_sums(old)}.items():
+        (newest / name).write_bytes(data)
+    assert 'of an earlier version, whose state was a pickle; start anew from its weights' in find_damage(newest)
+
+
+def test_set_aside(run):
+    write_checkpoint(run / 'checkpoints' / '0002-000007', files(2))
+    replaced = set_aside(run, 2, 0)
+    assert [path.name for path in replaced.iterdir()] == ['0002-000007'] and set_aside(run, 2, 0) is None
+    assert [folder.name for folder in list_checkpoints(run)] == ['0002-000000', '0001-000000']
+
+
+def test_state_comes_back_as_it_was(tmp_path):
+    state = {
+        'position': (1, 2),
+        'optimizer': {'state': {0: {'step': torch.tensor(3.0), 'm': torch.randn(2, 3)}}, 'groups': [(0.9, 1)]},
+        'floats': [0.1, float('inf'), 1e-300], 'none': None, 'flag': True, 'half': torch.ones(2, dtype=torch.bfloat16),
+    }  # fmt: skip
+    for name, data in pack_state(state).items():
+        (tmp_path / name).write_bytes(data)
+    assert not _differences(state, read_state(tmp_path))
+    with pytest.raises(TypeError, match='no state of type set'):
+        pack_state({'a': {1}})
+    for text in ('[]', '{"tensor": "9"}', '{"dict": 3}', '{', '1', '{"exec": []}'):
+        (tmp_path / 'state.json').write_text(text)
+        with pytest.raises(ValueError):
+            read_state(tmp_path)
+
+
+def _differences(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        return not (torch.equal(a, b) and a.dtype == b.dtype)
+    if isinstance(a, dict):
+        return list(a) != list(b) or any(_differences(a[key], b[key]) for key in a)
+    return any(map(_differences, a, b)) if isinstance(a, (list, tuple)) else a != b

@@ -36,6 +36,7 @@ from timm_depla.engine.detection.validate import validate
 from timm_depla.engine.errors import ConfigError, TrainingError
 from timm_depla.engine.models import load_model
 from timm_depla.engine.plan import learning_rates
+from timm_depla.engine.state import read_state
 from timm_depla.engine.world import World
 
 ROOT = Path(__file__).parent.parent
@@ -358,6 +359,6 @@ def test_left_out_flags_are_left_out():
 
 def test_weights_of_a_checkpoint_are_those_of_the_average(trained):
     weights = load_file(trained / 'last' / 'model.safetensors')
-    state = torch.load(trained / 'last' / 'state.pt', weights_only=True)
+    state = read_state(trained / 'last')
     assert weights.keys() == state['trainable'].keys()
     assert any(not torch.equal(weights[name], state['trainable'][name]) for name in weights)

@@ -10,8 +10,8 @@ ALLOWED = {
     'layers': set(),
     'models': {'layers'},
     'data': set(),
-    'detection': {'layers'},
-    'engine': {'data', 'detection', 'models', 'layers', 'version'},
+    'detection': {'checksums', 'layers'},
+    'engine': {'checksums', 'data', 'detection', 'models', 'layers', 'version'},
     'recipes': set(),
 }
 

@@ -24,6 +24,7 @@ from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError, TrainingError
+from timm_depla.engine.state import read_state
 
 ROOT = Path(__file__).parent.parent
 FAST = ['--recipe', 'digits', '--img-size', 32, '--batch-size', 8, '--epochs', 2, '--recovery-interval', 1,
@@ -129,7 +130,7 @@ def test_resume_refuses_another_training(images, tmp_path, caplog):
         fit(*args, '--model', 'test_resnet_depla', '--model-kwargs', "depla={'num_groups': 8}", '--resume-with-changes')
     assert fit(*args, '--batch-size', 4, '--weight-decay', 0.1, '--resume-with-changes') == 0
     assert 'going on with changes: batch size 8 -> 4; weight decay 0.0005 -> 0.1' in caplog.text
-    state = torch.load(tmp_path / 'run' / 'last' / 'state.pt', weights_only=True)
+    state = read_state(tmp_path / 'run' / 'last')
     assert state['optimizer']['param_groups'][-1]['weight_decay'] == 0.1
     assert state['position'] == (2, 0)
 
@@ -140,7 +141,7 @@ def test_changed_batch_keeps_the_images_seen(images, tmp_path, keep_all):
     go_back(tmp_path / 'run', tmp_path / 'back', '0001-000003')  # 24 images into the epoch
     fit(*args, '--experiment', 'back', '--resume', 'auto', '--batch-size', 4, '--resume-with-changes')
     names = [folder.name for folder in list_checkpoints(tmp_path / 'back')]
-    assert '0001-000007' in names and '0001-000006' not in names
+    assert '0001-000006' in names and '0001-000005' not in names  # where it goes on, and nothing before
 
 
 def test_resume_without_checkpoints(images, tmp_path):
@@ -150,8 +151,8 @@ def test_resume_without_checkpoints(images, tmp_path):
     with pytest.raises(ConfigError, match="nowhere' has no checkpoint to go on from"):
         fit(*args, '--resume', tmp_path / 'nowhere')
     assert fit(*args, '--experiment', 'new', '--resume', 'auto') == 0  # starts fresh
-    (tmp_path / 'new' / 'last' / 'state.pt').write_bytes(b'')
-    with pytest.raises(ConfigError, match=r'is no whole checkpoint .state.pt has 0 bytes'):
+    (tmp_path / 'new' / 'last' / 'state.json').write_bytes(b'')
+    with pytest.raises(ConfigError, match=r'is no whole checkpoint .state.json has 0 bytes'):
         fit(*args, '--resume', tmp_path / 'new' / 'last')
 
 
@@ -161,7 +162,7 @@ def test_damage_is_passed_over(seed, images, tmp_path, keep_all, caplog):
     args = [images, *FAST, '--output', tmp_path]
     fit(*args, '--experiment', 'whole')
     go_back(tmp_path / 'whole', tmp_path / 'back', '0001-000002')
-    file = tmp_path / 'back' / 'checkpoints' / '0001-000002' / ('state.pt', 'model.safetensors')[seed % 2]
+    file = tmp_path / 'back' / 'checkpoints' / '0001-000002' / ('state.safetensors', 'model.safetensors')[seed % 2]
     data = bytearray(file.read_bytes())
     data[len(data) * seed // 4] ^= 8
     file.write_bytes(data if seed < 2 else data[: len(data) // 2])
@@ -280,3 +281,23 @@ def test_unreadable_images(images, tmp_path, caplog):
     (tmp_path / 'data' / 'validation' / 'class0' / '03.png').write_bytes(b'')
     with pytest.raises(TrainingError, match=r"1 of the 20 images of the split 'validation' cannot be read"):
         fit(*args, '--experiment', 'validation')
+
+
+def test_another_training_from_an_older_checkpoint_does_not_mix_with_the_old(images, tmp_path, keep_all, caplog):
+    """The later checkpoints are set aside, and the folder is the new training's; without changes nothing is moved."""
+    args = [images, *FAST, '--output', tmp_path]
+    assert fit(*args, '--experiment', 'run') == 0
+    run_folder, old = tmp_path / 'run', tmp_path / 'run' / 'checkpoints' / '0001-000000'
+    whole = {path.name for path in list_checkpoints(run_folder)}
+    assert fit(*args, '--resume', old) == 0
+    assert {path.name for path in list_checkpoints(run_folder)} == whole
+    before = (run_folder / 'last' / 'model.safetensors').read_bytes()
+    with pytest.raises(ConfigError, match='with other arguments: without the state of the optimizer'):
+        fit(*args, '--resume', old, '--no-resume-opt')
+    assert fit(*args, '--resume', old, '--weight-decay', 0.1, '--resume-with-changes') == 0
+    (replaced,) = run_folder.glob('replaced-after-0001-000000-*')
+    assert {path.name for path in replaced.iterdir()} == {name for name in whole if name > '0001-000000'}
+    assert f'the checkpoints after 0001-000000 are in {replaced} now' in caplog.text
+    assert (run_folder / 'last' / 'model.safetensors').read_bytes() != before
+    state = read_state(run_folder / 'last')
+    assert state['position'] == (2, 0) and state['arguments']['weight_decay'] == 0.1

@@ -10,6 +10,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torchvision.models.detection import FasterRCNN
 
+from timm_depla.checksums import find_change
+
 from .rcnn import create_detector
 
 __all__ = ['detector_config', 'from_pretrained', 'is_detector']
@@ -94,6 +96,8 @@ def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
     folder = _pull(str(source)) if str(source).startswith('hf-hub:') else Path(source)
     if not (folder / 'config.json').is_file():
         folder = folder / 'best'
+    if change := find_change(folder):
+        raise ValueError(f"'{source}' is damaged: {change}")
     try:
         config = json.loads((folder / 'config.json').read_text())
         weights = safetensors.torch.load_file(folder / 'model.safetensors')

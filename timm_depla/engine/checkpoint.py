@@ -1,23 +1,29 @@
 """Checkpoints that survive: written whole or not at all, checked byte by byte, never replaced before the next is whole.
 
 A run folder keeps them as `checkpoints/EPOCH-STEP`, the position where training goes on, each with the weights
-(`model.safetensors` and timm's `config.json`, so that timm itself loads the folder), the training state (`state.pt`),
-the metrics (`record.json`) and `checksums.json` over them all. `best` and `last` are links to two of them.
+(`model.safetensors` and timm's `config.json`, so that timm itself loads the folder), the training state (`state.json`
+and `state.safetensors`), the metrics (`record.json`) and `checksums.json` over them all. `best` and `last` are links
+to two of them.
 """
 
-import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 
+from timm_depla.checksums import FILE as SUMS
+from timm_depla.checksums import find_change, list_sums
+
 from .errors import TrainingError
+from .state import FILES as STATE
+from .state import read_state
 
 __all__ = [
     'BackgroundWriter',
@@ -28,17 +34,18 @@ __all__ = [
     'list_checkpoints',
     'newest_checkpoint',
     'prune',
+    'set_aside',
     'write_checkpoint',
     'write_file',
 ]
 
 _logger = logging.getLogger(__name__)
 
-_SUMS = 'checksums.json'
+_NAME = re.compile(r'(\d{4,})-(\d{6,})')
 
 
 def checkpoint_name(epoch: int, step: int) -> str:
-    """The folder's name; names sort by position."""
+    """The folder's name."""
     return f'{epoch:04d}-{step:06d}'
 
 
@@ -100,11 +107,9 @@ def write_checkpoint(folder: Path, files: Dict[str, bytes]) -> None:
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-            sums = {}
             for name, data in files.items():
                 _write(scratch / name, data)
-                sums[name] = {'bytes': len(data), 'sha256': hashlib.sha256(data).hexdigest()}
-            _write(scratch / _SUMS, (json.dumps(sums, indent=2) + '\n').encode())
+            _write(scratch / SUMS, list_sums(files))
             _sync(scratch)
             if folder.exists():  # damaged
                 shutil.rmtree(folder)
@@ -116,24 +121,57 @@ def write_checkpoint(folder: Path, files: Dict[str, bytes]) -> None:
 
 
 def find_damage(folder: Path) -> Optional[str]:
-    """Say what is wrong with a checkpoint, or None if every byte is as it was written."""
+    """Say what is wrong with a checkpoint, or None if every byte is as it was written, at this position."""
+    change = find_change(folder)
+    if change is not None:
+        return change
+    missing = [name for name in ('model.safetensors', 'config.json', 'record.json', *STATE, SUMS)
+               if not (folder / name).is_file()]  # fmt: skip
+    if 'state.json' in missing and (folder / 'state.pt').is_file():
+        return (
+            'it is of an earlier version, whose state was a pickle; start anew from its weights by '
+            f'--initial-checkpoint {folder / "model.safetensors"}'
+        )
+    if missing:
+        return f'{", ".join(missing)} missing'
     try:
-        sums = json.loads((folder / _SUMS).read_text())
-        for name, expected in sums.items():
-            data = (folder / name).read_bytes()
-            if len(data) != expected['bytes']:
-                return f'{name} has {len(data)} bytes, not {expected["bytes"]}'
-            if hashlib.sha256(data).hexdigest() != expected['sha256']:
-                return f'{name} was changed'
-        missing = {'model.safetensors', 'config.json', 'record.json', 'state.pt'} - sums.keys()
-        return f'{", ".join(sorted(missing))} missing' if missing else None
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        return f'{type(error).__name__}: {error}'
+        record = json.loads((folder / 'record.json').read_text())
+        name = checkpoint_name(record['epoch'], record['step'])
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        return f'record.json tells no position ({type(error).__name__}: {error})'
+    is_named = folder.resolve().parent.name == 'checkpoints'
+    return f'it is the checkpoint {name} under another name' if is_named and folder.resolve().name != name else None
+
+
+def position(folder: Path) -> Tuple[int, int]:
+    """Epoch and step in a checkpoint's name."""
+    epoch, step = _NAME.fullmatch(folder.name).groups()
+    return int(epoch), int(step)
 
 
 def list_checkpoints(run: Path) -> List[Path]:
     """A run's checkpoints, newest first."""
-    return sorted((p for p in (run / 'checkpoints').glob('[0-9]*-[0-9]*') if p.is_dir()), reverse=True)
+    found = run / 'checkpoints'
+    folders = [path for path in (found.iterdir() if found.is_dir() else ()) if _NAME.fullmatch(path.name)]
+    return sorted((path for path in folders if path.is_dir()), key=position, reverse=True)
+
+
+def set_aside(run: Path, epoch: int, step: int) -> Optional[Path]:
+    """Move a run's checkpoints after a position out of the way of a training that goes on otherwise; returns where to.
+
+    Raises:
+        TrainingError: If they cannot be moved.
+    """
+    later = [folder for folder in list_checkpoints(run) if position(folder) > (epoch, step)]
+    if not later:
+        return None
+    prefix = f'replaced-after-{checkpoint_name(epoch, step)}-'
+    target = run / f'{prefix}{1 + len(list(run.glob(prefix + "*")))}'
+    with writing(target):
+        target.mkdir()
+        for folder in later:
+            os.replace(folder, target / folder.name)
+    return target
 
 
 def newest_checkpoint(run: Path) -> Optional[Path]:
@@ -186,7 +224,7 @@ def differences(run: Path, reference: Path) -> List[str]:
     for name in ('summary.csv', 'last/model.safetensors', 'best/model.safetensors'):
         if (run / name).read_bytes() != (reference / name).read_bytes():
             found.append(name)
-    a, b = (torch.load(folder / 'last' / 'state.pt', weights_only=True) for folder in (run, reference))
+    a, b = (read_state(folder / 'last') for folder in (run, reference))
     return found + [key for key in a.keys() | b.keys() if not _same(a.get(key), b.get(key))]
 
 

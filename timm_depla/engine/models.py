@@ -10,6 +10,7 @@ import torch.nn as nn
 import yaml
 from timm.models._hub import save_config_for_hf
 
+from timm_depla.checksums import find_change
 from timm_depla.detection import is_detector
 from timm_depla.models import load_trunk
 
@@ -71,6 +72,8 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
         folder = path if (path / 'config.json').is_file() else path / 'best'
         if not (folder / 'model.safetensors').is_file():
             raise ConfigError(f"'{target}' has no checkpoint: expected model.safetensors in it or in its folder best")
+        if change := find_change(folder):
+            raise ConfigError(f"'{target}' is damaged: {change}")
         if is_detector(folder):
             raise ConfigError(f"'{target}' holds a detector: python validate_detection.py validates it")
         return create_model(f'local-dir:{folder}', pretrained=True, **kwargs)

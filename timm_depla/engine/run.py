@@ -18,6 +18,7 @@ from timm.utils import ModelEmaV3, NativeScaler
 from .checkpoint import BackgroundWriter, checkpoint_name, link, prune, write_checkpoint, write_file
 from .errors import ConfigError, TrainingError
 from .report import Metric, draw_curves
+from .state import pack_state, read_state
 from .world import Interrupt, World
 
 __all__ = ['CHANGE_NOTHING', 'Losses', 'Run']
@@ -152,7 +153,8 @@ class Run:
         """The validated epochs' rows, best first."""
         key = f'eval_{self.args.eval_metric}'
         sign = 1 if key == 'eval_loss' else -1
-        return sorted((row for row in history if key in row), key=lambda row: sign * row[key])
+        rows = (row for row in history if key in row)
+        return sorted(rows, key=lambda row: sign * row[key] if math.isfinite(row[key]) else math.inf)
 
     def arguments(self) -> Dict[str, Any]:
         """What makes this training and no other."""
@@ -199,13 +201,11 @@ class Run:
     def _write(self, name: str, state: Dict[str, Any], weights: Dict[str, torch.Tensor]) -> None:
         history = state['history']
         record = {**(history[-1] if history else {}), **dict(zip(('epoch', 'step'), state['position'], strict=True))}
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
         files = {
             'model.safetensors': safetensors.torch.save(weights, metadata={'format': 'pt'}),
             'config.json': self.config,
             'record.json': (json.dumps(record, indent=2) + '\n').encode(),
-            'state.pt': buffer.getvalue(),
+            **pack_state(state),
         }
         write_checkpoint(self.folder / 'checkpoints' / name, files)
         self.publish(name, history)
@@ -229,14 +229,19 @@ class Run:
         kept = ranked[: max(self.args.checkpoint_hist, 1)]
         prune(self.folder, [*kept, *(checkpoint_name(epoch, 0) for epoch in self.args.save_epochs)])
 
-    def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint that is whole.
+    def load(self, checkpoint: Path) -> bool:
+        """Go on from a checkpoint that is whole; returns whether as another training than the one that wrote it.
 
         Raises:
             ConfigError: If the run differs from the one that wrote it and changes were not asked for.
         """
-        state = torch.load(checkpoint / 'state.pt', map_location='cpu', weights_only=True)
+        try:
+            state = read_state(checkpoint)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot go on from '{checkpoint}': {error}") from error
         changes = self._changes(state['arguments'])
+        if self.args.no_resume_opt:
+            changes.append('without the state of the optimizer')
         if changes and not self.args.resume_with_changes:
             raise ConfigError(
                 f"'{checkpoint}' belongs to a training with other arguments: {'; '.join(changes)}. Give the old "
@@ -264,6 +269,7 @@ class Run:
             self._adapt(state['arguments'])
         else:
             self._load_rank_state(state['ranks'][self.world.rank])
+        return bool(changes)
 
     def _load_rank_state(self, state: Dict[str, Any]) -> None:
         self.losses = Losses(*state['loss'])

@@ -11,7 +11,7 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 
 from timm_depla.data import Draw, UnreadableError, seed_position
 
-from .checkpoint import checkpoint_name
+from .checkpoint import checkpoint_name, find_damage, set_aside
 from .errors import TrainingError
 from .plan import describe
 from .report import Report
@@ -129,6 +129,23 @@ def run_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
     return signal
 
 
+def rejoin(run: Run, is_changed: bool) -> None:
+    """Make the run's folder agree with the position it goes on from; another training does not mix with the old one.
+
+    Raises:
+        TrainingError: If the folder cannot be written.
+    """
+    folder = run.folder / 'checkpoints' / checkpoint_name(run.epoch, run.step)
+    if run.world.is_primary and is_changed and (replaced := set_aside(run.folder, run.epoch, run.step)):
+        _logger.warning('the checkpoints after %s are in %s now', folder.name, replaced)
+    if not run.world.share(folder.is_dir()):  # another batch size has moved the position
+        run.save()
+    elif run.world.is_primary:
+        run.publish(folder.name, run.history)
+    if run.world.is_primary and (run.folder / 'best').exists() and (damage := find_damage(run.folder / 'best')):
+        _logger.warning('the best checkpoint so far is damaged: %s', damage)
+
+
 def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> int:
     """Train; returns the exit code: 0, or 128 + the signal that interrupted it.
 
@@ -151,13 +168,13 @@ def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> in
         print(describe(run), flush=True)
     if args.dry_run:
         return 0
+    is_changed = checkpoint is not None and run.load(checkpoint)
     if checkpoint is not None:
-        run.load(checkpoint)
         _logger.info('going on from %s: epoch %d, step %d', checkpoint, run.epoch, run.step)
     open_folder(run, checkpoint is not None)
     report = Report(run)
-    if checkpoint is not None and world.is_primary:
-        run.publish(checkpoint.name, run.history)
+    if checkpoint is not None:
+        rejoin(run, is_changed)
     signal = 0
     with Interrupt(world) as interrupt:
         try:
