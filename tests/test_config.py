@@ -72,7 +72,7 @@ def test_missing_recipe():
 
 
 def test_mistyped_value_names_the_flag(recipe):
-    with pytest.raises(ConfigError, match="--epochs: invalid int value: 'many'"):
+    with pytest.raises(ConfigError, match="--epochs: it must be a whole number from 1 on, not 'many'"):
         parse('--recipe', recipe('epochs: many'))
 
 
@@ -118,3 +118,22 @@ def test_validate_parser():
 def test_recipe_cannot_trust_code(recipe):
     with pytest.raises(ConfigError, match="would run a data set's code"):
         parse('--recipe', recipe('dataset_trust_remote_code: true'))
+
+
+@pytest.mark.parametrize(
+    'argv',
+    [
+        '--smoothing 1.5', '--smoothing -1', '--drop-path inf', '--val-interval 0', '--log-interval 0', '--vflip 2',
+        '--grad-accum-steps 0', '--workers -1', f'--seed {2**70}', '--std 0 nan', '--mean nan', '--input-size 3 -1 33',
+        '--img-size 999999999', '--model-ema-decay nan', '--hflip 5', '--checkpoint-minutes nan', '--epochs 0',
+        '--epochs 1.5', '--lr -1', '--warmup-epochs -1', '--cutmix-minmax 0 2', '--num-classes 0', '--in-chans x',
+    ],
+)  # fmt: skip
+def test_number_out_of_range_is_named(argv):
+    with pytest.raises(ConfigError, match=rf'^argument .*{argv.split()[0]}: it must be .*, not '):
+        parse(*argv.split())
+
+
+def test_model_arguments_are_pairs():
+    with pytest.raises(ConfigError, match="argument --model-kwargs: expected KEY=VALUE, not 'x'"):
+        parse('--model-kwargs', 'x')

@@ -17,8 +17,9 @@ from timm_depla.data import TensorResizedCrop, read_image, read_pixels
 from timm_depla.engine.classification.datasets import check_source, count_classes, open_splits
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.loaders import TrainLoader, create_val_loader
+from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args
-from timm_depla.engine.errors import ConfigError
+from timm_depla.engine.errors import ConfigError, TrainingError
 from timm_depla.engine.world import World
 
 CPU = torch.device('cpu')
@@ -260,3 +261,17 @@ def test_stream_that_a_shell_would_read_is_refused(source):
 )
 def test_stream_that_may_be_read(source):
     check_source(source)
+
+
+@pytest.mark.parametrize(
+    'argv,message',
+    [
+        (['--train-split', 'data-{7..8}.tar'], r'epoch 0 ended after 0 of 10 steps: the data has fewer images than'),
+        (['--val-split', 'data-{7..8}.tar', '--val-num-samples', 40], 'validation got no image that can be read'),
+    ],
+)
+def test_stream_that_delivers_nothing_is_an_error(argv, message, flags, tmp_path):
+    argv = [*flags['wds'], '--train-num-samples', 40, '--batch-size', 4, *argv, '--model', 'test_resnet']
+    argv += ['--img-size', 32, '--epochs', 1, '--workers', 1, '--output', tmp_path, '--experiment', 'run']
+    with pytest.raises(TrainingError, match=message):
+        train(parse_args(create_train_parser(), [str(a) for a in argv]))

@@ -205,7 +205,7 @@ def read_until(process, text):
     raise AssertionError(''.join(lines))
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signals(number, images, tmp_path):
     """A signal to the whole process group, workers too: the step ends, a checkpoint is saved, the exit code tells."""
     args = [

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Dict, List, NoReturn, Optional, Sequence
 
 import yaml
+from timm.utils import ParseKwargs
 
 from .errors import ConfigError
 
-__all__ = ['FlagParser', 'closest', 'list_recipes', 'parse_args']
+__all__ = ['FlagParser', 'KeyValues', 'closest', 'list_recipes', 'parse_args']
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
 
@@ -44,6 +45,16 @@ class FlagParser(argparse.ArgumentParser):
         if flag in self.left_out:
             raise ConfigError(f"'{flag}' of timm is not here: {self.left_out[flag]}")
         raise ConfigError(f"unknown argument '{flag}'{closest(flag, list(self._option_string_actions))}")
+
+
+class KeyValues(ParseKwargs):
+    """timm's KEY=VALUE arguments; what is none is named."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except ValueError:
+            raise argparse.ArgumentError(self, f'expected KEY=VALUE, not {" ".join(values)!r}') from None
 
 
 def list_recipes(folder: Path = RECIPES) -> List[str]:

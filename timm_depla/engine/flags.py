@@ -6,9 +6,9 @@ from functools import partial
 from typing import Any, Callable, Sequence
 
 import torch
-from timm.utils import ParseKwargs
 
-from .config import FlagParser, list_recipes
+from . import ranges
+from .config import FlagParser, KeyValues, list_recipes
 
 __all__ = [
     'OWN_FLAGS',
@@ -47,7 +47,9 @@ def group(parser: FlagParser, title: str) -> Callable[..., Any]:
 
 
 def add_loading_args(add: Callable[..., Any]) -> None:
-    add('-j', '--workers', type=int, default=min(4, os.cpu_count() or 1), metavar='N', help='loading processes')
+    add(
+        '-j', '--workers', type=ranges.whole, default=min(4, os.cpu_count() or 1), metavar='N', help='loading processes'
+    )
     add('--pin-mem', help='pin host memory for faster copies to the device')
 
 
@@ -72,77 +74,101 @@ def add_model_args(parser: FlagParser) -> None:
         metavar='FILE|MODEL',
         help="start from these weights, or the trunk's",
     )
-    add('--num-classes', type=int, metavar='N', help='number of classes (default: those of the data)')
+    add('--num-classes', type=ranges.count, metavar='N', help='number of classes (default: those of the data)')
     add('--gp', type=str, metavar='POOL', help='global pooling: avg, max, avgmax or catavgmax')
-    add('--drop', type=float, default=0.0, metavar='P', help='dropout before the classifier')
-    add('--drop-path', type=float, metavar='P', help='stochastic depth')
-    add('--drop-block', type=float, metavar='P', help='DropBlock')
-    add('--head-init-scale', type=float, metavar='X', help="scale the classifier's initial weights")
-    add('--head-init-bias', type=float, metavar='X', help="the classifier's initial bias")
+    add('--drop', type=ranges.share, default=0.0, metavar='P', help='dropout before the classifier')
+    add('--drop-path', type=ranges.fraction, metavar='P', help='stochastic depth')
+    add('--drop-block', type=ranges.share, metavar='P', help='DropBlock')
+    add('--head-init-scale', type=ranges.finite, metavar='X', help="scale the classifier's initial weights")
+    add('--head-init-bias', type=ranges.finite, metavar='X', help="the classifier's initial bias")
     add('--grad-checkpointing', help='recompute activations in the backward pass to save memory')
     add('--sync-bn', help='normalise over the batches of all processes')
     add('--dist-bn', default='reduce', choices=['reduce', 'broadcast', ''], help='share batch statistics each epoch')
     add('--no-ddp-bb', action='store_true', default=False, help='do not broadcast buffers at each step')
     add('--model-ema', help='validate and keep an exponential moving average of the weights')
-    add('--model-ema-decay', type=float, default=0.9998, metavar='X', help='decay of the average')
+    add('--model-ema-decay', type=ranges.share, default=0.9998, metavar='X', help='decay of the average')
     add('--model-ema-warmup', help='start the average at a lower decay')
 
 
 def add_optimizer_args(parser: FlagParser) -> None:
     add = group(parser, 'optimizer')
-    number = partial(add, type=float, metavar='X')
+    number = partial(add, metavar='X')
     add('--opt', type=str, default='sgd', metavar='NAME', help='any optimizer of timm')
-    number('--opt-eps', help='optimizer epsilon')
-    number('--opt-betas', nargs='+', help='optimizer betas')
-    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='more optimizer arguments')
-    number('--momentum', default=0.9, help='momentum')
-    number('--weight-decay', default=2e-5, help='weight decay')
-    number('--clip-grad', help='clip gradients')
+    number('--opt-eps', type=ranges.positive, help='optimizer epsilon')
+    number('--opt-betas', type=ranges.fraction, nargs='+', help='optimizer betas')
+    add('--opt-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='more optimizer arguments')
+    number('--momentum', type=ranges.share, default=0.9, help='momentum')
+    number('--weight-decay', type=ranges.non_negative, default=2e-5, help='weight decay')
+    number('--clip-grad', type=ranges.positive, help='clip gradients')
     add('--clip-mode', default='norm', choices=['norm', 'value', 'agc'], help='to a norm, a value, or adaptively')
-    number('--layer-decay', help='learning rate decay from layer to layer')
-    number('--layer-decay-min-scale', default=0.0, help='lowest scale of the layer decay')
-    number('--layer-decay-no-opt-scale', help='layers below this scale are not trained')
-    number('--trunk-lr-scale', help='learning rate of all but DEPLA and the classifier, scaled by this')
-    add('--grad-accum-steps', type=int, default=1, metavar='N', help='steps whose gradients make one update')
-
-
-def _whole_or_part(text: str) -> float:
-    """A number of epochs, an int where it is whole."""
-    value = float(text)
-    return int(value) if value.is_integer() else value
+    number('--layer-decay', type=ranges.positive, help='learning rate decay from layer to layer')
+    number('--layer-decay-min-scale', type=ranges.share, default=0.0, help='lowest scale of the layer decay')
+    number('--layer-decay-no-opt-scale', type=ranges.share, help='layers below this scale are not trained')
+    number(
+        '--trunk-lr-scale',
+        type=ranges.non_negative,
+        help='learning rate of all but DEPLA and the classifier, scaled by this',
+    )
+    add('--grad-accum-steps', type=ranges.count, default=1, metavar='N', help='steps whose gradients make one update')
 
 
 def add_schedule_args(parser: FlagParser) -> None:
     add = group(parser, 'schedule')
-    number = partial(add, type=float, metavar='X')
-    count = partial(add, type=int, metavar='N')
-    count('--epochs', default=300, help='epochs, warm-up included')
-    count('--stop-epoch', help='end after this many epochs of the schedule')
-    add('--epoch-repeats', type=float, default=0.0, metavar='N', help='passes an epoch over a hfids/ data set')
-    count('--train-num-samples', help='images an epoch of a streaming data set (default: its own count)')
-    count('--val-num-samples', help='images of a streaming validation set')
+    number = partial(add, metavar='X')
+    count = partial(add, metavar='N')
+    count('--epochs', type=ranges.count, default=300, help='epochs, warm-up included')
+    count('--stop-epoch', type=ranges.count, help='end after this many epochs of the schedule')
+    add(
+        '--epoch-repeats',
+        type=ranges.non_negative,
+        default=0.0,
+        metavar='N',
+        help='passes an epoch over a hfids/ data set',
+    )
+    count(
+        '--train-num-samples',
+        type=ranges.count,
+        help='images an epoch of a streaming data set (default: its own count)',
+    )
+    count('--val-num-samples', type=ranges.count, help='images of a streaming validation set')
     add('--sched', type=str, default='cosine', metavar='NAME', help='any schedule of timm')
     add('--sched-on-updates', help='update the learning rate at each step instead of each epoch')
-    number('--lr', help='learning rate; overrides --lr-base')
-    number('--lr-base', default=0.1, help='learning rate for a global batch of --lr-base-size')
-    count('--lr-base-size', default=256, help='global batch that --lr-base is meant for')
+    number('--lr', type=ranges.non_negative, help='learning rate; overrides --lr-base')
+    number(
+        '--lr-base', type=ranges.non_negative, default=0.1, help='learning rate for a global batch of --lr-base-size'
+    )
+    count('--lr-base-size', type=ranges.count, default=256, help='global batch that --lr-base is meant for')
     add('--lr-base-scale', default='', choices=['', 'linear', 'sqrt'], help='how it grows (default: by optimizer)')
-    number('--lr-noise', nargs='+', help='start and end of learning rate noise, share of the epochs')
-    number('--lr-noise-pct', default=0.67, help='limit of the noise')
-    number('--lr-noise-std', default=1.0, help='deviation of the noise')
-    number('--lr-cycle-mul', default=1.0, help='growth of the cycles')
-    number('--lr-cycle-decay', default=0.5, help='decay from cycle to cycle')
-    count('--lr-cycle-limit', default=1, help='cycles')
-    number('--lr-k-decay', default=1.0, help='k-decay of cosine and poly')
-    number('--warmup-lr', default=1e-5, help='learning rate at the start of the warm-up')
-    number('--min-lr', default=0.0, help='lowest learning rate')
-    add('--warmup-epochs', type=_whole_or_part, default=5, metavar='N', help='epochs of warm-up')
+    number(
+        '--lr-noise', type=ranges.finite, nargs='+', help='start and end of learning rate noise, share of the epochs'
+    )
+    number('--lr-noise-pct', type=ranges.non_negative, default=0.67, help='limit of the noise')
+    number('--lr-noise-std', type=ranges.non_negative, default=1.0, help='deviation of the noise')
+    number('--lr-cycle-mul', type=ranges.positive, default=1.0, help='growth of the cycles')
+    number('--lr-cycle-decay', type=ranges.non_negative, default=0.5, help='decay from cycle to cycle')
+    count('--lr-cycle-limit', type=ranges.count, default=1, help='cycles')
+    number('--lr-k-decay', type=ranges.positive, default=1.0, help='k-decay of cosine and poly')
+    number('--warmup-lr', type=ranges.non_negative, default=1e-5, help='learning rate at the start of the warm-up')
+    number('--min-lr', type=ranges.non_negative, default=0.0, help='lowest learning rate')
+    add('--warmup-epochs', type=ranges.epochs, default=5, metavar='N', help='epochs of warm-up')
     add('--warmup-prefix', help='put the warm-up before the epochs instead of within them')
-    number('--decay-epochs', default=90, help='epochs between decays (step)')
-    count('--decay-milestones', nargs='+', default=[90, 180, 270], help='epochs of the decays (multistep)')
-    count('--cooldown-epochs', default=0, help='epochs at the lowest rate after the schedule')
-    count('--patience-epochs', default=10, help='epochs without progress before a decay (plateau)')
-    number('--decay-rate', '--dr', default=0.1, help='decay (step, multistep, plateau), power (poly)')
+    number('--decay-epochs', type=ranges.positive, default=90, help='epochs between decays (step)')
+    count(
+        '--decay-milestones',
+        type=ranges.whole,
+        nargs='+',
+        default=[90, 180, 270],
+        help='epochs of the decays (multistep)',
+    )
+    count('--cooldown-epochs', type=ranges.whole, default=0, help='epochs at the lowest rate after the schedule')
+    count('--patience-epochs', type=ranges.whole, default=10, help='epochs without progress before a decay (plateau)')
+    number(
+        '--decay-rate',
+        '--dr',
+        type=ranges.non_negative,
+        default=0.1,
+        help='decay (step, multistep, plateau), power (poly)',
+    )
 
 
 def add_run_args(parser: FlagParser, metrics: Sequence[str], val_split: str) -> None:
@@ -151,22 +177,41 @@ def add_run_args(parser: FlagParser, metrics: Sequence[str], val_split: str) -> 
     add('-c', '--config', '--recipe', dest='recipe', type=str, metavar='NAME|FILE', help=f'{recipes}, or a file')
     add('--train-split', type=str, default='train', metavar='NAME', help='training split')
     add('--val-split', type=str, default=val_split, metavar='NAME', help='validation split')
-    add('-vb', '--validation-batch-size', type=int, metavar='N', help='images a validation step')
+    add('-vb', '--validation-batch-size', type=ranges.count, metavar='N', help='images a validation step')
     add('--output', type=str, default='output', metavar='DIR', help='folder of the runs')
     add('--experiment', type=str, default='', metavar='NAME', help='folder of this run (default: time and model)')
-    add('--seed', type=int, default=42, metavar='N', help='random seed')
+    add('--seed', type=ranges.seed, default=42, metavar='N', help='random seed')
     add('--deterministic', default=True, help='exact on GPUs too; --no-deterministic lets cuDNN choose faster kernels')
     add('--dry-run', help='print the plan and exit')
     add('--resume', type=str, default='', metavar='auto|RUN', help="go on with the run: 'auto', a run or a checkpoint")
     add('--resume-with-changes', help='go on although arguments that change the training differ')
     add('--no-resume-opt', action='store_true', default=False, help='resume without the state of the optimizer')
-    add('--checkpoint-minutes', type=float, default=1.0, metavar='X', help='minutes between checkpoints (0: none)')
-    add('--recovery-interval', type=int, default=0, metavar='N', help='steps between checkpoints (0: none)')
-    add('--checkpoint-hist', type=int, default=10, metavar='N', help="epochs' checkpoints to keep, the best ones")
-    add('--save-epochs', type=int, nargs='+', default=[], metavar='N', help="keep these epochs' checkpoints too")
-    add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
+    add(
+        '--checkpoint-minutes',
+        type=ranges.non_negative,
+        default=1.0,
+        metavar='X',
+        help='minutes between checkpoints (0: none)',
+    )
+    add('--recovery-interval', type=ranges.whole, default=0, metavar='N', help='steps between checkpoints (0: none)')
+    add(
+        '--checkpoint-hist',
+        type=ranges.whole,
+        default=10,
+        metavar='N',
+        help="epochs' checkpoints to keep, the best ones",
+    )
+    add(
+        '--save-epochs',
+        type=ranges.count,
+        nargs='+',
+        default=[],
+        metavar='N',
+        help="keep these epochs' checkpoints too",
+    )
+    add('--val-interval', type=ranges.count, default=1, metavar='N', help='epochs between validations')
     add('--eval-metric', default=metrics[0], choices=metrics, help='metric of the best checkpoint')
-    add('--log-interval', type=int, default=50, metavar='N', help='steps between lines of a log')
+    add('--log-interval', type=ranges.count, default=50, metavar='N', help='steps between lines of a log')
     add('--log-tensorboard', help='write event files for TensorBoard')
     add('--log-wandb', help='log to Weights & Biases')
     add('--wandb-project', type=str, metavar='NAME', help='its project')

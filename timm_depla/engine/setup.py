@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import yaml
 from timm.layers import convert_sync_batchnorm
+from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, NativeScaler, unwrap_model
@@ -114,7 +115,10 @@ def assemble(
     if world.size > 1:
         device_ids = None if world.device.type == 'cpu' else [world.device]
         task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
-    folder = Path(args.output) / (args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{args.model}')
+    if '..' in Path(args.experiment).parts or Path(args.experiment).is_absolute():
+        raise ConfigError(f"--experiment '{args.experiment}' is not in --output '{args.output}': name a folder there")
+    name = args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{safe_model_name(args.model)}'
+    folder = Path(args.output) / name
     return kind(
         args, world, world.share(folder), model, trainable, task, optimizer, scheduler, scaler, ema, config, *loaders,
         num_epochs,

@@ -89,6 +89,11 @@ def train_one_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
         if wanted:
             run.save()
             saved = time.monotonic()
+    if run.step < steps:
+        raise TrainingError(
+            f'epoch {run.epoch} ended after {run.step} of {steps} steps: the data has fewer images than '
+            '--train-num-samples says, or some cannot be read'
+        )
     run.losses.settle()
     if run.world.size > 1 and args.dist_bn:
         distribute_bn(run.model, run.world.size, args.dist_bn == 'reduce')

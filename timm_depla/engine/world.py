@@ -20,6 +20,7 @@ __all__ = ['Interrupt', 'World', 'keep_memory', 'run_command', 'setup_world', 's
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+_WARNINGS = [getattr(signal, name) for name in ('SIGUSR1', 'SIGUSR2') if hasattr(signal, name)]  # of Slurm
 
 
 @dataclass
@@ -84,7 +85,7 @@ def setup_world(device: str) -> World:
         ConfigError: If the device is not there.
     """
     try:
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()  # which the meta device cannot
         found = init_distributed_device_so(device)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"cannot use device '{device}': {str(error).splitlines()[0]}") from error
@@ -109,7 +110,9 @@ def keep_memory() -> None:
 
 
 class Interrupt:
-    """Remembers SIGTERM and SIGINT, so that training can end after a step; a second SIGINT ends the process at once.
+    """Remembers a signal, so that training can end after a step; a second SIGINT ends the process at once.
+
+    The signals are SIGTERM, SIGINT, and SIGUSR1 and SIGUSR2, which Slurm sends before a time limit.
 
     Args:
         world: This process and its workers, which leave those signals to it.
@@ -124,7 +127,8 @@ class Interrupt:
 
     def __enter__(self) -> 'Interrupt':
         self.world.busy.value = 1
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT, *_WARNINGS)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -151,7 +155,8 @@ def shield_worker(busy: Any, _: int) -> None:
         if not busy.value:
             os._exit(0)  # or the main process would take it for a failure
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, *_WARNINGS):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
 
 
@@ -165,6 +170,9 @@ def run_command(name: str, main: Any) -> None:
     except UserError as error:
         rank = os.environ.get('RANK')
         sys.exit(f'{name}{f" (rank {rank})" if rank else ""}: error: {error}')
+    except KeyboardInterrupt:
+        os.write(2, f'\n{name}: interrupted\n'.encode())
+        sys.exit(128 + signal.SIGINT)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code or 0)

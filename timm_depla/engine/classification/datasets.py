@@ -168,4 +168,6 @@ def count_classes(args: Namespace, dataset: Any) -> int:
     known = class_names(dataset)
     if not (args.num_classes or known):
         raise ConfigError(f"'{args.dataset}' does not say how many classes it has: give --num-classes")
+    if args.num_classes and args.num_classes < len(known):
+        raise ConfigError(f"--num-classes {args.num_classes} is too few: '{args.data_dir}' has {len(known)} classes")
     return args.num_classes or len(known)

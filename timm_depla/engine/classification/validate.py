@@ -19,7 +19,7 @@ from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 from timm_depla.data import digits_folder
 
 from ..checkpoint import write_file
-from ..errors import ConfigError, UserError
+from ..errors import ConfigError, TrainingError, UserError
 from ..models import load_model, run_arguments, trained_data
 from ..report import progress
 from ..setup import autocast
@@ -59,6 +59,9 @@ def evaluate(
 
     Returns:
         `loss`, `top1`, `top5`, and `count`, the number of images.
+
+    Raises:
+        TrainingError: If there is no image.
     """
     model.eval()
     loss, top1, top5, count = (torch.zeros((), dtype=torch.float64) for _ in range(4))
@@ -77,6 +80,8 @@ def evaluate(
         if interrupt is not None and interrupt.signal:
             break
     total = world.sum(*(value.item() for value in (loss, top1, top5, count)))
+    if not total[3] and not (interrupt is not None and interrupt.signal):
+        raise TrainingError('validation got no image that can be read: check the split and its classes')
     number = max(total[3], 1.0)
     return {
         'loss': total[0] / number,

@@ -2,11 +2,10 @@
 
 from functools import partial
 
-from timm.utils import ParseKwargs
-
 from timm_depla.detection.coco import METRICS
 
-from ..config import RECIPES, FlagParser
+from .. import ranges
+from ..config import RECIPES, FlagParser, KeyValues
 from ..flags import (
     add_device_args,
     add_loading_args,
@@ -70,20 +69,27 @@ def create_detection_parser() -> FlagParser:
     parser.add_argument('data', nargs='?', metavar='DIR', help='data folder')
     detector = 'maskrcnn_resnet50_fpn_depla'
     parser.add_argument('-m', '--model', default=detector, metavar='NAME', help='HEAD_BACKBONE_NECK: see the docs')
-    kwargs = dict(nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    kwargs = dict(nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
     parser.add_argument('--model-kwargs', **kwargs, help="arguments of create_detector: ours and torchvision's")
-    parser.add_argument('-b', '--batch-size', type=int, default=2, metavar='N', help='images a step in each process')
+    parser.add_argument(
+        '-b', '--batch-size', type=ranges.count, default=2, metavar='N', help='images a step in each process'
+    )
     _add_data_args(parser)
     add_device_args(parser)
     add = group(parser, 'backbone')
     add('--pretrained-backbone', help="start from the backbone's published weights")
-    add('--trainable-backbone-layers', type=int, metavar='N', help='layers to train, from the end (default: see docs)')
+    add(
+        '--trainable-backbone-layers',
+        type=ranges.whole,
+        metavar='N',
+        help='layers to train, from the end (default: see docs)',
+    )
     norms = ['batch', 'frozen']
     add('--backbone-norm', choices=norms, help="what becomes of BatchNorm (default: 'frozen' with trained weights)")
     for add_args in (add_model_args, add_optimizer_args, add_schedule_args):
         add_args(parser)
     add = group(parser, 'augmentation')
-    add('--hflip', type=float, default=0.5, metavar='X', help='probability of a horizontal flip')
+    add('--hflip', type=ranges.share, default=0.5, metavar='X', help='probability of a horizontal flip')
     metrics = [f'{prefix}{name}' for prefix in ('', 'mask_') for name in METRICS[:6]]
     add_run_args(parser, metrics, 'val')
     return parser
@@ -100,6 +106,8 @@ def create_detection_validate_parser() -> FlagParser:
     text = partial(add, type=str, default='')
     text('--split', '--val-split', dest='val_split', metavar='NAME', help="split (default: the run's, or val)")
     text('-m', '--model', metavar='NAME', help='the detector that a file of weights belongs to')
-    add('--classes', type=int, metavar='N', help='its classes, with the background, if labels are category ids')
+    add(
+        '--classes', type=ranges.count, metavar='N', help='its classes, with the background, if labels are category ids'
+    )
     text('--results-file', metavar='FILE', help="write the detections in COCO's format for submissions")
     return parser

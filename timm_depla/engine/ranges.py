@@ -1,0 +1,43 @@
+"""Types of flags that are numbers: what is out of range is refused where it is read."""
+
+import math
+from argparse import ArgumentTypeError
+from typing import Callable
+
+__all__ = [
+    'channels', 'count', 'epochs', 'finite', 'fraction', 'non_negative', 'positive', 'seed', 'share', 'side', 'whole',
+]  # fmt: skip
+
+
+def _number(kind: type, says: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """A flag's type: a finite number for which `holds` is true; `says` tells in words what that is."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except (OverflowError, ValueError):
+            value = math.nan
+        if not (math.isfinite(value) and holds(value)):
+            raise ArgumentTypeError(f'it must be {says}, not {text!r}')
+        return value
+
+    return parse
+
+
+def _whole_or_part(text: str) -> float:
+    """A number of epochs, an int where it is whole."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+finite = _number(float, 'a number', lambda value: True)
+positive = _number(float, 'above 0', lambda value: value > 0)
+non_negative = _number(float, '0 or more', lambda value: value >= 0)
+share = _number(float, 'from 0 to 1', lambda value: 0 <= value <= 1)
+fraction = _number(float, 'from 0 to below 1', lambda value: 0 <= value < 1)
+whole = _number(int, 'a whole number from 0 on', lambda value: value >= 0)
+count = _number(int, 'a whole number from 1 on', lambda value: value >= 1)
+epochs = _number(_whole_or_part, '0 or more', lambda value: value >= 0)
+seed = _number(int, 'a whole number from 0 to 4294967295', lambda value: 0 <= value < 2**32)
+side = _number(int, 'a number of pixels from 1 to 16384', lambda value: 1 <= value <= 16384)
+channels = _number(int, 'a number of channels from 1 to 4096', lambda value: 1 <= value <= 4096)
