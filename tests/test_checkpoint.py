@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 
-from timm_depla.checksums import list_sums
 from timm_depla.engine.checkpoint import (
     BackgroundWriter,
     checkpoint_name,
@@ -22,6 +21,7 @@ from timm_depla.engine.checkpoint import (
 )
 from timm_depla.engine.errors import TrainingError
 from timm_depla.engine.state import pack_state, read_state
+from timm_depla.files import list_sums
 
 FILES = ('model.safetensors', 'config.json', 'record.json', 'state.json', 'state.safetensors')
 

@@ -1,5 +1,7 @@
 """The page, used in a real browser where there is one."""
 
+import json
+import os
 import re
 import shutil
 import socket
@@ -7,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla.data import digits_folder
-from timm_depla.demo import WEIGHTS, find_models, look, open_model, pixels_of
+from timm_depla.demo import MAX_BYTES, WEIGHTS, find_models, look, open_model, pixels_of, read_upload
 from timm_depla.engine.errors import ConfigError
 from timm_depla.visualize import capture, find_blocks, load_any, prepare
 
@@ -68,9 +72,6 @@ def test_models_that_the_page_does_not_take(tmp_path, monkeypatch):
 def address():
     """The page, served as the command does."""
     pytest.importorskip('gradio')
-    pytest.importorskip('playwright')
-    if CHROMIUM is None:
-        pytest.skip('no Chromium')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -91,6 +92,9 @@ def address():
 @pytest.fixture
 def page(address):
     """A page on a desktop's width; at the end nothing may have gone wrong in its console."""
+    pytest.importorskip('playwright')
+    if CHROMIUM is None:
+        pytest.skip('no Chromium')
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -197,3 +201,57 @@ def test_bad_images_on_the_page(page, tmp_path):
     page.reload()
     page.set_input_files('input[type=file] >> nth=0', str(tmp_path / 'text.png'))
     assert page.wait_for_selector('text=as an image: cannot identify image file', timeout=30_000)
+
+
+def ask(address, image=None, drawing=None, source='image'):
+    """What the page answers to a request that names a file by its path, without an upload."""
+    block = 'layer3.3.depla'
+    data = [image, drawing, source, 'test_resnet_depla.digits', block, 0, 1.0]
+    config = json.loads(urlopen(f'{address}/config').read())
+    api = f'{address}/gradio_api'
+    number = next(d['id'] for d in config['dependencies'] if d['api_name'] == 'update')
+    body = dict(data=data, fn_index=number, session_hash='test')
+    request = Request(f'{api}/queue/join', json.dumps(body).encode(), {'Content-Type': 'application/json'})
+    urlopen(request, timeout=30).read()
+    with urlopen(f'{api}/queue/data?session_hash=test', timeout=30) as stream:
+        for line in stream:
+            if b'process_completed' in line:
+                return json.loads(line.removeprefix(b'data: '))
+    raise AssertionError('no answer')
+
+
+def test_page_opens_its_uploads_alone(address, digit, tmp_path):
+    """Files of the machine, there or not, are all refused alike; a pipe does not block."""
+    image = tmp_path / 'secret.png'
+    Image.new('RGB', (8, 8)).save(image)
+    os.mkfifo(tmp_path / 'pipe')
+    answers = set()
+    for path in (image, tmp_path / 'pipe', tmp_path / 'nowhere.png', '/etc/passwd', f'/tmp/gradio/../{image}'):
+        answer = ask(address, {'path': str(path)})
+        assert not answer['success']
+        answers.add(answer['output']['error'])
+        part = {'path': str(path)}
+        assert not ask(address, None, dict(background=None, layers=[part], composite=part), 'drawing')['success']
+    assert answers == {'this is no image that was uploaded here'}
+    assert ask(address, {'path': str(digit)})['success']  # one of the examples
+
+
+def test_page_answers_its_own_host_alone(address):
+    assert urlopen(Request(address, headers={'Host': 'localhost'})).status == 200
+    with pytest.raises(HTTPError, match='400'):
+        urlopen(Request(address, headers={'Host': 'evil.example'}))
+
+
+def test_upload_has_limits(tmp_path, monkeypatch):
+    pytest.importorskip('gradio')
+    monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path))
+    Image.new('L', (5000, 5000)).save(tmp_path / 'large.png')
+    (tmp_path / 'many.bin').write_bytes(bytes(MAX_BYTES + 1))
+    (tmp_path / 'text.png').write_text('%!PS-Adobe-3.0 EPSF')
+    for name, message in (
+        ('large', 'more than 16,777,216'),
+        ('many.bin', 'more than 20,971,520 bytes'),
+        ('text', 'cannot'),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_upload(str(tmp_path / (name if '.' in name else f'{name}.png')), ())

@@ -9,9 +9,9 @@ import timm_depla
 ALLOWED = {
     'layers': set(),
     'models': {'layers'},
-    'data': set(),
-    'detection': {'checksums', 'layers'},
-    'engine': {'checksums', 'data', 'detection', 'models', 'layers', 'version'},
+    'data': {'files'},
+    'detection': {'files', 'layers'},
+    'engine': {'files', 'data', 'detection', 'models', 'layers', 'version'},
     'recipes': set(),
 }
 

@@ -9,7 +9,7 @@ import threading
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -21,11 +21,14 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from timm_depla.data import digits_folder
 from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.world import run_command
-from timm_depla.visualize import BlockCapture, capturing, find_blocks, load_any, measure, prepare, read_pixels
+from timm_depla.files import open_image
+from timm_depla.visualize import BlockCapture, capturing, find_blocks, load_any, measure, prepare
 
 __all__ = ['create_app', 'launch', 'look']
 
 WEIGHTS = Path(__file__).parent.parent / 'hub' / 'weights'
+MAX_BYTES = 20 * 2**20  # of an upload
+MAX_PIXELS = 2**24
 _LOCK = threading.Lock()  # a model's temperature is set for one visitor at a time
 _FONTS = ['system-ui', 'sans-serif']  # of the visitor's machine: nothing is fetched
 _HEADING = """# What DEPLA sees
@@ -140,6 +143,54 @@ def examples() -> List[str]:
     return [str(sorted(path.glob('*.png'))[0]) for path in sorted(folder.iterdir())]
 
 
+def check_upload(path: str, shown: Sequence[str]) -> Path:
+    """The file of a request: one that was uploaded to this page, or of the examples that it shows.
+
+    Raises:
+        ConfigError: If it is any other, whether there is one or not, or too large.
+    """
+    from gradio.utils import get_upload_folder
+
+    file = Path(path).resolve()
+    is_known = file.is_relative_to(Path(get_upload_folder()).resolve()) or str(path) in shown
+    if not is_known or not file.is_file():
+        raise ConfigError('this is no image that was uploaded here')
+    if file.stat().st_size > MAX_BYTES:
+        raise ConfigError(f'the image has more than {MAX_BYTES:,} bytes')
+    return file
+
+
+def read_upload(path: str, shown: Sequence[str]) -> Tensor:
+    """The pixels of a request's file, uint8 (3, H, W).
+
+    Raises:
+        ConfigError: If it is no upload, or no image of at most `MAX_PIXELS`.
+    """
+    file = check_upload(path, shown)
+    try:
+        return pil_to_tensor(open_image(file, 'RGB', MAX_PIXELS))
+    except OSError as error:
+        raise ConfigError(f"cannot read '{file.name}' as an image: {error}") from error
+
+
+def guard(component: Any) -> None:
+    """Have a component of gradio open uploads alone: a request can name any file of this machine."""
+    import gradio as gr
+
+    preprocess = component.preprocess
+
+    def checked(payload: Any) -> Any:
+        for part in () if payload is None else (payload.background, payload.composite, *payload.layers):
+            try:
+                if part is not None and part.path:
+                    read_upload(part.path, ())
+            except ConfigError as error:
+                raise gr.Error(str(error), print_exception=False) from error
+        return preprocess(payload)
+
+    component.preprocess = checked
+
+
 def create_app(models: Dict[str, str]) -> Any:
     """The page, a `gradio.Blocks`.
 
@@ -148,6 +199,7 @@ def create_app(models: Dict[str, str]) -> Any:
     """
     import gradio as gr
 
+    files = examples()
     first = open_model(next(iter(models.values())))
     first_blocks = find_blocks(first)
     last = next(reversed(first_blocks.values()))
@@ -166,7 +218,7 @@ def create_app(models: Dict[str, str]) -> Any:
     ) -> Tuple[Any, Any, Any, str]:
         model = open_model(models[name])
         try:
-            pixels = pixels_of(drawing) if source == 'drawing' else None if image is None else read_pixels(Path(image))
+            pixels = pixels_of(drawing) if source == 'drawing' else None if image is None else read_upload(image, files)
             if pixels is None:
                 return None, None, None, 'Upload, pick or draw an image.'
             found, shown, blocks = look(model, pixels, temperature)
@@ -188,7 +240,6 @@ def create_app(models: Dict[str, str]) -> Any:
                     )
                     # gr.Image would open the file and fail in terms of its own: take its path, and open it here
                     image.preprocess = lambda payload: None if payload is None else payload.path
-                    files = examples()
                     if files:
                         gr.Examples(files, image, label='Digits that it was not trained on')
                 with gr.Tab('Draw'):
@@ -196,6 +247,7 @@ def create_app(models: Dict[str, str]) -> Any:
                     drawing = gr.Sketchpad(
                         type='pil', label='Draw a digit', canvas_size=(280, 280), brush=brush, layers=False, height=320
                     )
+                    guard(drawing)
                 prediction = gr.Label(num_top_classes=3, label='Prediction')
             with gr.Column(min_width=280):
                 name = gr.Dropdown(list(models), value=next(iter(models)), label='Model')
@@ -253,9 +305,13 @@ def launch(targets: List[str], port: Optional[int] = None) -> None:
     require('gradio', 'demo')
     require('matplotlib', 'plot')
     import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     theme = gr.themes.Default(font=_FONTS, font_mono=['monospace'])
-    create_app(find_models(targets)).launch(server_port=port, theme=theme, css=_CSS, footer_links=[])
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=['localhost', '127.0.0.1'])
+    options = dict(theme=theme, css=_CSS, footer_links=[], max_file_size=MAX_BYTES)
+    create_app(find_models(targets)).launch(server_port=port, app_kwargs={'middleware': [hosts]}, **options)
 
 
 if __name__ == '__main__':

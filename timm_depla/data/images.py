@@ -6,6 +6,8 @@ import torch.multiprocessing
 from PIL import Image
 from timm.data import ImageDataset
 
+from timm_depla.files import open_image
+
 __all__ = ['CheckedImages', 'UnreadableError', 'read_image', 'read_or_next']
 
 _MAX_ATTEMPTS = 10  # unreadable images in a row
@@ -17,7 +19,7 @@ class UnreadableError(RuntimeError):
 
 def read_image(file: BinaryIO, mode: str) -> Image.Image:
     """Decode an image by Pillow, converted to the mode."""
-    return Image.open(file).convert(mode)
+    return open_image(file, mode)
 
 
 def read_or_next(

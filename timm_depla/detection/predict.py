@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 from typing import Dict, Sequence
 
-import PIL.Image
 import torch
 from PIL import ImageOps
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from timm_depla.files import open_image
 
 from .pretrained import from_pretrained
 
@@ -26,8 +27,7 @@ def read_image(path: os.PathLike) -> Tensor:
     Raises:
         OSError: If it cannot be read.
     """
-    with PIL.Image.open(path) as image:
-        return pil_to_tensor(ImageOps.exif_transpose(image).convert('RGB'))
+    return pil_to_tensor(ImageOps.exif_transpose(open_image(path, 'RGB')))
 
 
 @torch.inference_mode()

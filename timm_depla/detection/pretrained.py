@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torchvision.models.detection import FasterRCNN
 
-from timm_depla.checksums import find_change
+from timm_depla.files import find_change
 
 from .rcnn import create_detector
 

@@ -18,8 +18,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tupl
 
 import torch
 
-from timm_depla.checksums import FILE as SUMS
-from timm_depla.checksums import find_change, list_sums
+from timm_depla.files import SUMS, find_change, list_sums
 
 from .errors import TrainingError
 from .state import FILES as STATE

@@ -10,8 +10,8 @@ import torch.nn as nn
 import yaml
 from timm.models._hub import save_config_for_hf
 
-from timm_depla.checksums import find_change
 from timm_depla.detection import is_detector
+from timm_depla.files import find_change
 from timm_depla.models import load_trunk
 
 from .config import closest
