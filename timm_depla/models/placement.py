@@ -55,8 +55,13 @@ def create_depla(
 
 
 def can_compose(conv: nn.Module, norm: nn.Module, depla: Depla) -> bool:
-    """Whether DEPLA is all that reads the candidate norm(conv(x)), by linear layers alone, and nothing listens."""
-    return not depla.keep_candidate and not has_hooks(depla) and can_fold(conv, norm, depla.candidate)
+    """Whether DEPLA is all that reads the candidate norm(conv(x)), by linear layers alone, and nothing listens.
+
+    In training it must be worth its products of all pairs of channels, too: not where the convolution is as wide as long.
+    """
+    if depla.keep_candidate or has_hooks(depla) or not can_fold(conv, norm, depla.candidate):
+        return False
+    return not norm.training or 2 * conv.in_channels <= conv.out_channels
 
 
 def refine_composed(conv: nn.Conv2d, norm: nn.BatchNorm2d, depla: Depla, identity: Tensor, x: Tensor) -> Tensor:
