@@ -1,5 +1,7 @@
 """The embedded data set: real, split as documented, written once and verified on reuse."""
 
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -51,3 +53,13 @@ def test_without_scikit_learn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "timm-depla\[digits\]", or give a data folder'):
         digits_folder(tmp_path / 'digits')
+
+
+def test_first_starts_at_once(tmp_path):
+    """Six processes that find no digits write them once, and all have them."""
+    code = 'from timm_depla.data import digits_folder; print(len(list(digits_folder().rglob("*.png"))))'
+    env = {**os.environ, 'XDG_CACHE_HOME': str(tmp_path)}
+    command = [sys.executable, '-c', code]
+    started = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    assert [process.communicate()[0].strip() for process in started] == ['1797'] * 6
+    assert all(process.returncode == 0 for process in started)

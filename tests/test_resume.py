@@ -1,5 +1,7 @@
 """Interrupted training ends bit for bit like training that was not."""
 
+import csv
+import math
 import os
 import re
 import resource
@@ -301,3 +303,54 @@ def test_another_training_from_an_older_checkpoint_does_not_mix_with_the_old(ima
     assert (run_folder / 'last' / 'model.safetensors').read_bytes() != before
     state = read_state(run_folder / 'last')
     assert state['position'] == (2, 0) and state['arguments']['weight_decay'] == 0.1
+
+
+def test_other_data_of_the_same_size_is_another_training(images, tmp_path):
+    """Renamed images come in another order, and renamed classes mean something else."""
+    data = tmp_path / 'data'
+    shutil.copytree(images, data)
+    args = ['--data-dir', data, *FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
+    fit(*args, '--stop-epoch', 1)
+    first = sorted((data / 'train').rglob('*.png'))[0]
+    first.rename(first.with_name(f'z{first.name}'))
+    with pytest.raises(ConfigError, match='with other arguments: the names of the training images, or their order'):
+        fit(*args)
+    first.with_name(f'z{first.name}').rename(first)
+    names = sorted(path.name for path in (data / 'train').iterdir())
+    for split in ('train', 'validation'):
+        (data / split / names[0]).rename(data / split / 'zebra')
+    with pytest.raises(ConfigError, match=f"with other arguments: classes '{names[0]}' -> '{names[1]}'"):
+        fit(*args)
+
+
+def test_diverged_run_goes_back_to_before(images, tmp_path, caplog):
+    """By the advice that the message gives."""
+    args = [images, *FAST, '--epochs', 3, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
+    assert fit(*args, '--stop-epoch', 1) == 0
+    with pytest.raises(TrainingError, match=r'the loss is (nan|inf) at epoch 1, step \d+'):
+        fit(*args, '--lr', 1e30, '--warmup-epochs', 0, '--recovery-interval', 1, '--resume-with-changes')
+    assert (tmp_path / 'run' / 'diverged.json').is_file()
+    assert fit(*args, '--resume-with-changes') == 0
+    assert 'the loss was not finite in epoch 1: going back to before that epoch' in caplog.text
+    assert not (tmp_path / 'run' / 'diverged.json').exists()
+    rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
+    assert len(rows) == 3 and all(math.isfinite(float(row['train_loss'])) for row in rows)
+
+
+def test_run_folder_has_one_process_at_a_time(images, tmp_path, monkeypatch):
+    args = [images, *FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
+    fit(*args, '--stop-epoch', 1)
+    monkeypatch.setattr('timm_depla.engine.setup.LOCK_SECONDS', 0.1)
+    code = f"""
+import time
+from filelock import FileLock
+with FileLock({str(tmp_path / 'run' / '.lock')!r}):
+    print('locked', flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b'locked\n'
+        with pytest.raises(ConfigError, match=r'is in use by process \d+ on .*: let it end'):
+            fit(*args)
+        holder.kill()
+    assert fit(*args) == 0

@@ -3,12 +3,12 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Iterable, Optional
 
 import numpy as np
 from PIL import Image
 
-__all__ = ['FORMATS', 'SUMS', 'find_change', 'list_sums', 'open_image']
+__all__ = ['FORMATS', 'SUMS', 'find_change', 'list_digest', 'list_sums', 'open_image']
 
 SUMS = 'checksums.json'
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM')
@@ -36,6 +36,14 @@ def find_change(folder: Path) -> Optional[str]:
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         return f'{type(error).__name__}: {error}'
     return None
+
+
+def list_digest(names: Iterable[str]) -> str:
+    """A digest of names in their order."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(str(name).encode(errors='surrogateescape') + b'\0')
+    return digest.hexdigest()
 
 
 def open_image(file: Any, mode: str, max_pixels: int = MAX_PIXELS) -> Image.Image:

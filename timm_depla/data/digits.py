@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Optional
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 __all__ = ['digits_folder']
@@ -37,22 +38,21 @@ def digits_folder(root: Optional[os.PathLike] = None) -> Path:
     """
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     root = Path(root) if root is not None else cache / 'timm_depla' / 'digits'
-    if root.is_dir():
-        if _digest(root) == _SHA256:
-            return root
-        _logger.warning('%s is incomplete or was changed; writing it again', root)
+    if root.is_dir() and _digest(root) == _SHA256:
+        return root
     root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
-        folder = Path(scratch) / root.name
-        _write(folder)
-        if _digest(folder) != _SHA256:
-            raise RuntimeError('scikit-learn returned other digits than expected; please report its version')
-        shutil.rmtree(root, ignore_errors=True)
-        try:
+    with FileLock(root.with_name(f'.{root.name}.lock')):
+        if root.is_dir():
+            if _digest(root) == _SHA256:  # another process was faster
+                return root
+            _logger.warning('%s is incomplete or was changed; writing it again', root)
+        with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
+            folder = Path(scratch) / root.name
+            _write(folder)
+            if _digest(folder) != _SHA256:
+                raise RuntimeError('scikit-learn returned other digits than expected; please report its version')
+            shutil.rmtree(root, ignore_errors=True)
             folder.rename(root)
-        except OSError:  # another process was faster
-            if _digest(root) != _SHA256:
-                raise
     return root
 
 

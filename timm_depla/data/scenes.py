@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 from .digits import digits_folder
@@ -45,16 +46,20 @@ def scenes_folder(root: Optional[os.PathLike] = None) -> Path:
     """
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     root = Path(root) if root is not None else cache / 'timm_depla' / 'scenes'
-    if not (root / 'annotations').is_dir():
-        root.parent.mkdir(parents=True, exist_ok=True)
+    if (root / 'annotations').is_dir():
+        return root
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f'.{root.name}.lock')):
+        if (root / 'annotations').is_dir():  # another process was faster
+            return root
         with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
             folder = Path(scratch) / root.name
             for number, (split, count) in enumerate(IMAGES.items()):
                 _write_split(folder, split, number, count)
-            if root.is_dir():
-                shutil.copytree(folder, root, dirs_exist_ok=True)
-            else:
-                folder.rename(root)
+            root.mkdir(exist_ok=True)
+            for name in (*IMAGES, 'annotations'):  # the last of which says that all are there
+                shutil.rmtree(root / name, ignore_errors=True)
+                (folder / name).rename(root / name)
     return root
 
 

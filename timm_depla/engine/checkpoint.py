@@ -173,9 +173,16 @@ def set_aside(run: Path, epoch: int, step: int) -> Optional[Path]:
     return target
 
 
-def newest_checkpoint(run: Path) -> Optional[Path]:
-    """The newest whole checkpoint of a run, if any; damaged ones are passed over with a warning."""
-    for folder in list_checkpoints(run):
+def newest_checkpoint(run: Path, diverged: Optional[int] = None) -> Optional[Path]:
+    """The newest whole checkpoint of a run, if any; damaged ones are passed over with a warning.
+
+    So are those from inside the epoch in which the loss was not finite, where that is given and there are older ones.
+    """
+    found = list_checkpoints(run)
+    if diverged is not None:
+        _logger.warning('the loss was not finite in epoch %d: going back to before that epoch', diverged)
+        found = [folder for folder in found if position(folder) <= (diverged, 0)] or found[-1:]
+    for folder in found:
         damage = find_damage(folder)
         if damage is None:
             return folder

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-__all__ = ['ConfigError', 'TrainingError', 'UserError', 'require']
+__all__ = ['ConfigError', 'DivergedError', 'TrainingError', 'UserError', 'require']
 
 
 class UserError(Exception):
@@ -15,6 +15,10 @@ class ConfigError(UserError, ValueError):
 
 class TrainingError(UserError, RuntimeError):
     """Training, or writing what it made, cannot go on."""
+
+
+class DivergedError(TrainingError):
+    """The loss is not finite."""
 
 
 def require(module: str, extra: str) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 from argparse import Namespace
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Dict, List, Optional, Sequence
 
@@ -16,7 +17,7 @@ import torch.nn as nn
 from timm.utils import ModelEmaV3, NativeScaler
 
 from .checkpoint import BackgroundWriter, checkpoint_name, link, prune, write_checkpoint, write_file
-from .errors import ConfigError, TrainingError
+from .errors import ConfigError, DivergedError
 from .report import Metric, draw_curves
 from .state import pack_state, read_state
 from .world import Interrupt, World
@@ -40,7 +41,7 @@ class Losses:
     """The mean loss of an epoch in this process, read one step late so that the device need not wait.
 
     Raises:
-        TrainingError: From `add` and `settle`, if a loss is not finite.
+        DivergedError: From `add` and `settle`, if a loss is not finite.
     """
 
     total: float = 0.0
@@ -66,7 +67,7 @@ class Losses:
         self._pending = None
         value = loss.item()
         if not math.isfinite(value):
-            raise TrainingError(f'the loss is {value} {where()}')
+            raise DivergedError(f'the loss is {value} {where()}')
         self.total += value * count
         self.count += count
 
@@ -91,6 +92,7 @@ class Run:
         num_epochs: Epochs of the schedule.
         epoch, step: The position: the next step to take. At `step` = steps an epoch, validation is next.
         history: A row of summary.csv for each epoch.
+        data: What tells the data apart: `classes`, by name and in order, and `files`, a digest of the names in order.
         eval_model: What validation calls: the network that is kept, or its compiled form.
     """
 
@@ -116,6 +118,7 @@ class Run:
     losses: Losses = field(default_factory=Losses)
     history: List[Dict[str, Any]] = field(default_factory=list)
     writer: BackgroundWriter = field(default_factory=BackgroundWriter)
+    data: Dict[str, Any] = field(default_factory=dict)
     eval_model: Any = None
 
     def __post_init__(self) -> None:
@@ -164,6 +167,7 @@ class Run:
             'device': self.world.device.type,
             'world_size': self.world.size,
             'training_images': self.loader.num_images,
+            **self.data,
         }
 
     def _rank_state(self) -> Dict[str, Any]:
@@ -281,7 +285,7 @@ class Run:
     def _changes(self, old: Dict[str, Any]) -> List[str]:
         new = self.arguments()
         differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-        return [f'{key.replace("_", " ")} {old.get(key)!r} -> {new.get(key)!r}' for key in differing]
+        return [_describe_change(key, old.get(key), new.get(key)) for key in differing]
 
     def _adapt(self, old: Dict[str, Any]) -> None:
         """Move the position and the schedule to where the images seen so far are under the new arguments."""
@@ -290,6 +294,15 @@ class Run:
         self.step -= self.step % self.args.grad_accum_steps
         self.scheduler.step(self.epoch)
         self.scheduler.step_update(self.updates)
+
+
+def _describe_change(key: str, old: Any, new: Any) -> str:
+    if key == 'files':
+        return 'the names of the training images, or their order'
+    if key == 'classes':
+        pairs = [pair for pair in zip_longest(old or [], new or []) if pair[0] != pair[1]]
+        return f'classes {", ".join(f"{a!r} -> {b!r}" for a, b in pairs[:3])}{", ..." if len(pairs) > 3 else ""}'
+    return f'{key.replace("_", " ")} {old!r} -> {new!r}'
 
 
 def _copy(value: Any, memory_format: torch.memory_format = torch.preserve_format) -> Any:

@@ -1,16 +1,20 @@
 """What a training starts with: device, optimizer, run, and its folder or the checkpoint that it goes on from."""
 
+import json
 import math
 import os
+import platform
 import time
 from argparse import Namespace
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Type
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
 import yaml
+from filelock import FileLock, Timeout
 from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
@@ -25,6 +29,7 @@ from .run import Run
 from .world import World, keep_memory
 
 __all__ = [
+    'DIVERGED',
     'assemble',
     'autocast',
     'create_optimizer',
@@ -33,6 +38,9 @@ __all__ = [
     'set_up_device',
     'share_batch_norm',
 ]
+
+DIVERGED = 'diverged.json'  # in a run's folder, from a loss that is not finite until training goes on
+LOCK_SECONDS = 20.0  # to wait for a run's folder: the workers of a killed process hold its lock for some more
 
 
 def group_parameters(trainable: nn.Module, args: Namespace) -> List[Dict[str, Any]]:
@@ -169,7 +177,7 @@ def find_resume(args: Namespace, world: World) -> Optional[Path]:
     damage = find_damage(path) if is_checkpoint else None
     if damage is not None:
         raise ConfigError(f"'{path}' is no whole checkpoint ({damage}): give the run's folder for its newest one")
-    checkpoint = world.share(path if is_checkpoint else newest_checkpoint(path))
+    checkpoint = world.share(path if is_checkpoint else newest_checkpoint(path, diverged_epoch(path)))
     if checkpoint is None and args.resume != 'auto':
         raise ConfigError(f"'{args.resume}' has no checkpoint to go on from: give a run's folder")
     run = checkpoint.parent.parent if checkpoint is not None else path
@@ -177,14 +185,25 @@ def find_resume(args: Namespace, world: World) -> Optional[Path]:
     return checkpoint
 
 
-def open_folder(run: Run, resumed: bool) -> None:
-    """Make the run's folder and write its configuration, args.yaml.
+def diverged_epoch(run: Path) -> Optional[int]:
+    """The epoch in which a run's loss was not finite, if that is how it ended: its weights may be of no use since."""
+    file = run / DIVERGED
+    try:
+        return int(json.loads(file.read_text())['epoch']) if file.is_file() else None
+    except (KeyError, OSError, TypeError, ValueError):
+        return None
+
+
+@contextmanager
+def open_folder(run: Run, resumed: bool) -> Iterator[None]:
+    """Make the run's folder, keep other processes out of it, and write its configuration, args.yaml.
 
     Raises:
-        ConfigError: If it holds another run already, or cannot be written.
+        ConfigError: If it holds another run already, another process has it, or it cannot be written.
     """
     args, folder = run.args, run.folder
     if not run.world.is_primary:
+        yield
         return
     try:
         folder.mkdir(parents=True, exist_ok=resumed or args.resume == 'auto')
@@ -195,4 +214,18 @@ def open_folder(run: Run, resumed: bool) -> None:
         ) from error
     except OSError as error:
         raise ConfigError(f"cannot write run folder '{folder}': {error}") from error
-    write_file(folder / 'args.yaml', yaml.safe_dump(vars(args), sort_keys=False).encode())
+    lock, holder = FileLock(folder / '.lock'), folder / '.holder'
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        who = holder.read_text() if holder.is_file() else 'another process'
+        raise ConfigError(
+            f"run folder '{folder}' is in use by {who}: let it end, or name another --experiment"
+        ) from error
+    with lock:
+        write_file(holder, f'process {os.getpid()} on {platform.node()}'.encode())
+        write_file(folder / 'args.yaml', yaml.safe_dump(vars(args), sort_keys=False).encode())
+        try:
+            yield
+        finally:
+            lock.release(force=True)

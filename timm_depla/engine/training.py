@@ -1,5 +1,6 @@
 """The loop of every kind of training: epochs, steps, checkpoints, signals, and going on."""
 
+import json
 import logging
 import time
 from argparse import Namespace
@@ -11,12 +12,12 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 
 from timm_depla.data import Draw, UnreadableError, seed_position
 
-from .checkpoint import checkpoint_name, find_damage, set_aside
-from .errors import TrainingError
+from .checkpoint import checkpoint_name, find_damage, set_aside, write_file
+from .errors import DivergedError, TrainingError
 from .plan import describe
 from .report import Report
 from .run import Losses, Run
-from .setup import autocast, find_resume, open_folder, set_up_device
+from .setup import DIVERGED, autocast, find_resume, open_folder, set_up_device
 from .world import Interrupt, World, setup_world
 
 __all__ = ['run_epoch', 'train', 'train_one_epoch']
@@ -141,14 +142,47 @@ def rejoin(run: Run, is_changed: bool) -> None:
         TrainingError: If the folder cannot be written.
     """
     folder = run.folder / 'checkpoints' / checkpoint_name(run.epoch, run.step)
-    if run.world.is_primary and is_changed and (replaced := set_aside(run.folder, run.epoch, run.step)):
+    is_diverged = (run.folder / DIVERGED).is_file()
+    if (
+        run.world.is_primary
+        and (is_changed or is_diverged)
+        and (replaced := set_aside(run.folder, run.epoch, run.step))
+    ):
         _logger.warning('the checkpoints after %s are in %s now', folder.name, replaced)
     if not run.world.share(folder.is_dir()):  # another batch size has moved the position
         run.save()
     elif run.world.is_primary:
         run.publish(folder.name, run.history)
+    if run.world.is_primary:
+        (run.folder / DIVERGED).unlink(missing_ok=True)
     if run.world.is_primary and (run.folder / 'best').exists() and (damage := find_damage(run.folder / 'best')):
         _logger.warning('the best checkpoint so far is damaged: %s', damage)
+
+
+def train_epochs(run: Run, report: Report) -> int:
+    """Train until the end or a signal; returns the signal, 0 for none.
+
+    Raises:
+        TrainingError: If training cannot go on.
+    """
+    signal = 0
+    with Interrupt(run.world) as interrupt:
+        try:
+            try:
+                while run.epoch < run.end and not signal:
+                    signal = run_epoch(run, interrupt, report)
+                run.loader.unreadable.collect(wait=True)
+                run.val_loader.unreadable.collect(wait=True)
+            finally:
+                run.writer.wait()
+        except Exception as error:
+            report.stop()
+            if isinstance(error, DivergedError) and run.world.is_primary:
+                write_file(run.folder / DIVERGED, (json.dumps({'epoch': run.epoch}) + '\n').encode())
+            if isinstance(error, UnreadableError) or 'DataLoader worker' in str(error):
+                raise TrainingError(explain_worker(error)) from error
+            raise
+    return signal
 
 
 def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> int:
@@ -176,25 +210,11 @@ def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> in
     is_changed = checkpoint is not None and run.load(checkpoint)
     if checkpoint is not None:
         _logger.info('going on from %s: epoch %d, step %d', checkpoint, run.epoch, run.step)
-    open_folder(run, checkpoint is not None)
-    report = Report(run)
-    if checkpoint is not None:
-        rejoin(run, is_changed)
-    signal = 0
-    with Interrupt(world) as interrupt:
-        try:
-            try:
-                while run.epoch < run.end and not signal:
-                    signal = run_epoch(run, interrupt, report)
-                run.loader.unreadable.collect(wait=True)
-                run.val_loader.unreadable.collect(wait=True)
-            finally:
-                run.writer.wait()
-        except Exception as error:
-            report.stop()
-            if isinstance(error, UnreadableError) or 'DataLoader worker' in str(error):
-                raise TrainingError(explain_worker(error)) from error
-            raise
+    with open_folder(run, checkpoint is not None):
+        report = Report(run)
+        if checkpoint is not None:
+            rejoin(run, is_changed)
+        signal = train_epochs(run, report)
     best = (run.ranked(run.history) or [{}])[0]
     if signal:
         _logger.info('saved %s; go on with --resume %s', checkpoint_name(run.epoch, run.step), run.folder)

@@ -6,15 +6,15 @@ import tarfile
 from argparse import Namespace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Tuple
 
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 
 from timm_depla.data import digits_folder
 
 from ..errors import ConfigError
 
-__all__ = ['class_names', 'count_classes', 'find_data', 'open_split', 'open_splits']
+__all__ = ['class_names', 'count_classes', 'file_names', 'find_data', 'open_split', 'open_splits']
 
 _logger = logging.getLogger(__name__)
 
@@ -129,6 +129,12 @@ def class_names(dataset: Any) -> Any:
     reader = getattr(dataset, 'reader', None)
     known = (getattr(reader, name, None) for name in ('class_to_idx', 'class_name_to_idx'))
     return next(filter(None, known), None) or getattr(dataset, 'classes', ())
+
+
+def file_names(dataset: Any) -> List[str]:
+    """The names of a data set's images in their order; empty where it does not tell."""
+    has_files = isinstance(dataset, ImageDataset) and hasattr(dataset.reader, 'samples')  # of a folder or a tar file
+    return dataset.filenames() if has_files else []
 
 
 def open_splits(args: Namespace) -> Tuple[Any, Any]:

@@ -12,6 +12,7 @@ from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEn
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
 
 from timm_depla.data import Draw, seed_position
+from timm_depla.files import list_digest
 
 from .. import training
 from ..errors import ConfigError
@@ -21,7 +22,7 @@ from ..report import Metric
 from ..run import Run
 from ..setup import assemble, share_batch_norm
 from ..world import Interrupt, World
-from .datasets import class_names, count_classes, find_data, open_splits
+from .datasets import class_names, count_classes, file_names, find_data, open_splits
 from .loaders import TrainLoader, create_val_loader, mixes
 from .validate import evaluate
 
@@ -137,7 +138,8 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Classificatio
     train_set, val_set = open_splits(args)
     args.num_classes = count_classes(args, train_set)
     model, data_config = build_model(args, world, is_fresh)
-    config = model_config(model, rebuild_args(args), [str(name) for name in class_names(train_set)])
+    classes = [str(name) for name in class_names(train_set)]
+    config = model_config(model, rebuild_args(args), classes)
     model = share_batch_norm(args, model, world)
     loaders = TrainLoader(args, train_set, data_config, world), create_val_loader(args, val_set, data_config, world)
     task = create_task(args, model, world)
@@ -145,6 +147,7 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Classificatio
     if compiled:
         task.compile(**compiled)
     run = assemble(ClassificationRun, args, world, task, model, config, loaders)
+    run.data = dict(classes=classes, files=list_digest(file_names(train_set)))
     if compiled:
         run.eval_model = torch.compile(run.evaluated, **compiled)
     return run

@@ -16,6 +16,7 @@ from timm_depla.data import Draw, seed_position
 from timm_depla.detection import create_detector, detector_config
 from timm_depla.detection.coco import METRICS, CocoDetection
 from timm_depla.detection.rcnn import split_name
+from timm_depla.files import list_digest
 
 from .. import training
 from ..errors import ConfigError
@@ -152,7 +153,10 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> DetectionRun:
     model = share_batch_norm(args, model, world)
     loaders = DetectionLoader(args, train_set, world), ValidationLoader(args, val_set, world)
     task = DetectionTask(model, device=world.device, verbose=False)
-    return assemble(DetectionRun, args, world, task, model, config, loaders)
+    run = assemble(DetectionRun, args, world, task, model, config, loaders)
+    files = (f'{train_set.image_ids[i]} {Path(train_set.filename(i)).name}' for i in range(len(train_set)))
+    run.data = dict(classes=list(train_set.class_names), files=list_digest(files))
+    return run
 
 
 def train(args: Namespace) -> int:
