@@ -1,12 +1,10 @@
 """The benchmarks run, and docs/benchmarks.md is what their records say."""
 
-import argparse
 import sys
 
 import pytest
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import crash
 
 
 def test_docs_are_generated_from_the_records():
@@ -71,12 +69,3 @@ def test_runs_and_writes_its_record(arguments, expected, monkeypatch, tmp_path, 
         drawn = plot.read_bytes()
         benchmarks.draw_plots()
         assert drawn.startswith(b'<?xml') and plot.read_bytes() == drawn
-
-
-@pytest.mark.parametrize('processes', [1, 2])
-def test_kills(processes):
-    """A kill during a write; `python -m benchmarks crash` has many, at any moment."""
-    results = crash.run(argparse.Namespace(task='classification', kills=1, processes=processes, max_workers=2, seed=3))
-    assert results['kills'] == 1
-    assert results['different'] == []
-    assert results['identical'] == results['runs'] == 1

@@ -186,3 +186,12 @@ def test_damaged_args_yaml(run, text, tmp_path):
     (tmp_path / 'run' / 'args.yaml').write_text(text)
     with pytest.raises(ConfigError, match=r'cannot read .*args.yaml'):
         validate(tmp_path / 'run')
+
+
+def test_changed_weights_are_named(run, tmp_path):
+    shutil.copytree((run / 'best').resolve(), tmp_path / 'best')
+    data = bytearray((tmp_path / 'best' / 'model.safetensors').read_bytes())
+    data[-100] ^= 1
+    (tmp_path / 'best' / 'model.safetensors').write_bytes(data)
+    with pytest.raises(ConfigError, match=r"best' is damaged: model.safetensors was changed"):
+        validate(tmp_path / 'best', '--data-dir', digits_folder())

@@ -57,7 +57,7 @@ def create_depla(
 def can_compose(conv: nn.Module, norm: nn.Module, depla: Depla) -> bool:
     """Whether DEPLA is all that reads the candidate norm(conv(x)), by linear layers alone, and nothing listens.
 
-    In training it costs the products of all pairs of channels that the convolution reads, and pays where it widens them.
+    In training it costs the products of all pairs of channels that the convolution reads: worth it where it widens.
     """
     if depla.keep_candidate or has_hooks(depla) or not can_fold(conv, norm, depla.candidate):
         return False
