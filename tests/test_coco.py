@@ -124,10 +124,10 @@ def test_degenerate_boxes_are_left_out_counted_and_named(folder, tmp_path, caplo
     'change,message',
     [
         (lambda c: c['images'][0].update(file_name='gone.jpg'), r"1 images are not in '.*train': gone\.jpg"),
-        (lambda c: c['images'][0].update(height=0), "image '000000.jpg' has the size 320 x 0"),
+        (lambda c: c['images'][0].update(height=0), r"images\[0\] needs a number of pixels as 'height', not 0"),
         (lambda c: c['annotations'][0].update(category_id=99), 'annotation 1 is of category 99, not listed'),
         (lambda c: c['annotations'][0].update(image_id=999), 'annotation 1 is of image 999, which is not listed'),
-        (lambda c: c.pop('categories'), "not in COCO's format: it needs images, annotations, categories"),
+        (lambda c: c.pop('categories'), "not in COCO's format: it needs the lists images, annotations, categories"),
     ],
 )
 def test_bad_annotations(folder, tmp_path, change, message):
@@ -143,7 +143,13 @@ def test_bad_files(folder, tmp_path):
         CocoDetection(folder / 'train', tmp_path / 'broken.json')
     with pytest.raises(ValueError, match='has no objects to train on'):
         rewrite(folder, tmp_path, lambda content: content.update(annotations=[]))(is_training=True)
-    dataset = rewrite(folder, tmp_path, lambda content: content['images'][0].update(width=300))()
+
+    def change(content):
+        content['images'][0].update(width=300)
+        for annotation in content['annotations']:
+            del annotation['segmentation']
+
+    dataset = rewrite(folder, tmp_path, change)()
     with pytest.raises(ValueError, match=r"image '000000\.jpg' is 320 x 320 pixels, its annotation says 300 x 320"):
         dataset[0]
 
@@ -230,3 +236,60 @@ def test_results_are_in_the_submission_format(folder):
     assert json.loads(json.dumps(result)) == result
     assert coco_mask.decode(result['segmentation']).shape == (320, 320)
     assert Image.open(dataset.filename(0)).size == (320, 320)
+
+
+def broken(part, **changes):
+    return lambda content: content[part][0].update(changes)
+
+
+@pytest.mark.parametrize(
+    'change,message',
+    [
+        (broken('images', id='1'), r"images\[0\] needs a whole number as 'id', not '1'"),
+        (
+            broken('images', file_name='../../etc/passwd'),
+            "needs a path within the folder as 'file_name', not '../../etc",
+        ),
+        (broken('images', file_name='/etc/passwd'), "needs a path within the folder as 'file_name'"),
+        (broken('images', width=None), "needs a number of pixels as 'width', not None"),
+        (broken('images', id=2), r"images\[1\] has the 'id' 2 of another of the images"),
+        (broken('categories', name=3), r"categories\[0\] needs a name as 'name', not 3"),
+        (broken('annotations', bbox=[1, 2, 3]), r"annotations\[0\] needs four numbers, .* as 'bbox', not \[1, 2, 3\]"),
+        (broken('annotations', bbox=[1, 2, 3, float('nan')]), 'needs four numbers'),
+        (broken('annotations', iscrowd=2), "needs 0 or 1 as 'iscrowd', not 2"),
+        (broken('annotations', area='x'), "needs a number as 'area', not 'x'"),
+        (broken('annotations', segmentation=[[1, 2]]), 'has a polygon that is no list of three points or more'),
+        (broken('annotations', segmentation=[[1, 2, 3, 4, 5, None]]), 'has a polygon'),
+        (broken('annotations', segmentation={'size': [1, 1], 'counts': [1]}), 'is no mask of 320 x 320 pixels'),
+        (broken('annotations', segmentation={'size': [320, 320], 'counts': [5]}), 'do not fill 320 x 320 pixels'),
+        (broken('annotations', segmentation={'size': [320, 320], 'counts': 'PPPPPP'}), 'that are no run lengths'),
+        (broken('annotations', segmentation={'size': [320, 320], 'counts': '\x7f~'}), 'that are no run lengths'),
+        (broken('annotations', segmentation={'size': [320, 320], 'counts': 3}), 'that are no run lengths'),
+        (broken('annotations', segmentation='abc'), 'is no mask of'),
+        (lambda c: c.update(images={}), 'it needs the lists images'),
+        (lambda c: c['annotations'].insert(0, 7), r'annotations\[0\] is no mapping: 7'),
+    ],
+)
+def test_schema_names_the_entry_and_the_value(folder, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        rewrite(folder, tmp_path, change)()
+
+
+def test_compressed_masks_are_read_and_absent_areas_computed(folder, tmp_path):
+    """What pycocotools writes passes the check, whole and compressed, and areas are those of the masks."""
+    random = np.random.default_rng(0)
+    masks = [np.asfortranarray((random.random((320, 320)) < p).astype(np.uint8)) for p in (0.01, 0.5, 0.999)]
+    masks += [np.asfortranarray(np.zeros((320, 320), np.uint8)), np.asfortranarray(np.ones((320, 320), np.uint8))]
+
+    def change(content):
+        template = content['annotations'][0]
+        content['annotations'] = []
+        for i, mask in enumerate(masks):
+            encoded = coco_mask.encode(mask)
+            segmentation = dict(size=encoded['size'], counts=encoded['counts'].decode())
+            content['annotations'].append({**template, 'id': i + 1, 'segmentation': segmentation})
+            del content['annotations'][-1]['area'], content['annotations'][-1]['iscrowd']
+
+    annotations = rewrite(folder, tmp_path, change)().coco.anns
+    assert [annotations[i + 1]['area'] for i in range(5)] == [mask.sum() for mask in masks]
+    assert all(annotation['iscrowd'] == 0 for annotation in annotations.values())

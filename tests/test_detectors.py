@@ -202,3 +202,25 @@ def test_published_detector_fetches_nothing(model_args, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(config))
     with pytest.raises(ValueError, match='its model_args are no mapping'):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '[]',
+        '{',
+        '[' * 10_000,
+        '{"library_name": "timm_depla"}',
+        '\x00',
+        '"a"',
+        dict(architecture=3),
+        dict(num_classes='x'),
+    ],
+)
+def test_config_of_something_else_is_one_error(text, tmp_path):
+    if isinstance(text, dict):
+        text = json.dumps(json.loads(detector_config('fasterrcnn_test_resnet_fpn', ['a'], [1])) | text)
+    (tmp_path / 'config.json').write_text(text)
+    save_file({'x': torch.zeros(1)}, tmp_path / 'model.safetensors')
+    with pytest.raises((TypeError, ValueError)):
+        from_pretrained(tmp_path)

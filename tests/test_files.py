@@ -1,5 +1,6 @@
 """Files that may come from anybody: images that are bombs, of another format, or of more bits than eight."""
 
+import os
 import struct
 import zlib
 
@@ -63,3 +64,11 @@ def test_changed_file_is_named(tmp_path):
     for text in ('[]', '{"a": 1}', '{"c": {}}', '[' * 10_000, '\x00'):
         (tmp_path / 'checksums.json').write_text(text)
         assert find_change(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['a', 'checksums.json'])
+def test_pipe_in_place_of_a_file_does_not_block(name, tmp_path):
+    (tmp_path / 'checksums.json').write_bytes(list_sums({'a': b'1234'}))
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    assert find_change(tmp_path) == f'OSError: {name} is no file'

@@ -27,8 +27,9 @@ def find_change(folder: Path) -> Optional[str]:
     if not (folder / SUMS).exists():
         return None
     try:
-        for name, expected in json.loads((folder / SUMS).read_text()).items():
-            data = (folder / name).read_bytes()
+        sums = json.loads(_read(folder / SUMS))
+        for name, expected in sums.items():
+            data = _read(folder / name)
             if len(data) != expected['bytes']:
                 return f'{name} has {len(data)} bytes, not {expected["bytes"]}'
             if hashlib.sha256(data).hexdigest() != expected['sha256']:
@@ -36,6 +37,13 @@ def find_change(folder: Path) -> Optional[str]:
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         return f'{type(error).__name__}: {error}'
     return None
+
+
+def _read(path: Path) -> bytes:
+    """The content of a file, of which a pipe is none: reading it would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(f'{path.name} is no file')
+    return path.read_bytes()
 
 
 def list_digest(names: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Image, Mask
 
 from .predict import read_image
+from .schema import check_coco
 
 __all__ = ['CocoDetection', 'create_transform', 'evaluate_coco', 'to_results']
 
@@ -67,7 +68,7 @@ class CocoDetection(torch.utils.data.Dataset):
         class_names: Their names.
 
     Raises:
-        ValueError: If the annotation file is missing or no COCO file, an image is missing or has no size, or an
+        ValueError: If the annotation file is missing or no COCO file, an image is missing, or an
             annotation belongs to no image or category.
     """
 
@@ -101,9 +102,6 @@ class CocoDetection(torch.utils.data.Dataset):
         ]
         if missing:
             raise ValueError(f"{len(missing)} images are not in '{self.folder}': {_some(missing)}")
-        for image in self.coco.imgs.values():
-            if min(image['height'], image['width']) < 1:
-                raise ValueError(f"image '{image['file_name']}' has the size {image['width']} x {image['height']}")
         degenerate = []
         for annotation in self.coco.anns.values():
             if annotation['image_id'] not in self.coco.imgs:
@@ -167,11 +165,12 @@ def _read(path: Path) -> COCO:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ValueError(f"no annotation file '{path}'") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"annotation file '{path}' is not JSON: {error}") from error
-    parts = ('images', 'annotations', 'categories')
-    if not isinstance(content, dict) or any(part not in content for part in parts):
-        raise ValueError(f"annotation file '{path}' is not in COCO's format: it needs {', '.join(parts)}")
+    try:
+        check_coco(content)
+    except ValueError as error:
+        raise ValueError(f"annotation file '{path}': {error}") from error
     coco = COCO()
     coco.dataset = content
     with contextlib.redirect_stdout(io.StringIO()):

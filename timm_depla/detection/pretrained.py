@@ -105,12 +105,17 @@ def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
         raise ValueError(
             f"'{source}' has no checkpoint: expected config.json and model.safetensors in it or in its folder best"
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, safetensors.SafetensorError) as error:
+    except (OSError, RecursionError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"'{source}' cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"'{source}' cannot be read: its config.json is no mapping")
     if config.get('library_name') != _LIBRARY or not config.keys() >= _KEYS:
         raise ValueError(f"'{source}' holds no detector but '{config.get('architecture')}'")
     arguments = {**_check_args(config['model_args'], source), **kwargs}
-    model = create_detector(config['architecture'], num_classes=config['num_classes'], **arguments)
+    try:
+        model = create_detector(config['architecture'], num_classes=config['num_classes'], **arguments)
+    except (AssertionError, AttributeError, IndexError, KeyError, OverflowError) as error:
+        raise ValueError(f"'{source}' cannot be rebuilt from its config.json: {error!r}") from error
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

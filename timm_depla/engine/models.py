@@ -50,7 +50,7 @@ def create_model(name: str, **kwargs) -> nn.Module:
         raise ConfigError(f"no model '{name}'{closest(name, timm.list_models())}")
     try:
         return timm.create_model(name, **kwargs)
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"cannot create model '{name}': {error}") from error
 
 

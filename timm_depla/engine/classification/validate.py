@@ -94,8 +94,10 @@ def evaluate(
 def trained_on_digits(target: str) -> bool:
     """Whether a published folder says that it was trained on the embedded digits."""
     record = Path(target.removeprefix('local-dir:'), 'record.json')
-    content = json.loads(record.read_text()) if record.is_file() else {}
-    return content.get('dataset', {}).get('id') == 'digits'
+    try:
+        return record.is_file() and json.loads(record.read_text())['dataset']['id'] == 'digits'
+    except (KeyError, OSError, RecursionError, TypeError, ValueError):
+        return False
 
 
 def find_targets(args: Namespace) -> List[str]:

@@ -1,0 +1,137 @@
+"""What a COCO file must hold: checked once, before pycocotools, which takes anything and may never return."""
+
+import math
+from pathlib import PurePosixPath
+from typing import Any, Dict, List
+
+from pycocotools import mask as coco_mask
+
+__all__ = ['check_coco']
+
+MAX_SIDE = 2**16  # pixels
+
+
+def check_coco(content: Any) -> None:
+    """Check the images, categories and annotations of a COCO file; an annotation without `iscrowd` or `area` gets them.
+
+    Raises:
+        ValueError: If something is missing or of another kind; it names the entry, the key and the value.
+    """
+    parts = ('images', 'annotations', 'categories')
+    if not isinstance(content, dict) or any(not isinstance(content.get(part), list) for part in parts):
+        raise ValueError(f"it is not in COCO's format: it needs the lists {', '.join(parts)}")
+    for part, keys in KEYS.items():
+        ids = set()
+        for i, entry in enumerate(content[part]):
+            name = f'{part}[{i}]'
+            if not isinstance(entry, dict):
+                raise ValueError(f'{name} is no mapping: {_short(entry)}')
+            for key, (says, holds) in keys.items():
+                if not holds(entry.get(key)):
+                    raise ValueError(f"{name} needs {says} as '{key}', not {_short(entry.get(key))}")
+            if entry['id'] in ids:
+                raise ValueError(f"{name} has the 'id' {entry['id']} of another of the {part}")
+            ids.add(entry['id'])
+    sizes = {image['id']: (image['height'], image['width']) for image in content['images']}
+    for i, annotation in enumerate(content['annotations']):
+        segmentation = annotation.get('segmentation') or None
+        if segmentation is not None and annotation['image_id'] in sizes:
+            height, width = sizes[annotation['image_id']]
+            _check_segmentation(segmentation, height, width, f'annotations[{i}]')
+        annotation.setdefault('iscrowd', 0)
+        annotation.setdefault('area', _area(annotation, sizes))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_box(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and len(value) in (0, 4) and all(map(_is_number, value)))
+
+
+def _is_file_name(value: Any) -> bool:
+    is_text = isinstance(value, str) and value and '\0' not in value
+    return bool(is_text) and not PurePosixPath(value).is_absolute() and '..' not in PurePosixPath(value).parts
+
+
+def _is_side(value: Any) -> bool:
+    return _is_int(value) and 1 <= value <= MAX_SIDE
+
+
+_ID = ('a whole number', _is_int)
+KEYS: Dict[str, Dict[str, Any]] = {
+    'images': {
+        'id': _ID,
+        'file_name': ('a path within the folder', _is_file_name),
+        'height': ('a number of pixels', _is_side),
+        'width': ('a number of pixels', _is_side),
+    },
+    'categories': {'id': _ID, 'name': ('a name', lambda value: isinstance(value, str))},
+    'annotations': {
+        'id': _ID,
+        'image_id': _ID,
+        'category_id': _ID,
+        'bbox': ('four numbers, x, y, width and height,', _is_box),
+        'iscrowd': ('0 or 1', lambda value: value in (None, 0, 1)),
+        'area': ('a number', lambda value: value is None or _is_number(value)),
+    },
+}
+
+
+def _check_segmentation(value: Any, height: int, width: int, name: str) -> None:
+    if isinstance(value, list):
+        for polygon in value:
+            is_list = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+            if not is_list or not all(map(_is_number, polygon)):
+                raise ValueError(f'{name} has a polygon that is no list of three points or more: {_short(polygon)}')
+        return
+    if not isinstance(value, dict) or value.get('size') != [height, width]:
+        raise ValueError(f'{name} has a segmentation that is no mask of {height} x {width} pixels: {_short(value)}')
+    counts = value.get('counts')
+    try:
+        runs = counts if isinstance(counts, list) else _decode(counts)
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(f"{name} has 'counts' that are no run lengths: {_short(counts)}") from error
+    if not all(_is_int(run) and run >= 0 for run in runs) or sum(runs) != height * width:
+        raise ValueError(f"{name} has 'counts' that do not fill {height} x {width} pixels: {_short(counts)}")
+
+
+def _decode(text: str) -> List[int]:
+    """The run lengths of COCO's compressed form: five bits a character, and after the third differences."""
+    runs: List[int] = []
+    value, shift = 0, 0
+    for code in (code - 48 for code in text.encode('ascii', 'replace')):
+        if not 0 <= code < 64 or shift > 60:
+            raise IndexError(text)
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:  # the next character goes on with this run
+            continue
+        value -= 1 << shift if code & 16 else 0
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value, shift = 0, 0
+    if shift:
+        raise IndexError(text)
+    return runs
+
+
+def _area(annotation: Dict[str, Any], sizes: Dict[int, Any]) -> float:
+    """Of the mask where there is one, else of the box."""
+    segmentation, size = annotation.get('segmentation'), sizes.get(annotation['image_id'])
+    if not segmentation or size is None:
+        _, _, width, height = annotation.get('bbox') or (0, 0, 0, 0)
+        return float(width * height)
+    if isinstance(segmentation, list):
+        return float(coco_mask.area(coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))))
+    is_plain = isinstance(segmentation['counts'], list)
+    return float(coco_mask.area(coco_mask.frPyObjects(segmentation, *size) if is_plain else segmentation))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f'{text[:57]}...'
