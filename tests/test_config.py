@@ -127,6 +127,7 @@ def test_recipe_cannot_trust_code(recipe):
         '--grad-accum-steps 0', '--workers -1', f'--seed {2**70}', '--std 0 nan', '--mean nan', '--input-size 3 -1 33',
         '--img-size 999999999', '--model-ema-decay nan', '--hflip 5', '--checkpoint-minutes nan', '--epochs 0',
         '--epochs 1.5', '--lr -1', '--warmup-epochs -1', '--cutmix-minmax 0 2', '--num-classes 0', '--in-chans x',
+        f'--workers {10**40}', f'--batch-size {10**40}',
     ],
 )  # fmt: skip
 def test_number_out_of_range_is_named(argv):

@@ -48,7 +48,12 @@ def group(parser: FlagParser, title: str) -> Callable[..., Any]:
 
 def add_loading_args(add: Callable[..., Any]) -> None:
     add(
-        '-j', '--workers', type=ranges.whole, default=min(4, os.cpu_count() or 1), metavar='N', help='loading processes'
+        '-j',
+        '--workers',
+        type=ranges.workers,
+        default=min(4, os.cpu_count() or 1),
+        metavar='N',
+        help='loading processes',
     )
     add('--pin-mem', help='pin host memory for faster copies to the device')
 

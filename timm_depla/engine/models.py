@@ -19,7 +19,15 @@ from .errors import ConfigError
 
 __all__ = ['create_model', 'load_model', 'load_weights', 'model_config', 'run_arguments', 'trained_data']
 
-DATA = ('dataset', 'data_dir', 'class_map', 'input_key', 'target_key', 'input_img_mode')  # arguments that tell the data
+DATA = (
+    'dataset',
+    'data_dir',
+    'class_map',
+    'input_key',
+    'target_key',
+    'input_img_mode',
+    'in_chans',
+)  # arguments that tell the data
 _SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # timm's prefixes of a model's name
 
 

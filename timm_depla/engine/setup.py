@@ -32,6 +32,7 @@ __all__ = [
     'DIVERGED',
     'assemble',
     'autocast',
+    'check_compile',
     'create_optimizer',
     'find_resume',
     'open_folder',
@@ -96,6 +97,22 @@ def create_optimizer(
 def autocast(args: Namespace) -> torch.autocast:
     """The precision that the arguments ask for."""
     return torch.autocast(torch.device(args.device).type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
+
+
+def check_compile(args: Namespace) -> Dict[str, Any]:
+    """Arguments of `torch.compile`; none where nothing is to be compiled.
+
+    Raises:
+        ConfigError: If torch has no such backend or mode.
+    """
+    if not args.torchcompile:
+        return {}
+    kwargs = dict(backend=args.torchcompile, mode=args.torchcompile_mode)
+    try:
+        torch.compile(nn.Identity(), **kwargs)
+    except RuntimeError as error:
+        raise ConfigError(f"--torchcompile '{args.torchcompile}': {str(error).splitlines()[0]}") from error
+    return kwargs
 
 
 def assemble(

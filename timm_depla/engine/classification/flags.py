@@ -72,7 +72,8 @@ def _add_data_args(parser: FlagParser) -> None:
     text('--class-map', metavar='FILE', help='file that maps class names to indices')
     add('--dataset-download', help='download torch/ and hfids/ data sets')
     add('--dataset-trust-remote-code', help='let Hugging Face data sets run their own code')
-    text('--input-img-mode', default=None, metavar='MODE', help='image mode (default: L for one channel, else RGB)')
+    modes = ['L', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'LAB']
+    add('--input-img-mode', choices=modes, help='image mode (default: L for one channel, else RGB)')
     text('--input-key', default=None, metavar='KEY', help='key of the image (wds/, hfds/, hfids/)')
     text('--target-key', default=None, metavar='KEY', help='key of the class (wds/, hfds/, hfids/)')
     add('-b', '--batch-size', type=ranges.count, default=128, metavar='N', help='images a step in each process')

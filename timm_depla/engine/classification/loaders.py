@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
+from PIL import Image
 from timm.data import AugMixDataset, FastCollateMixup, IterableImageDataset, create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
@@ -27,6 +28,22 @@ __all__ = ['TrainLoader', 'create_val_loader', 'mixes']
 def mixes(args: Namespace) -> bool:
     """Whether training mixes images, by mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def check_channels(args: Namespace, data_config: Dict[str, Any]) -> None:
+    """Refuse images of another number of channels than the model's.
+
+    Raises:
+        ConfigError: If the image mode has another number.
+    """
+    channels = data_config['input_size'][0]
+    mode = args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB')
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    if bands != channels and not args.dataset.lower().startswith('torch/'):
+        raise ConfigError(
+            f'the model takes {channels} channels, images of the mode {mode} have {bands}: give --in-chans {bands} or '
+            'another --input-img-mode'
+        )
 
 
 def _train_transform(args: Namespace, data_config: Dict[str, Any]) -> Any:
@@ -104,6 +121,7 @@ class TrainLoader:
         self.args = args
         self.data_config = data_config
         self.world = world
+        check_channels(args, data_config)
         self.transform = _train_transform(args, data_config)
         self.collate = _collate(args)
         self.is_stream = isinstance(dataset, IterableImageDataset)
@@ -211,6 +229,7 @@ def create_val_loader(
         ConfigError: If timm cannot prepare the images as asked.
     """
     world = world or World(torch.device(args.device))
+    check_channels(args, data_config)
     kwargs = {key: data_config[key] for key in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}
     try:
         transform = create_transform(data_config['input_size'], use_prefetcher=True, **kwargs)

@@ -20,7 +20,7 @@ from ..models import create_model, load_model, load_weights, model_config
 from ..plan import count_cost
 from ..report import Metric
 from ..run import Run
-from ..setup import assemble, share_batch_norm
+from ..setup import assemble, check_compile, share_batch_norm
 from ..world import Interrupt, World
 from .datasets import class_names, count_classes, file_names, find_data, open_splits
 from .loaders import TrainLoader, create_val_loader, mixes
@@ -143,7 +143,7 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Classificatio
     model = share_batch_norm(args, model, world)
     loaders = TrainLoader(args, train_set, data_config, world), create_val_loader(args, val_set, data_config, world)
     task = create_task(args, model, world)
-    compiled = dict(backend=args.torchcompile, mode=args.torchcompile_mode) if args.torchcompile else None
+    compiled = check_compile(args)
     if compiled:
         task.compile(**compiled)
     run = assemble(ClassificationRun, args, world, task, model, config, loaders)

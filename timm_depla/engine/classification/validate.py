@@ -22,7 +22,7 @@ from ..checkpoint import write_file
 from ..errors import ConfigError, TrainingError, UserError
 from ..models import load_model, run_arguments, trained_data
 from ..report import progress
-from ..setup import autocast
+from ..setup import autocast, check_compile
 from ..world import Interrupt, World, setup_world
 from .datasets import class_names, count_classes, open_split
 from .loaders import create_val_loader
@@ -182,8 +182,8 @@ def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
         model, pools = apply_test_time_pool(model, data_config)
         data_config['crop_pct'] = 1.0 if pools else data_config['crop_pct']
     model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    if args.torchcompile:
-        model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+    if compiled := check_compile(args):
+        model = torch.compile(model, **compiled)
     observe, real = _scoring(args, dataset)
     loader = create_val_loader(args, dataset, data_config, world)
     start = time.perf_counter()
