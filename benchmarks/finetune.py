@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     results: Dict[str, Any] = dict(epochs=args.epochs, pretrained=[], **{arm: [] for arm in ARMS})
     for seed in map(str, args.seed):
         with tempfile.TemporaryDirectory() as output:
-            recipe = ['--recipe', 'digits', '--model', HOST, *'--opt adamw --lr 0.004 --epochs 8'.split()]
+            recipe = ['--recipe', 'digits', '--epochs', '8', '--model', HOST, '--opt', 'adamw', '--lr', '0.004']
             results['pretrained'].append(_train(output, 'pretrained', *recipe, '--seed', seed)[-1])
             weights = ['--initial-checkpoint', f'{output}/pretrained/best/model.safetensors']
             for arm, model in ARMS.items():
