@@ -22,12 +22,13 @@ from .evidence.scattered import cached
 from .record import table
 
 HOST = 'test_convnext'
-IMAGES = ['--img-size', '128', '--crop-pct', '1', '--hflip', '0', '--color-jitter', '0', '--scale', '0.8', '1']
+IMAGES = ['--img-size', '64', '--crop-pct', '1', '--hflip', '0', '--color-jitter', '0', '--scale', '0.8', '1']
+BLOCKS = {'modules': ['stages.1.blocks.0', 'stages.1.blocks.1']}  # of 8 x 8 positions
 ARMS = {'host': ['--model', HOST], 'host with DEPLA': ['--model', 'host_depla', '--model-kwargs', f'host={HOST}']}
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--epochs', type=int, default=4, help='of fine-tuning')
+    parser.add_argument('--epochs', type=int, default=3, help='of fine-tuning')
     parser.add_argument('--seed', nargs='+', type=int, default=[0, 1, 2, 3, 4], help='seeds')
 
 
