@@ -28,7 +28,7 @@ ARMS = {'host': ['--model', HOST], 'host with DEPLA': ['--model', 'host_depla', 
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--epochs', type=int, default=3, help='of fine-tuning')
+    parser.add_argument('--epochs', type=int, default=10, help='of fine-tuning')
     parser.add_argument('--seed', nargs='+', type=int, default=[0, 1, 2, 3, 4], help='seeds')
 
 
