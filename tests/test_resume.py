@@ -354,3 +354,18 @@ with FileLock({str(tmp_path / 'run' / '.lock')!r}):
             fit(*args)
         holder.kill()
     assert fit(*args) == 0
+
+
+def test_run_of_an_earlier_version_is_refused_and_kept(images, tmp_path):
+    """Its state was a pickle; starting anew in its folder would remove its checkpoints."""
+    args = [images, *FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
+    fit(*args)
+    folders = list_checkpoints(tmp_path / 'run')
+    for folder in folders:
+        (folder / 'state.json').rename(folder / 'state.pt')
+        (folder / 'state.safetensors').unlink()
+        (folder / 'checksums.json').unlink()
+    for where in ('auto', tmp_path / 'run', folders[0]):
+        with pytest.raises(ConfigError, match='of an earlier version, whose state was a pickle; start anew from its'):
+            fit(*args[:-1], where)
+    assert list_checkpoints(tmp_path / 'run') == folders

@@ -23,7 +23,7 @@ from timm.utils import ModelEmaV3, NativeScaler, unwrap_model
 
 from timm_depla.layers import Depla
 
-from .checkpoint import find_damage, newest_checkpoint, write_file
+from .checkpoint import find_damage, list_checkpoints, newest_checkpoint, write_file
 from .errors import ConfigError
 from .run import Run
 from .world import World, keep_memory
@@ -195,6 +195,9 @@ def find_resume(args: Namespace, world: World) -> Optional[Path]:
     if damage is not None:
         raise ConfigError(f"'{path}' is no whole checkpoint ({damage}): give the run's folder for its newest one")
     checkpoint = world.share(path if is_checkpoint else newest_checkpoint(path, diverged_epoch(path)))
+    old = [folder for folder in list_checkpoints(path) if (folder / 'state.pt').is_file()] if checkpoint is None else []
+    if old:  # starting anew would remove them
+        raise ConfigError(f"cannot go on with '{path}': {find_damage(old[0])}, in another --experiment")
     if checkpoint is None and args.resume != 'auto':
         raise ConfigError(f"'{args.resume}' has no checkpoint to go on from: give a run's folder")
     run = checkpoint.parent.parent if checkpoint is not None else path
