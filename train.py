@@ -12,8 +12,7 @@ def main() -> int:
     parser = create_train_parser()
     args = parse_args(parser)
     if not args.recipe:
-        has_data = args.data or args.data_dir or args.dataset
-        args = parse_args(parser, default_recipe='better' if has_data else 'digits')
+        args = parse_args(parser, default_recipe='better' if args.data_dir or args.dataset else 'digits')
     return train(args)
 
 

@@ -15,7 +15,7 @@ def main() -> int:
     parser = create_detection_parser()
     args = parse_args(parser)
     if not args.recipe:
-        args = parse_args(parser, default_recipe='coco_1x' if args.data or args.data_dir else 'scenes')
+        args = parse_args(parser, default_recipe='coco_1x' if args.data_dir else 'scenes')
     return train(args)
 
 

@@ -86,8 +86,7 @@ def pixel_changes(rounds: int = 100) -> Dict[str, float]:
 
 
 def serve_plain_input(train_args: argparse.Namespace, pipe: Any) -> None:
-    model = build(train_args, setup_world('cpu')).model
-    loader = PlainLoop(train_args, model, train_args.output).loader
+    loader = PlainLoop(build(train_args, setup_world('cpu'))).loader
     _serve(pipe, lambda epoch: loader)
 
 
@@ -112,7 +111,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         write_images(data, args.images)
         flags = [str(data), '--recipe', 'better', '--model', args.model, '--img-size', str(args.img_size)]
         flags += ['--num-classes', '10', '--batch-size', str(args.batch_size), '--epochs', str(args.epochs)]
-        flags += ['--warmup-epochs', '1', '--workers', '2', '--device', 'cpu', '--output', folder]
+        flags += ['--warmup-epochs', '1', '--workers', '2', '--device', 'cpu']
         results: Dict[str, Any] = {}
         for kind, plain, ours in (('input', serve_plain_input, serve_our_input), ('loop', serve_plain, serve_ours)):
             arms = {}
@@ -122,10 +121,9 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
                 ('ours, --resize-backend torch', ours, ['--resize-backend', 'torch']),
             ):
                 experiment = f'{kind}-{len(arms)}'
-                train_args = parse_args(create_train_parser(), [*flags, '--experiment', experiment, *more])
-                if name == 'plain':
-                    train_args.output = f'{folder}/{experiment}'
-                    Path(train_args.output).mkdir()
+                (output := Path(folder, experiment)).mkdir()  # where the plain loop saves
+                argv = [*flags, '--output', str(output), '--experiment', 'run', *more]
+                train_args = parse_args(create_train_parser(), argv)
                 arms[name] = (serve, train_args)
             raced = race(arms, args.epochs)
             images = {name: seen[0] for name, seen in raced['seen'].items()}

@@ -21,11 +21,11 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import AverageMeter, CheckpointSaver, accuracy
 
-from timm_depla.engine.classification.datasets import find_data
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import build
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.report import Report
+from timm_depla.engine.run import Run
 from timm_depla.engine.setup import set_up_device
 from timm_depla.engine.training import run_epoch
 from timm_depla.engine.world import Interrupt, setup_world
@@ -43,7 +43,8 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 class PlainLoop:
     """The least that trains with timm: the flags of the recipes `digits` and `better`."""
 
-    def __init__(self, args: argparse.Namespace, model: torch.nn.Module, folder: str):
+    def __init__(self, run: Run):
+        args, model = run.args, run.model
         self.model = model
         self.images = 0
         self.rates: List[float] = []
@@ -72,7 +73,7 @@ class PlainLoop:
         steps = len(self.loader)
         self.scheduler, _ = create_scheduler_v2(self.optimizer, **scheduler_kwargs(args), updates_per_epoch=steps)
         self.loss_fn = SoftTargetCrossEntropy() if mix else LabelSmoothingCrossEntropy(args.smoothing)
-        self.saver = CheckpointSaver(model, self.optimizer, args=args, checkpoint_dir=folder, max_history=10)
+        self.saver = CheckpointSaver(model, self.optimizer, args=args, checkpoint_dir=args.output, max_history=10)
 
     def run_epoch(self, epoch: int) -> float:
         """Train, validate and save; returns the top-1 accuracy in percent."""
@@ -122,15 +123,12 @@ def plan(args: argparse.Namespace, output: str) -> argparse.Namespace:
     """The arguments of both."""
     flags = ['--recipe', 'digits', '--epochs', str(args.epochs), '--img-size', str(args.img_size)]
     flags += ['--device', 'cpu', '--output', output, '--experiment', 'run']
-    train_args = parse_args(create_train_parser(), flags)
-    train_args.data_dir = find_data(train_args)
-    return train_args
+    return parse_args(create_train_parser(), flags)
 
 
 def serve_plain(train_args: argparse.Namespace, pipe: Any) -> None:
     """Run an epoch of the plain loop for each number received; at last send what it saw."""
-    model = build(train_args, setup_world('cpu')).model
-    plain = PlainLoop(train_args, model, train_args.output)
+    plain = PlainLoop(build(train_args, setup_world('cpu')))
     while (epoch := pipe.recv()) is not None:
         top1 = plain.run_epoch(epoch)
         pipe.send((plain.training_seconds[-1], top1))

@@ -6,8 +6,18 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # before PyTorch is imported, and
 
 import pytest
 import torch
+from helpers import fit
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def digits_run(tmp_path_factory):
+    """A run of three epochs on the embedded digits, of 32 pixels. Tests copy it before they change it."""
+    output = tmp_path_factory.mktemp('digits')
+    argv = ['--recipe', 'digits', '--epochs', 3, '--img-size', 32, '--workers', 0, '--device', 'cpu']
+    fit(*argv, '--output', output, '--experiment', 'run')
+    return output / 'run'

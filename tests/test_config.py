@@ -35,7 +35,7 @@ def test_shipped_recipes_parse(name):
 def test_command_line_overrides_recipe_overrides_defaults(recipe):
     path = recipe('lr: 0.5\nepochs: 7\nchannels-last: true\nscale: [0.5, 1.0]\nmodel_kwargs: {depla: {bfn: adaptive}}')
     args = parse('data', '-c', path, '--lr', '0.25', '--no-channels-last')
-    assert (args.data, args.lr, args.epochs, args.channels_last, args.momentum) == ('data', 0.25, 7, False, 0.9)
+    assert (args.data_dir, args.lr, args.epochs, args.channels_last, args.momentum) == ('data', 0.25, 7, False, 0.9)
     assert args.scale == [0.5, 1.0]
     assert args.model_kwargs == {'depla': {'bfn': 'adaptive'}}
 

@@ -206,7 +206,7 @@ def test_bad_images_on_the_page(page, tmp_path):
 def ask(address, image=None, drawing=None, source='image'):
     """What the page answers to a request that names a file by its path, without an upload."""
     block = 'layer3.3.depla'
-    data = [image, drawing, source, 'test_resnet_depla.digits', block, 0, 1.0]
+    data = ['test_resnet_depla.digits', image, drawing, source, block, 0, 1.0]
     config = json.loads(urlopen(f'{address}/config').read())
     api = f'{address}/gradio_api'
     number = next(d['id'] for d in config['dependencies'] if d['api_name'] == 'update')

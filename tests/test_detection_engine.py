@@ -2,18 +2,16 @@
 
 import json
 import logging
-import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
+from helpers import ROOT, TORCHRUN, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.models.detection import maskrcnn_resnet50_fpn
@@ -23,9 +21,9 @@ from timm_depla.data import scenes
 from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import METRICS, CocoDetection, evaluate_coco
 from timm_depla.detection.predict import draw_detections, predict, read_image
-from timm_depla.engine import run
+from timm_depla.engine import run as run_module
 from timm_depla.engine.checkpoint import differences, list_checkpoints
-from timm_depla.engine.config import list_recipes, parse_args
+from timm_depla.engine.config import list_recipes, parse_args, updated
 from timm_depla.engine.detection.flags import (
     LEFT_OUT_OF_DETECTION,
     create_detection_parser,
@@ -39,7 +37,6 @@ from timm_depla.engine.plan import learning_rates
 from timm_depla.engine.state import read_state
 from timm_depla.engine.world import World
 
-ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / 'timm_depla' / 'recipes' / 'detection'
 
 
@@ -85,7 +82,7 @@ def trained(folder, recipe, tmp_path_factory):
     """A run whose checkpoints all stay."""
     output = tmp_path_factory.mktemp('output')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, 'prune', lambda *_: None)
+        patch.setattr(run_module, 'prune', lambda *_: None)
         assert fit(folder, '-c', recipe, '--output', output, '--experiment', 'run') == 0
     return output / 'run'
 
@@ -128,12 +125,9 @@ def test_validation_reproduces_the_logged_precision(trained, folder, capsys, tmp
 
 
 def test_two_processes_measure_what_one_does(trained, tmp_path):
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     file = tmp_path / 'two.json'
-    command = [sys.executable, *launcher, ROOT / 'validate_detection.py', trained / 'last', '--results-file', file]
-    environment = {**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())}  # or sums are rounded otherwise
-    result = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr
+    threads = str(torch.get_num_threads())  # with others, sums are rounded otherwise
+    run(*TORCHRUN, 'validate_detection.py', trained / 'last', '--results-file', file, OMP_NUM_THREADS=threads)
     score(trained / 'last', '--results-file', tmp_path / 'one.json')
     assert file.read_text() == (tmp_path / 'one.json').read_text()
 
@@ -250,12 +244,9 @@ def test_predicts_and_draws(trained, folder, tmp_path):
     assert drawn.shape == pixels.shape
     assert not torch.equal(drawn, pixels)
     assert torch.equal(draw_detections(pixels, predict(model, pixels, 1.0), model.class_names), pixels)
-    command = [sys.executable, '-m', 'timm_depla.detection.predict']
-    result = subprocess.run([*command, trained, image, '--output', tmp_path], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    run('-m', 'timm_depla.detection.predict', trained, image, '--output', tmp_path)
     assert Image.open(tmp_path / '000000.detections.png').size == (320, 320)
-    result = subprocess.run([*command, tmp_path, image], capture_output=True, text=True)
-    assert result.returncode == 1
+    result = run('-m', 'timm_depla.detection.predict', tmp_path, image, fails=True)
     assert result.stderr.startswith('python -m timm_depla.detection.predict: error: ')
     assert 'has no checkpoint' in result.stderr
 
@@ -344,7 +335,7 @@ def test_missing_package(monkeypatch, capsys):
 def test_schedule_of_coco(recipe, epochs, milestones):
     args = parse_args(create_detection_parser(), ['-c', recipe])
     assert (args.epochs, args.train_split, args.val_split) == (epochs, 'train2017', 'val2017')
-    args.lr = args.lr_base
+    args = updated(args, lr=args.lr_base)
     points = [0.07, 1, *(m + shift for m in milestones for shift in (-0.01, 0))]
     expected = [0.02, 0.02, 0.02, 0.002, 0.002, 0.0002]
     assert learning_rates(args, 7329, points) == pytest.approx(expected, rel=1e-4)

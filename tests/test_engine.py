@@ -3,13 +3,12 @@
 import csv
 import re
 import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from helpers import ROOT, run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -17,16 +16,7 @@ import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.data import digits_folder
 from timm_depla.engine.checkpoint import list_checkpoints
 
-ROOT = Path(__file__).parent.parent
 FAST = ['--img-size', 32, '--epochs', 1, '--workers', 1]
-
-
-def run(script, *args):
-    """Run a script as a user does and return what it printed."""
-    command = [sys.executable, ROOT / script, *args]
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stderr
 
 
 @pytest.fixture
@@ -47,7 +37,7 @@ def error(monkeypatch):
 def folder(tmp_path_factory):
     """A run of a few epochs on the embedded digits, as the digits recipe trains them."""
     output = tmp_path_factory.mktemp('output')
-    result = run('train.py', '--epochs', 5, '--output', output, '--experiment', 'run')
+    result = run('train.py', '--epochs', 5, '--img-size', 64, '--output', output, '--experiment', 'run').stderr
     assert 'no data folder given: training on the embedded handwritten digits' in result
     return output / 'run'
 
@@ -64,14 +54,14 @@ def test_validate_reproduces_the_logged_accuracy(folder):
     best = max(float(r['eval_top1']) for r in rows)
     for target, expected in [(folder, best), (folder / 'last', float(rows[-1]['eval_top1'])),
                              (folder / 'best' / 'model.safetensors', best)]:  # fmt: skip
-        output = run('validate.py', target, *(['--data-dir', digits_folder()] if target != folder else []))
-        assert f'top-1 {expected:.2f}' in output
+        data = ['--data-dir', digits_folder()] if target != folder else []
+        assert f'top-1 {expected:.2f}' in run('validate.py', target, *data).stderr
 
 
 def test_checkpoint_loads_through_timm(folder):
     model = timm.create_model(f'local-dir:{folder / "best"}', pretrained=True).eval()
     config = timm.data.resolve_data_config(model=model)
-    assert config['input_size'] == (3, 128, 128)
+    assert config['input_size'] == (3, 64, 64)
     path = sorted((digits_folder() / 'validation' / '7').iterdir())[0]
     image = timm.data.create_transform(**config)(Image.open(path).convert('RGB'))
     with torch.no_grad():
@@ -88,7 +78,7 @@ def test_options(tmp_path):
     assert hasattr(model.layer3[1].depla.bfn, 'query')
     assert model.layer3[1].depla.rpn.temperature == 0.5
     assert model.global_pool.pool_type == 'max'
-    assert 'top-1' in run('validate.py', tmp_path / 'run')
+    assert 'top-1' in run('validate.py', tmp_path / 'run').stderr
 
 
 def test_initial_checkpoint_of_the_trunk(tmp_path):
@@ -97,7 +87,7 @@ def test_initial_checkpoint_of_the_trunk(tmp_path):
     result = run('train.py', digits_folder(), '--model', 'resnet18_depla', *FAST, '--output', tmp_path,
                  '--model-kwargs', "depla={'keep_candidate': True}",
                  '--initial-checkpoint', tmp_path / 'resnet18.pth')  # fmt: skip
-    assert re.search(r'resnet18.pth: 120 tensors loaded, \d+ of DEPLA new, head left as it was', result)
+    assert re.search(r'resnet18.pth: 120 tensors loaded, \d+ of DEPLA new, head left as it was', result.stderr)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import create
 from timm.layers import create_feature_extractor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,12 +21,6 @@ FOLDER = Path(__file__).parent / 'fishnet'
 MODELS = timm.list_models(module='fishnet_depla')
 TINY = ['test_fishnet', 'test_fishnet_depla']
 SIZE = 64
-
-
-def create(name, **kwargs):
-    """The same weights every time, in evaluation mode."""
-    torch.manual_seed(0)
-    return timm.create_model(name, **kwargs).eval()
 
 
 def published_state_dict():

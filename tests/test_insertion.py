@@ -1,19 +1,16 @@
 """DEPLA around blocks of timm's networks: nothing changes before training, and what timm does with a model works."""
 
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
+from helpers import create, run
 from timm.models import save_for_hf
 
 import timm_depla
 from timm_depla.engine.classification.flags import create_train_parser
-from timm_depla.engine.config import parse_args
+from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.errors import ConfigError
 from timm_depla.engine.setup import create_optimizer
-from timm_depla.engine.world import World
 from timm_depla.layers import Depla
 from timm_depla.models import load_trunk
 from timm_depla.models.insertion import BlockWithDepla
@@ -28,11 +25,6 @@ HOSTS = {
     'hgnetv2_b0': ['stages.2.blocks.1'],
     'nfnet_f0': ['stages.2.1', 'stages.2.3', 'stages.2.5'],
 }
-
-
-def create(name, **kwargs):
-    torch.manual_seed(0)
-    return timm.create_model(name, **kwargs).eval()
 
 
 def inserted(model):
@@ -130,14 +122,14 @@ x, expected = torch.load('{tmp_path}/expected.pt')
 with torch.no_grad():
     assert torch.equal(model(x), expected) and type(model).__name__ == 'ConvNeXt'
 """
-    subprocess.run([sys.executable, '-c', code], check=True)
+    run('-c', code)
 
 
 def test_trunk_learns_at_its_own_rate():
     argv = ['--recipe', 'finetune', '--lr', '0.01', '--warmup-epochs', '0']
     args = parse_args(create_train_parser(), argv)
     model = create('host_depla', host='test_convnext', num_classes=7)
-    optimizer, *_ = create_optimizer(args, model, World(torch.device('cpu')), 10)
+    optimizer, *_ = create_optimizer(args, model, 10)
     rates = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
     decays = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
     assert len(rates) == len(list(model.parameters())) == sum(len(g['params']) for g in optimizer.param_groups)
@@ -145,6 +137,5 @@ def test_trunk_learns_at_its_own_rate():
         is_new = '.depla.' in name or name.startswith('head.fc')
         assert rates[id(parameter)] == pytest.approx(0.01 if is_new else 0.001), name
         assert decays[id(parameter)] == (0.05 if parameter.ndim > 1 and not name.endswith('.bias') else 0), name
-    args.layer_decay = 0.7
     with pytest.raises(ConfigError, match='--trunk-lr-scale and --layer-decay both scale the rate'):
-        create_optimizer(args, model, World(torch.device('cpu')), 10)
+        create_optimizer(updated(args, layer_decay=0.7), model, 10)

@@ -14,11 +14,11 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla.data import TensorResizedCrop, read_image, read_pixels
-from timm_depla.engine.classification.datasets import check_source, count_classes, open_splits
+from timm_depla.engine.classification.datasets import check_source, count_classes, open_splits, training_samples
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.loaders import TrainLoader, create_val_loader
 from timm_depla.engine.classification.train import train
-from timm_depla.engine.config import parse_args
+from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.errors import ConfigError, TrainingError
 from timm_depla.engine.world import World
 
@@ -83,8 +83,9 @@ def arguments(*argv):
 
 def load(args, rank=0, size=1):
     world = World(CPU, rank, size)
+    args = updated(args, train_num_samples=training_samples(args))
     train_set, val_set = open_splits(args)
-    args.num_classes = count_classes(args, train_set)
+    args = updated(args, num_classes=count_classes(args, train_set))
     config = resolve_data_config(vars(args))
     return TrainLoader(args, train_set, config, world), create_val_loader(args, val_set, config, world)
 

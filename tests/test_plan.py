@@ -7,7 +7,7 @@ import pytest
 from timm_depla.data import digits_folder
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import train
-from timm_depla.engine.config import parse_args
+from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.plan import learning_rates
 
 STEPS = 5004  # of 256 images an epoch of ImageNet
@@ -25,9 +25,8 @@ def closed_form(epoch, epochs, start):
 def test_learning_rate(recipe, epochs, start, points):
     args = parse_args(create_train_parser(), ['--recipe', recipe])
     assert args.epochs == epochs
-    args.lr = args.lr_base
     expected = [closed_form(point, epochs, start) for point in points]
-    assert learning_rates(args, STEPS, points) == pytest.approx(expected, abs=1e-12)
+    assert learning_rates(updated(args, lr=args.lr_base), STEPS, points) == pytest.approx(expected, abs=1e-12)
 
 
 def plan(capsys, *argv):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from helpers import create
 from timm.layers import create_feature_extractor
 from timm.models import reparameterize_model
 
@@ -14,12 +15,6 @@ from timm_depla.models import load_trunk
 
 MODELS = timm.list_models(module='regnet_depla')
 SIZE = 64
-
-
-def create(name, **kwargs):
-    """The same weights every time, in evaluation mode."""
-    torch.manual_seed(0)
-    return timm.create_model(name, **kwargs).eval()
 
 
 def test_registry():

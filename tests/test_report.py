@@ -4,19 +4,18 @@ import csv
 import queue
 
 import pytest
+from helpers import fit
 from PIL import Image
 
-from timm_depla.engine.classification.flags import create_train_parser
-from timm_depla.engine.classification.train import train
-from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError, TrainingError
 from timm_depla.engine.report import UnreadableImages
 
 FAST = ['--recipe', 'digits', '--epochs', '2', '--img-size', '32', '--workers', '0', '--experiment', 'run']
 
 
-def fit(output, *argv):
-    train(parse_args(create_train_parser(), [*FAST, '--output', str(output), *argv]))
+def train(output, *argv):
+    """A run's folder."""
+    fit(*FAST, '--output', output, *argv)
     return output / 'run'
 
 
@@ -26,7 +25,7 @@ def test_loggers_and_curves(tmp_path, monkeypatch):
     events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_SILENT', 'true')
-    folder = fit(tmp_path, '--log-tensorboard', '--log-wandb', '--wandb-project', 'test', '--wandb-tags', 'a', 'b')
+    folder = train(tmp_path, '--log-tensorboard', '--log-wandb', '--wandb-project', 'test', '--wandb-tags', 'a', 'b')
     rows = list(csv.DictReader((folder / 'summary.csv').open()))
     logged = events.EventAccumulator(str(folder / 'tensorboard'))
     logged.Reload()
@@ -41,12 +40,12 @@ def test_loggers_and_curves(tmp_path, monkeypatch):
 def test_missing_logger(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'wandb', None)
     with pytest.raises(ConfigError, match='pip install "timm-depla\\[log\\]"'):
-        fit(tmp_path, '--log-wandb')
+        train(tmp_path, '--log-wandb')
 
 
 def test_val_interval_and_plain_lines(tmp_path, caplog):
     caplog.set_level('INFO')
-    folder = fit(tmp_path, '--val-interval', '2', '--log-interval', '10', '--epochs', '3')
+    folder = train(tmp_path, '--val-interval', '2', '--log-interval', '10', '--epochs', '3')
     rows = list(csv.DictReader((folder / 'summary.csv').open()))
     assert [bool(row['eval_top1']) for row in rows] == [False, True, True]
     assert [bool(row['train_loss']) for row in rows] == [True] * 3

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from helpers import create
 from timm.layers import create_feature_extractor
 from timm.models import reparameterize_model
 
@@ -20,12 +21,6 @@ ARCHITECTURES = [
 ]  # fmt: skip
 """One of each kind of block; tests/timm_suite.py has all models."""
 SIZE = 64
-
-
-def create(name, **kwargs):
-    """The same weights every time, in evaluation mode."""
-    torch.manual_seed(0)
-    return timm.create_model(name, **kwargs).eval()
 
 
 def depla_blocks(model):

@@ -16,19 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import ROOT, fit
 from PIL import Image
 from safetensors.torch import load_file
 
 import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.engine import checkpoint, run
 from timm_depla.engine.checkpoint import differences, list_checkpoints
-from timm_depla.engine.classification.flags import create_train_parser
-from timm_depla.engine.classification.train import train
-from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError, TrainingError
 from timm_depla.engine.state import read_state
 
-ROOT = Path(__file__).parent.parent
 FAST = ['--recipe', 'digits', '--img-size', 32, '--batch-size', 8, '--epochs', 2, '--recovery-interval', 1,
         '--warmup-epochs', 1, '--lr', 0.1, '--workers', 0]  # fmt: skip
 VARIANTS = {
@@ -56,10 +53,6 @@ def images(tmp_path_factory):
                 pixels = torch.randint(0, 128, (20, 20, 3), generator=torch.Generator().manual_seed(i)) + 127 * label
                 Image.fromarray(pixels.byte().numpy()).save(folder / split / f'class{label}' / f'{i:02}.png')
     return folder
-
-
-def fit(*argv):
-    return train(parse_args(create_train_parser(), [str(a) for a in argv]))
 
 
 @pytest.fixture

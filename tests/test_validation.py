@@ -8,85 +8,71 @@ import pytest
 import timm
 import torch
 import yaml
+from helpers import fit, validate
 from safetensors.torch import save_file
 
 import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.data import digits_folder
 from timm_depla.engine.classification import validate as validation
-from timm_depla.engine.classification.flags import create_train_parser, create_validate_parser
-from timm_depla.engine.classification.train import train
-from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError
 
 MODEL = 'test_resnet_depla'
-
-
-@pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    output = tmp_path_factory.mktemp('output')
-    argv = ['--recipe', 'digits', '--epochs', '3', '--img-size', '32', '--workers', '0', '--output', str(output)]
-    train(parse_args(create_train_parser(), [*argv, '--experiment', 'run']))
-    return output / 'run'
-
-
-def validate(*argv):
-    return validation.validate(parse_args(create_validate_parser(), [str(a) for a in ['--workers', 0, *argv]]))
 
 
 def scores(row):
     return {key: value for key, value in row.items() if key not in ('model', 'images_per_second')}
 
 
-def test_targets(run, tmp_path):
+def test_targets(digits_run, tmp_path):
     """A run, its links, a checkpoint, a file of weights, timm's name for a folder, and timm's own ways to say them."""
     data = ['--data-dir', digits_folder()]
-    (expected,) = validate(run)
+    (expected,) = validate(digits_run)
     assert expected['top1'] > 15
     assert expected['top1'] + expected['top1_err'] == pytest.approx(100)
     assert (expected['img_size'], expected['crop_pct'], expected['param_count']) == (32, 1.0, 0.43)
     weights = tmp_path / 'weights.safetensors'
-    shutil.copy(run / 'best' / 'model.safetensors', weights)
+    shutil.copy(digits_run / 'best' / 'model.safetensors', weights)
     sizes = ['--img-size', 32, '--crop-pct', 1]
     for argv in (
-        [run / 'best'],
-        [(run / 'best').resolve()],
-        [f'local-dir:{run / "best"}', *data],
+        [digits_run / 'best'],
+        [(digits_run / 'best').resolve()],
+        [f'local-dir:{digits_run / "best"}', *data],
         [weights, '--model', MODEL, *data, *sizes],
         ['--checkpoint', weights, '-m', MODEL, *data, *sizes],
-        ['--checkpoint', run / 'best'],
-        [digits_folder(), '--model', f'local-dir:{run / "best"}'],
+        ['--checkpoint', digits_run / 'best'],
+        [digits_folder(), '--model', f'local-dir:{digits_run / "best"}'],
     ):
         (row,) = validate(*argv)
         assert scores(row) == scores(expected), argv
 
 
-def test_is_the_same_each_time(run):
-    rows = [validate(run, '--batch-size', 50, *extra)[0] for extra in ([], [], ['--workers', 2])]
+def test_is_the_same_each_time(digits_run):
+    rows = [validate(digits_run, '--batch-size', 50, *extra)[0] for extra in ([], [], ['--workers', 2])]
     assert scores(rows[0]) == scores(rows[1]) == scores(rows[2])
 
 
-def test_options_run(run):
-    (expected,) = validate(run)
+def test_options_run(digits_run):
+    (expected,) = validate(digits_run)
     for argv in (['--channels-last'], ['--amp', '--amp-dtype', 'bfloat16'], ['--crop-mode', 'squash']):
-        assert abs(validate(run, *argv)[0]['top1'] - expected['top1']) < 5
-    (row,) = validate(run, '--img-size', 64, '--test-pool')
+        assert abs(validate(digits_run, *argv)[0]['top1'] - expected['top1']) < 5
+    (row,) = validate(digits_run, '--img-size', 64, '--test-pool')
     assert (row['img_size'], row['crop_pct']) == (64, 1.0)
-    pooled = [validate(run, '--img-size', 64, '--gp', pool)[0] for pool in ('avg', 'max')]
+    pooled = [validate(digits_run, '--img-size', 64, '--gp', pool)[0] for pool in ('avg', 'max')]
     assert scores(pooled[0]) != scores(pooled[1])
 
 
-def test_table_of_several(run, tmp_path, capsys, caplog):
-    first = sorted((run / 'checkpoints').iterdir())[0]
+def test_table_of_several(digits_run, tmp_path, capsys, caplog):
+    first = sorted((digits_run / 'checkpoints').iterdir())[0]
     file = tmp_path / 'table'
-    rows = validate(first, tmp_path, run, '--results-file', file)
+    rows = validate(first, tmp_path, digits_run, '--results-file', file)
     assert len(rows) == 2
     assert rows[0]['top1'] >= rows[1]['top1']
     assert 'is no run folder' in caplog.text  # one that fails does not stop the others
     assert capsys.readouterr().out == file.read_text()
     table = list(csv.DictReader(file.open()))
     assert [float(row['top1']) for row in table] == [row['top1'] for row in rows]
-    validate(run, '--results-file', file, '--results-format', 'json')
-    assert json.loads(file.read_text())[0]['model'] == str(run)
+    validate(digits_run, '--results-file', file, '--results-format', 'json')
+    assert json.loads(file.read_text())[0]['model'] == str(digits_run)
 
 
 def test_wildcards(monkeypatch, tmp_path):
@@ -103,7 +89,7 @@ def test_wildcards(monkeypatch, tmp_path):
     assert 0 < row['top1'] < 60
 
 
-def test_real_labels(run, tmp_path):
+def test_real_labels(digits_run, tmp_path):
     """Labels as ImageNet's reassessment has them: a list of right classes for each image, by the number in its name."""
     data = tmp_path / 'data'
     names = sorted((digits_folder() / 'validation').glob('*/*.png'))[::9]
@@ -113,25 +99,25 @@ def test_real_labels(run, tmp_path):
         shutil.copy(path, target)
     file = tmp_path / 'real.json'
     file.write_text(json.dumps([list(range(10))] * len(names)))
-    assert validate(run, '--data-dir', data, '--real-labels', file)[0]['top1'] == 100
+    assert validate(digits_run, '--data-dir', data, '--real-labels', file)[0]['top1'] == 100
     file.write_text(json.dumps([[int(path.parent.name)] for path in names]))
-    rows = [validate(run, '--data-dir', data, *extra)[0] for extra in ([], ['--real-labels', file])]
+    rows = [validate(digits_run, '--data-dir', data, *extra)[0] for extra in ([], ['--real-labels', file])]
     assert rows[0]['top1'] == rows[1]['top1']
     file.write_text('[[1]]')
     with pytest.raises(ConfigError, match=r'--real-labels .* does not fit the images'):
-        validate(run, '--data-dir', data, '--real-labels', file)
+        validate(digits_run, '--data-dir', data, '--real-labels', file)
 
 
-def test_valid_labels(run, tmp_path):
+def test_valid_labels(digits_run, tmp_path):
     labels = tmp_path / 'labels'
     labels.write_text('\n'.join(map(str, range(10))))
-    assert scores(validate(run, '--valid-labels', labels)[0]) == scores(validate(run)[0])
+    assert scores(validate(digits_run, '--valid-labels', labels)[0]) == scores(validate(digits_run)[0])
     labels.write_text('one')
     with pytest.raises(ConfigError, match='cannot read --valid-labels'):
-        validate(run, '--valid-labels', labels)
+        validate(digits_run, '--valid-labels', labels)
 
 
-def test_memory_runs_out(run, monkeypatch, caplog):
+def test_memory_runs_out(digits_run, monkeypatch, caplog):
     """--retry halves the batch; without it the message says so."""
     evaluate = validation.evaluate
 
@@ -140,35 +126,35 @@ def test_memory_runs_out(run, monkeypatch, caplog):
             raise torch.OutOfMemoryError('CUDA out of memory')
         return evaluate(model, loader, *args, **kwargs)
 
-    (expected,) = validate(run)
+    (expected,) = validate(digits_run)
     monkeypatch.setattr(validation, 'evaluate', small_memory)
     with pytest.raises(ConfigError, match='memory ran out with --batch-size 64; lower it or add --retry'):
-        validate(run, '-b', 64)
-    (row,) = validate(run, '-b', 64, '--retry')
+        validate(digits_run, '-b', 64)
+    (row,) = validate(digits_run, '-b', 64, '--retry')
     assert row['top1'] == expected['top1']
     assert 'memory ran out with a batch of 64, trying 48' in caplog.text
 
 
-def test_bad_arguments(run, tmp_path):
+def test_bad_arguments(digits_run, tmp_path):
     with pytest.raises(ConfigError, match='name what to validate'):
         validate()
     with pytest.raises(ConfigError, match='none of the 2 models'):
         validate(tmp_path, tmp_path / 'nowhere', '--data-dir', digits_folder())
     with pytest.raises(ConfigError, match="'--tf-preprocessing' of timm is not here"):
-        validate(run, '--tf-preprocessing')
+        validate(digits_run, '--tf-preprocessing')
 
 
 @pytest.mark.parametrize('place', ['run', 'best', 'parent'])
-def test_a_shared_run_runs_no_command(run, place, tmp_path):
+def test_a_shared_run_runs_no_command(digits_run, place, tmp_path):
     """An args.yaml whose data webdataset would hand to a shell."""
     planted = tmp_path / 'planted'
-    shutil.copytree(run, planted, symlinks=True)
-    arguments = yaml.safe_load((run / 'args.yaml').read_text())
+    shutil.copytree(digits_run, planted, symlinks=True)
+    arguments = yaml.safe_load((digits_run / 'args.yaml').read_text())
     arguments.update(dataset='wds/', data_dir=f'pipe:touch {tmp_path}/executed #://')
     (planted / 'args.yaml').write_text(yaml.safe_dump(arguments))
     target = {'run': planted, 'best': planted / 'best', 'parent': planted / 'deeper' / 'weights'}[place]
     if place == 'parent':
-        shutil.copytree((run / 'best').resolve(), target)
+        shutil.copytree((digits_run / 'best').resolve(), target)
     with pytest.raises(ConfigError, match=r'is no folder here: name the data|is no run folder'):
         validate(target)
     with pytest.raises(
@@ -176,20 +162,20 @@ def test_a_shared_run_runs_no_command(run, place, tmp_path):
     ):
         validate(target, '--dataset', 'wds/', '--data-dir', arguments['data_dir'])
     with pytest.raises(ConfigError, match=r'is not read: a stream is a local folder'):
-        train(parse_args(create_train_parser(), ['--recipe', str(planted / 'args.yaml'), '--output', str(tmp_path)]))
+        fit('--recipe', planted / 'args.yaml', '--output', tmp_path)
     assert not (tmp_path / 'executed').exists()
 
 
 @pytest.mark.parametrize('text', ['- a list', 'key: [', 'data_dir: *missing', '\x00'])
-def test_damaged_args_yaml(run, text, tmp_path):
-    shutil.copytree(run, tmp_path / 'run', symlinks=True)
+def test_damaged_args_yaml(digits_run, text, tmp_path):
+    shutil.copytree(digits_run, tmp_path / 'run', symlinks=True)
     (tmp_path / 'run' / 'args.yaml').write_text(text)
     with pytest.raises(ConfigError, match=r'cannot read .*args.yaml'):
         validate(tmp_path / 'run')
 
 
-def test_changed_weights_are_named(run, tmp_path):
-    shutil.copytree((run / 'best').resolve(), tmp_path / 'best')
+def test_changed_weights_are_named(digits_run, tmp_path):
+    shutil.copytree((digits_run / 'best').resolve(), tmp_path / 'best')
     data = bytearray((tmp_path / 'best' / 'model.safetensors').read_bytes())
     data[-100] ^= 1
     (tmp_path / 'best' / 'model.safetensors').write_bytes(data)

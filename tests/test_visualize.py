@@ -1,13 +1,12 @@
 """What is captured is what ran, and looking changes nothing."""
 
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from helpers import ROOT, create, run
 from PIL import Image
 
 import timm_depla  # noqa: F401  (registers the models)
@@ -16,7 +15,7 @@ from timm_depla.detection import create_detector
 from timm_depla.layers.depla import back_fill, match_size, soft_roi_pool
 from timm_depla.visualize import capture, capturing, find_blocks, main, measure, render_summary, strength, summarize
 
-ROOT = Path(__file__).parent.parent
+COMMAND = ('-m', 'timm_depla.visualize')
 DIGITS = f'local-dir:{ROOT / "hub" / "weights" / "test_resnet_depla.digits"}'
 ADAPTIVE = dict(depla=dict(bfn='adaptive', temperature=0.5))
 
@@ -27,13 +26,11 @@ def digit():
 
 
 def build(name):
-    torch.manual_seed(0)
     if '_fpn' in name:
         model = create_detector(name, num_classes=5, min_size=64, max_size=64, out_channels=16)
         return model.eval(), [torch.rand(3, 64, 80)]
     name, _, kind = name.partition(':')
-    model = timm.create_model(name, num_classes=5, **(ADAPTIVE if kind else {})).eval()
-    return model, torch.randn(2, 3, 96, 96)
+    return create(name, num_classes=5, **(ADAPTIVE if kind else {})), torch.randn(2, 3, 96, 96)
 
 
 MODELS = [
@@ -140,20 +137,13 @@ def test_summary_is_the_mean_over_the_files(digit):
             assert torch.allclose(value, torch.stack([e[name][key] for e in each]).mean(0))
 
 
-def run(*argv):
-    command = [sys.executable, '-m', 'timm_depla.visualize', *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
-
-
 def test_command(digit, tmp_path):
     file = tmp_path / 'figure.png'
-    result = run(digit, '--model', DIGITS, '--out', file)
-    assert result.returncode == 0, result.stderr
+    run(*COMMAND, digit, '--model', DIGITS, '--out', file)
     image = Image.open(file)
     assert image.width >= 1000
     assert len(image.convert('RGB').getcolors(1 << 24)) > 500
-    result = run(digit.parent, '--model', DIGITS, '--summary')
-    assert result.returncode == 0, result.stderr
+    result = run(*COMMAND, digit.parent, '--model', DIGITS, '--summary')
     assert re.search(r'^\| `layer3\.\d\.depla` \| 0\.\d{3} \(0\.\d{3} to 0\.\d{3}\) \|', result.stdout, re.MULTILINE)
 
 

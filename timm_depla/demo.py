@@ -31,6 +31,7 @@ MAX_BYTES = 20 * 2**20  # of an upload
 MAX_PIXELS = 2**24
 _LOCK = threading.Lock()  # a model's temperature is set for one visitor at a time
 _FONTS = ['system-ui', 'sans-serif']  # of the visitor's machine: nothing is fetched
+_ASK = 'Upload, pick or draw an image.'
 _HEADING = """# What DEPLA sees
 
 A group detects regions in the identity X, pools the candidate Y over them, and puts what it found back where its
@@ -191,6 +192,59 @@ def guard(component: Any) -> None:
     component.preprocess = checked
 
 
+def answer(
+    target: str,
+    image: Optional[str],
+    drawing: Any,
+    source: str,
+    block: str,
+    group: float,
+    temperature: float,
+    shown: Sequence[str] = (),
+) -> Tuple[Any, Any, Any, str]:
+    """Prediction, ROI map, heatmap and measures for what the controls of the page say.
+
+    Args:
+        target: What `open_model` takes.
+        image: The path of an upload, if any.
+        drawing: The sketch pad's value.
+        source: Which of the two counts: 'image' or 'drawing'.
+        block: The block to look into; the last one where the model has no such.
+        group: The group of channels.
+        temperature: T of the block's softmax.
+        shown: Paths that the page itself offers.
+
+    Raises:
+        ConfigError: If the image is no upload, or cannot be read.
+    """
+    pixels = pixels_of(drawing) if source == 'drawing' else read_upload(image, shown) if image is not None else None
+    if pixels is None:
+        return None, None, None, _ASK
+    found, pixels, blocks = look(open_model(target), pixels, temperature)
+    part, group = blocks.get(block, list(blocks.values())[-1]), int(group)
+    maps, heatmap = part.maps[0, group].mean(0), part.heatmaps[0, group]
+    return found, overlay(pixels, maps), overlay(pixels, heatmap), describe(part, group)
+
+
+def create_inputs(files: List[str]) -> Tuple[Any, Any]:
+    """The tabs in which an image is uploaded, or picked from `files`, and drawn; returns the two components."""
+    import gradio as gr
+
+    with gr.Tab('Image'):
+        image = gr.Image(type='filepath', sources=['upload', 'clipboard'], label='Image', height=240, elem_id='picture')
+        # gr.Image would open the file and fail in terms of its own: take its path, and open it here
+        image.preprocess = lambda payload: None if payload is None else payload.path
+        if files:
+            gr.Examples(files, image, label='Digits that it was not trained on')
+    with gr.Tab('Draw'):
+        brush = gr.Brush(default_size=16, colors=['#000000'], color_mode='fixed')
+        drawing = gr.Sketchpad(
+            type='pil', label='Draw a digit', canvas_size=(280, 280), brush=brush, layers=False, height=320
+        )
+        guard(drawing)
+    return image, drawing
+
+
 def create_app(models: Dict[str, str]) -> Any:
     """The page, a `gradio.Blocks`.
 
@@ -213,52 +267,29 @@ def create_app(models: Dict[str, str]) -> Any:
             gr.update(value=block.rpn.temperature),
         )
 
-    def update(
-        image: Any, drawing: Any, source: str, name: str, block: str, group: float, temperature: float
-    ) -> Tuple[Any, Any, Any, str]:
-        model = open_model(models[name])
+    def update(name: str, *controls: Any) -> Tuple[Any, Any, Any, str]:
         try:
-            pixels = pixels_of(drawing) if source == 'drawing' else None if image is None else read_upload(image, files)
-            if pixels is None:
-                return None, None, None, 'Upload, pick or draw an image.'
-            found, shown, blocks = look(model, pixels, temperature)
+            return answer(models[name], *controls, shown=files)
         except ConfigError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        block = block if block in blocks else list(blocks)[-1]
-        part, group = blocks[block], int(group)
-        maps, heatmap = part.maps[0, group].mean(0), part.heatmaps[0, group]
-        return found, overlay(shown, maps), overlay(shown, heatmap), describe(part, group)
 
     with gr.Blocks(title='timm-depla', analytics_enabled=False) as app:
         gr.Markdown(_HEADING)
         source = gr.State('image')
         with gr.Row():
             with gr.Column(min_width=280):
-                with gr.Tab('Image'):
-                    image = gr.Image(
-                        type='filepath', sources=['upload', 'clipboard'], label='Image', height=240, elem_id='picture'
-                    )
-                    # gr.Image would open the file and fail in terms of its own: take its path, and open it here
-                    image.preprocess = lambda payload: None if payload is None else payload.path
-                    if files:
-                        gr.Examples(files, image, label='Digits that it was not trained on')
-                with gr.Tab('Draw'):
-                    brush = gr.Brush(default_size=16, colors=['#000000'], color_mode='fixed')
-                    drawing = gr.Sketchpad(
-                        type='pil', label='Draw a digit', canvas_size=(280, 280), brush=brush, layers=False, height=320
-                    )
-                    guard(drawing)
+                image, drawing = create_inputs(files)
                 prediction = gr.Label(num_top_classes=3, label='Prediction')
             with gr.Column(min_width=280):
                 name = gr.Dropdown(list(models), value=next(iter(models)), label='Model')
                 block = gr.Dropdown(list(first_blocks), value=list(first_blocks)[-1], label='Block')
                 group = gr.Slider(0, last.rpn.num_groups - 1, 0, step=1, label='Group')
                 temperature = gr.Slider(0.05, 2, last.rpn.temperature, step=0.05, label='Temperature T')
-                numbers = gr.Markdown('Upload, pick or draw an image.')
+                numbers = gr.Markdown(_ASK)
                 with gr.Row():
                     roi = gr.Image(label='Detected in X', interactive=False, min_width=140, buttons=[])
                     heat = gr.Image(label='Put back', interactive=False, min_width=140, buttons=[])
-        inputs = [image, drawing, source, name, block, group, temperature]
+        inputs = [name, image, drawing, source, block, group, temperature]
         outputs = [prediction, roi, heat, numbers]
         image.change(lambda: 'image', None, source).then(update, inputs, outputs)
         drawing.change(lambda: 'drawing', None, source).then(update, inputs, outputs)

@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 from timm_depla.engine.classification import train as classification
 from timm_depla.engine.classification.flags import create_train_parser
-from timm_depla.engine.config import parse_args
+from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.detection import train as detection
 from timm_depla.engine.detection.flags import create_detection_parser
 from timm_depla.engine.record import create_record
@@ -89,7 +89,7 @@ def train(job: Job) -> Dict[str, Any]:
     flags += ['--epochs', str(arm.epochs)] if arm.epochs else []
     with tempfile.TemporaryDirectory() as output:
         args = parse_args(parser, [*flags, '--output', output, '--experiment', 'run'])
-        args.model_kwargs = {**args.model_kwargs, **arm.kwargs}
+        args = updated(args, model_kwargs={**args.model_kwargs, **arm.kwargs})
         if code := engine.train(args):  # stopped by a signal
             raise SystemExit(code)
         rows = list(csv.DictReader(Path(output, 'run', 'summary.csv').read_text().splitlines()))

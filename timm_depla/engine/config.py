@@ -10,7 +10,7 @@ from timm.utils import ParseKwargs
 
 from .errors import ConfigError
 
-__all__ = ['FlagParser', 'KeyValues', 'closest', 'list_recipes', 'parse_args']
+__all__ = ['DataFolder', 'FlagParser', 'KeyValues', 'closest', 'list_recipes', 'parse_args', 'updated']
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
 
@@ -55,6 +55,21 @@ class KeyValues(ParseKwargs):
             super().__call__(parser, namespace, values, option_string)
         except ValueError:
             raise argparse.ArgumentError(self, f'expected KEY=VALUE, not {" ".join(values)!r}') from None
+
+
+class DataFolder(argparse.Action):
+    """A positional DIR that means `--data-dir DIR`."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, nargs='?', metavar='DIR', default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        namespace.data_dir = values
+
+
+def updated(args: argparse.Namespace, **values: Any) -> argparse.Namespace:
+    """A copy of the arguments with other values."""
+    return argparse.Namespace(**{**vars(args), **values})
 
 
 def list_recipes(folder: Path = RECIPES) -> List[str]:

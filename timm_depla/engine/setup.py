@@ -24,6 +24,7 @@ from timm.utils import ModelEmaV3, NativeScaler, unwrap_model
 from timm_depla.layers import Depla
 
 from .checkpoint import find_damage, list_checkpoints, newest_checkpoint, write_file
+from .config import updated
 from .errors import ConfigError
 from .run import Run
 from .world import World, keep_memory
@@ -65,19 +66,22 @@ def group_parameters(trainable: nn.Module, args: Namespace) -> List[Dict[str, An
     return split
 
 
-def create_optimizer(
-    args: Namespace, trainable: nn.Module, world: World, num_updates: int
-) -> Tuple[torch.optim.Optimizer, Any, int]:
-    """Optimizer, schedule, and the number of epochs, for `num_updates` updates an epoch; sets `args.lr`.
+def learning_rate(args: Namespace, processes: int) -> float:
+    """The learning rate: `args.lr`, or `args.lr_base` scaled to the images of an update, as timm's train.py does."""
+    if args.lr is not None:
+        return args.lr
+    ratio = args.batch_size * processes * args.grad_accum_steps / args.lr_base_size
+    is_adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
+    scale = args.lr_base_scale or ('sqrt' if is_adaptive else 'linear')
+    return args.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
+
+
+def create_optimizer(args: Namespace, trainable: nn.Module, num_updates: int) -> Tuple[torch.optim.Optimizer, Any, int]:
+    """Optimizer, schedule, and the number of epochs, for `num_updates` updates an epoch.
 
     Raises:
         ConfigError: If there is no such optimizer or schedule, or it does not take an argument.
     """
-    if args.lr is None:
-        ratio = args.batch_size * world.size * args.grad_accum_steps / args.lr_base_size
-        adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
-        scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
-        args.lr = args.lr_base * (math.sqrt(ratio) if scale == 'sqrt' else ratio)
     try:
         groups = partial(group_parameters, args=args) if getattr(args, 'trunk_lr_scale', None) is not None else None
         optimizer = create_optimizer_v2(trainable, **optimizer_kwargs(args), **args.opt_kwargs, param_group_fn=groups)
@@ -134,7 +138,8 @@ def assemble(
     """
     trainable = unwrap_model(task.get_trainable_module())
     num_updates = math.ceil(len(loaders[0]) / args.grad_accum_steps)
-    optimizer, scheduler, num_epochs = create_optimizer(args, trainable, world, num_updates)
+    args = updated(args, lr=learning_rate(args, world.size))
+    optimizer, scheduler, num_epochs = create_optimizer(args, trainable, num_updates)
     ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
     scaler = NativeScaler(world.device.type) if args.amp and args.amp_dtype == 'float16' else None
     if world.size > 1:
@@ -175,14 +180,14 @@ def set_up_device(args: Namespace, world: World) -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
 
 
-def find_resume(args: Namespace, world: World) -> Optional[Path]:
-    """The checkpoint to go on from, if any; sets `args.output` and `args.experiment` to its run's folder.
+def find_resume(args: Namespace, world: World) -> Tuple[Namespace, Optional[Path]]:
+    """The checkpoint to go on from, if any, and the arguments with its run's folder as output and experiment.
 
     Raises:
         ConfigError: If there is none where one was named, or 'auto' does not know the run.
     """
     if not args.resume:
-        return None
+        return args, None
     path = Path(args.resume)
     if args.resume == 'auto':
         if not args.experiment:
@@ -201,8 +206,7 @@ def find_resume(args: Namespace, world: World) -> Optional[Path]:
     if checkpoint is None and args.resume != 'auto':
         raise ConfigError(f"'{args.resume}' has no checkpoint to go on from: give a run's folder")
     run = checkpoint.parent.parent if checkpoint is not None else path
-    args.output, args.experiment = str(run.parent), run.name
-    return checkpoint
+    return updated(args, output=str(run.parent), experiment=run.name), checkpoint
 
 
 def diverged_epoch(run: Path) -> Optional[int]:

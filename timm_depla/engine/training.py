@@ -201,7 +201,7 @@ def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> in
     """
     world = setup_world(args.device)
     set_up_device(args, world)
-    checkpoint = find_resume(args, world)
+    args, checkpoint = find_resume(args, world)
     run = build(args, world, checkpoint is None and not args.dry_run)
     if world.is_primary:
         print(describe(run), flush=True)

@@ -6,7 +6,7 @@ import tarfile
 from argparse import Namespace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from timm.data import ImageDataset, create_dataset
 
@@ -14,7 +14,7 @@ from timm_depla.data import digits_folder
 
 from ..errors import ConfigError
 
-__all__ = ['class_names', 'count_classes', 'file_names', 'find_data', 'open_split', 'open_splits']
+__all__ = ['class_names', 'count_classes', 'file_names', 'find_data', 'open_split', 'open_splits', 'training_samples']
 
 _logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ def find_data(args: Namespace) -> str:
     Raises:
         ConfigError: If the digits cannot be written.
     """
-    if args.data or args.data_dir or args.dataset:
-        return args.data or args.data_dir
+    if args.data_dir or args.dataset:
+        return args.data_dir
     _logger.info('no data folder given: training on the embedded handwritten digits')
     try:
         return str(digits_folder())
@@ -124,6 +124,25 @@ def count_samples(args: Namespace, split: str) -> int:
     return total
 
 
+def training_samples(args: Namespace) -> Optional[int]:
+    """`args.train_num_samples`; of a stream that does not tell its length without it, what counting gives.
+
+    Raises:
+        ConfigError: If the stream cannot be opened or counted.
+    """
+    if args.train_num_samples or not args.dataset.lower().startswith(_STREAMS):
+        return args.train_num_samples
+    try:
+        open_split(args, args.train_split, is_training=True)
+    except ConfigError as error:
+        if 'num_samples' not in str(error):
+            raise
+        count = count_samples(args, args.train_split)
+        _logger.info('counted %d training images: --train-num-samples saves the counting', count)
+        return count
+    return None
+
+
 def class_names(dataset: Any) -> Any:
     """The classes of a data set, by name or index; empty where it does not tell."""
     reader = getattr(dataset, 'reader', None)
@@ -143,14 +162,6 @@ def open_splits(args: Namespace) -> Tuple[Any, Any]:
     Raises:
         ConfigError: If one cannot be opened, both are the same folder, or their classes differ.
     """
-    if args.dataset.lower().startswith(_STREAMS) and not args.train_num_samples:
-        try:
-            open_split(args, args.train_split, is_training=True)
-        except ConfigError as error:
-            if 'num_samples' not in str(error):
-                raise
-            args.train_num_samples = count_samples(args, args.train_split)
-            _logger.info('counted %d training images: --train-num-samples saves the counting', args.train_num_samples)
     train_set, val_set = open_split(args, args.train_split, is_training=True), open_split(args, args.val_split)
     train_reader, val_reader = getattr(train_set, 'reader', None), getattr(val_set, 'reader', None)
     if not args.dataset and getattr(train_reader, 'root', 0) == getattr(val_reader, 'root', 1):

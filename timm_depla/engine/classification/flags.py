@@ -4,7 +4,7 @@ from functools import partial
 from typing import Dict
 
 from .. import ranges
-from ..config import FlagParser, KeyValues
+from ..config import DataFolder, FlagParser, KeyValues
 from ..flags import (
     add_device_args,
     add_loading_args,
@@ -181,7 +181,7 @@ def create_train_parser() -> FlagParser:
     """The command line of train.py."""
     description = 'Train an image classifier of timm or timm_depla; without a data folder, on the embedded digits.'
     parser = _create_parser('train.py', '[DIR] [--recipe NAME]', description, 'resnet50_depla', LEFT_OUT)
-    parser.add_argument('data', nargs='?', metavar='DIR', help='data folder')
+    parser.add_argument('data', action=DataFolder, help='data folder')
     for add_args in (
         add_model_args,
         add_optimizer_args,

@@ -15,6 +15,7 @@ from timm_depla.data import Draw, seed_position
 from timm_depla.files import list_digest
 
 from .. import training
+from ..config import updated
 from ..errors import ConfigError
 from ..models import create_model, load_model, load_weights, model_config
 from ..plan import count_cost
@@ -22,7 +23,7 @@ from ..report import Metric
 from ..run import Run
 from ..setup import assemble, check_compile, share_batch_norm
 from ..world import Interrupt, World
-from .datasets import class_names, count_classes, file_names, find_data, open_splits
+from .datasets import class_names, count_classes, file_names, find_data, open_splits, training_samples
 from .loaders import TrainLoader, create_val_loader, mixes
 from .validate import evaluate
 
@@ -133,10 +134,10 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Classificatio
     Raises:
         ConfigError: If something asked for cannot be had.
     """
-    args.data_dir = find_data(args)
-    del args.data  # args.yaml keeps data_dir
+    args = updated(args, data_dir=find_data(args))
+    args = updated(args, train_num_samples=training_samples(args))
     train_set, val_set = open_splits(args)
-    args.num_classes = count_classes(args, train_set)
+    args = updated(args, num_classes=count_classes(args, train_set))
     model, data_config = build_model(args, world, is_fresh)
     classes = [str(name) for name in class_names(train_set)]
     config = model_config(model, rebuild_args(args), classes)

@@ -19,6 +19,7 @@ from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 from timm_depla.data import digits_folder
 
 from ..checkpoint import write_file
+from ..config import updated
 from ..errors import ConfigError, TrainingError, UserError
 from ..models import load_model, run_arguments, trained_data
 from ..report import progress
@@ -100,16 +101,16 @@ def trained_on_digits(target: str) -> bool:
         return False
 
 
-def find_targets(args: Namespace) -> List[str]:
-    """What to validate, wildcards spelt out.
+def find_targets(args: Namespace) -> Tuple[List[str], Optional[str]]:
+    """What to validate, wildcards spelt out, and the data folder.
 
     Raises:
         ConfigError: If nothing is named, or a wildcard fits no model with pretrained weights.
     """
-    targets = [*args.targets, *([args.checkpoint] if args.checkpoint else [])]
+    targets, data_dir = [*args.targets, *([args.checkpoint] if args.checkpoint else [])], args.data_dir
     is_data = args.model and len(targets) == 1 and Path(targets[0]).is_dir() and not run_arguments(targets[0])
-    if is_data and not args.data_dir and not (Path(targets[0]) / 'config.json').is_file():
-        args.data_dir = targets.pop()  # timm's `validate.py DIR --model NAME`
+    if is_data and not data_dir and not (Path(targets[0]) / 'config.json').is_file():
+        data_dir = targets.pop()  # timm's `validate.py DIR --model NAME`
     if not targets and args.model:
         targets = [args.model]
     if not targets:
@@ -121,7 +122,7 @@ def find_targets(args: Namespace) -> List[str]:
         if not names:
             raise ConfigError(f"no model with pretrained weights fits '{target}'")
         found += names
-    return found
+    return found, data_dir
 
 
 def _scoring(args: Namespace, dataset: Any) -> Tuple[Optional[Callable], Optional[RealLabelsImagenet]]:
@@ -147,18 +148,22 @@ def _scoring(args: Namespace, dataset: Any) -> Tuple[Optional[Callable], Optiona
     return observe, real
 
 
+def _find_data(args: Namespace, target: str) -> Namespace:
+    """The arguments with the data of the target's run where they name none."""
+    if args.data_dir is not None or args.dataset:
+        return args
+    trained = trained_data(target)
+    if not trained and trained_on_digits(target):
+        trained = {'data_dir': str(digits_folder())}
+    if not trained:
+        raise ConfigError(
+            f"'{target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
+        )
+    return updated(args, **{key: getattr(args, key) or value for key, value in trained.items()})
+
+
 def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
-    """The data set and the model; without data of their own, the arguments take the data of the target's run."""
-    if args.data_dir is None and not args.dataset:
-        trained = trained_data(target)
-        if not trained and trained_on_digits(target):
-            trained = {'data_dir': str(digits_folder())}
-        if not trained:
-            raise ConfigError(
-                f"'{target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
-            )
-        for key, value in trained.items():
-            setattr(args, key, getattr(args, key) or value)
+    """The data set and the model."""
     dataset = open_split(args, args.val_split)
     options = dict(num_classes=args.num_classes, in_chans=args.in_chans, global_pool=args.gp)
     options = {key: value for key, value in options.items() if value is not None}
@@ -175,6 +180,7 @@ def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
 
 def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
     """A target's row of `validate`."""
+    args = _find_data(args, target)
     dataset, model = _open(args, target)
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
     parameters = sum(p.numel() for p in model.parameters())
@@ -216,9 +222,8 @@ def _validate_target(args: Namespace, target: str, world: World) -> Dict[str, An
     """A target's row, with a smaller batch where memory runs out and `args.retry` allows."""
     batch_size = args.batch_size
     while True:
-        own_args = {**vars(args), 'batch_size': batch_size, 'train_num_samples': None, 'seed': 0}
         try:
-            return _measure(Namespace(**own_args), target, world)
+            return _measure(updated(args, batch_size=batch_size, train_num_samples=None, seed=0), target, world)
         except torch.OutOfMemoryError as error:
             smaller = decay_batch_step(batch_size)
             if not (args.retry and smaller and check_batch_size_retry(str(error))):
@@ -241,7 +246,8 @@ def validate(args: Namespace) -> List[Dict[str, Any]]:
         ConfigError: If a single target fails, or all do: it does not load, the data is not to be found, or their
             classes do not match.
     """
-    targets, world, rows = find_targets(args), setup_world(args.device), []
+    (targets, data_dir), world, rows = find_targets(args), setup_world(args.device), []
+    args = updated(args, data_dir=data_dir)
     for target in targets:
         try:
             rows.append(_validate_target(args, target, world))

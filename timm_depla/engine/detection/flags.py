@@ -5,7 +5,7 @@ from functools import partial
 from timm_depla.detection.coco import METRICS
 
 from .. import ranges
-from ..config import RECIPES, FlagParser, KeyValues
+from ..config import RECIPES, DataFolder, FlagParser, KeyValues
 from ..flags import (
     add_device_args,
     add_loading_args,
@@ -66,7 +66,7 @@ def create_detection_parser() -> FlagParser:
     """The command line of train_detection.py."""
     description = 'Train a detector on COCO-format data; without a data folder, on digits in scenes.'
     parser = _create_parser('train_detection.py', '[DIR] [--recipe NAME]', description)
-    parser.add_argument('data', nargs='?', metavar='DIR', help='data folder')
+    parser.add_argument('data', action=DataFolder, help='data folder')
     detector = 'maskrcnn_resnet50_fpn_depla'
     parser.add_argument('-m', '--model', default=detector, metavar='NAME', help='HEAD_BACKBONE_NECK: see the docs')
     kwargs = dict(nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')

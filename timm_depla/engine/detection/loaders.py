@@ -31,8 +31,8 @@ def find_data(args: Namespace) -> str:
     Raises:
         ConfigError: If the scenes cannot be written.
     """
-    if args.data or args.data_dir:
-        return args.data or args.data_dir
+    if args.data_dir:
+        return args.data_dir
     _logger.info('no data folder given: training on digits in scenes')
     try:
         return str(scenes_folder())

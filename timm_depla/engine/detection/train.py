@@ -19,6 +19,7 @@ from timm_depla.detection.rcnn import split_name
 from timm_depla.files import list_digest
 
 from .. import training
+from ..config import updated
 from ..errors import ConfigError
 from ..models import create_model, load_weights
 from ..plan import count_cost
@@ -103,14 +104,13 @@ def pretrained_weights(args: Namespace) -> Dict[str, Any]:
 
 
 def build_model(args: Namespace, dataset: CocoDetection, world: World, is_fresh: bool) -> FasterRCNN:
-    """The detector, on its device; sets `args.backbone_norm`.
+    """The detector, on its device.
 
     Raises:
         ConfigError: If there is no such detector, or weights to start from do not fit.
     """
     seed_position(args.seed, Draw.INIT)
     is_pretrained = bool(args.pretrained_backbone or args.pretrained_path)
-    args.backbone_norm = args.backbone_norm or ('frozen' if is_pretrained else 'batch')
     kwargs = dict(args.model_kwargs)
     try:
         if args.pretrained_path and is_fresh:
@@ -144,8 +144,8 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> DetectionRun:
     Raises:
         ConfigError: If something asked for cannot be had.
     """
-    args.data_dir = find_data(args)
-    del args.data  # args.yaml keeps data_dir
+    norm = args.backbone_norm or ('frozen' if args.pretrained_backbone or args.pretrained_path else 'batch')
+    args = updated(args, data_dir=find_data(args), backbone_norm=norm)
     train_set, val_set = open_splits(args)
     model = build_model(args, train_set, world, is_fresh)
     rebuild = dict(args.model_kwargs, backbone_norm=args.backbone_norm)

@@ -15,6 +15,7 @@ from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import CocoDetection, evaluate_coco, to_results
 
 from ..checkpoint import write_file
+from ..config import updated
 from ..errors import ConfigError
 from ..models import load_weights, run_arguments, trained_data
 from ..report import progress
@@ -112,8 +113,8 @@ def validate(args: Namespace) -> Evaluation:
         ConfigError: If the target does not load, the data is not to be found or cannot be read, or their categories
             do not match.
     """
-    args.data_dir = args.data_dir or trained_data(args.target).get('data_dir')
-    args.val_split = args.val_split or run_arguments(args.target).get('val_split', 'val')
+    split = args.val_split or run_arguments(args.target).get('val_split', 'val')
+    args = updated(args, data_dir=args.data_dir or trained_data(args.target).get('data_dir'), val_split=split)
     if not args.data_dir:
         raise ConfigError(
             f"'{args.target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"

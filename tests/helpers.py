@@ -1,0 +1,48 @@
+"""What tests do again and again: make a network, train and validate in this process, run a command in another."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import timm
+import torch
+
+import timm_depla  # noqa: F401  (registers the models)
+from timm_depla.engine.classification import validate as validation
+from timm_depla.engine.classification.flags import create_train_parser, create_validate_parser
+from timm_depla.engine.classification.train import train
+from timm_depla.engine.config import parse_args
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2)
+
+
+def create(name, **kwargs):
+    """A network with the same weights every time, in evaluation mode."""
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs).eval()
+
+
+def fit(*argv):
+    """Do what `train.py` does; returns the exit code."""
+    return train(parse_args(create_train_parser(), [str(a) for a in argv]))
+
+
+def validate(*argv):
+    """Do what `validate.py` does; returns its rows."""
+    return validation.validate(parse_args(create_validate_parser(), [str(a) for a in ['--workers', 0, *argv]]))
+
+
+def run(*argv, fails=False, **environment):
+    """Run `python *argv` in the project's folder, as a user does; returns what came of it."""
+    result = subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (result.returncode != 0) == fails, result.stdout + result.stderr
+    return result
