@@ -32,18 +32,19 @@ from timm_depla.engine.classification import validate as classification
 from timm_depla.engine.classification.flags import create_validate_parser
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.errors import ConfigError, require
-from timm_depla.engine.models import load_model
+from timm_depla.engine.models import load_model, run_arguments
 from timm_depla.engine.plan import count_cost
 from timm_depla.engine.record import create_record
 from timm_depla.engine.run import CHANGE_NOTHING
 from timm_depla.engine.state import read_state
 from timm_depla.engine.world import run_command
+from timm_depla.files import SUMS, check_writable, list_sums, read_mapping, read_tensors, write_file
 
 from .card import create_card
 
 __all__ = ['publish', 'push']
 
-FILES = ('README.md', 'config.json', 'model.safetensors', 'recipe.yaml', 'record.json')
+FILES = ('README.md', 'config.json', 'model.safetensors', 'recipe.yaml', 'record.json', SUMS)
 DIGITS = dict(
     id='digits',
     name="scikit-learn's handwritten digits",
@@ -67,13 +68,23 @@ def find_checkpoint(source: str) -> Tuple[Path, Dict[str, Any]]:
     """
     path = Path(source).resolve()
     folder = path if (path / 'config.json').is_file() else (path / 'best').resolve()
-    arguments = folder.parent.parent / 'args.yaml'
-    if not (folder / 'record.json').is_file() or not arguments.is_file():
+    if not (folder / 'record.json').is_file() or not (folder.parent.parent / 'args.yaml').is_file():
         raise ConfigError(f"'{source}' is no run of train.py or train_detection.py, and no checkpoint of one")
     damage = find_damage(folder)
     if damage is not None:
         raise ConfigError(f"checkpoint '{folder}' is damaged: {damage}")
-    return folder, yaml.safe_load(arguments.read_text())
+    trained = run_arguments(str(folder))
+    if wrong := [key for key in ('val_split', 'eval_metric', 'recipe') if not isinstance(trained.get(key), str)]:
+        raise ConfigError(f"'{folder.parent.parent / 'args.yaml'}' is no run's: it has no text for {', '.join(wrong)}")
+    return folder, trained
+
+
+def holds_scenes(annotations: Path) -> bool:
+    """Whether a COCO file is of the embedded scenes."""
+    try:
+        return read_mapping(annotations)['info']['description'] == 'Digits in scenes'
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def describe_data(args: Namespace, trained: Dict[str, Any], is_detector: bool) -> Dict[str, Any]:
@@ -82,11 +93,10 @@ def describe_data(args: Namespace, trained: Dict[str, Any], is_detector: bool) -
     Raises:
         ConfigError: If it is another one and has no name.
     """
-    folder, split = Path(trained['data_dir'] or ''), trained['val_split']
-    annotations = folder / 'annotations' / f'instances_{split}.json'
+    folder, split = Path(str(trained.get('data_dir', ''))), trained['val_split']
     if args.dataset_name:
         known = dict(id=args.dataset_name.lower().replace(' ', '-'), name=args.dataset_name, limitations=OTHER)
-    elif is_detector and json.loads(annotations.read_text()).get('info', {}).get('description') == 'Digits in scenes':
+    elif is_detector and holds_scenes(folder / 'annotations' / f'instances_{split}.json'):
         known = SCENES
     elif not is_detector and folder.resolve() == digits_folder().resolve():
         known = DIGITS
@@ -115,7 +125,7 @@ def candidates(checkpoint: Path, scratch: Path, uses_average: bool) -> Dict[str,
     """Folders that can be validated, by what their weights are."""
     found = {'average of the weights' if uses_average else 'weights': scratch / 'kept'}
     plain = read_state(checkpoint).get('trainable', {})
-    kept = safetensors.torch.load_file(checkpoint / 'model.safetensors')
+    kept = read_tensors(checkpoint / 'model.safetensors')
     if uses_average and plain.keys() == kept.keys():
         found['weights without averaging'] = scratch / 'plain'
     for folder in found.values():
@@ -142,11 +152,29 @@ def describe_model(folder: Path, is_detector: bool) -> Dict[str, Any]:
     return dict(parameters=parameters, macs=count_cost(network, size)['macs'], image_size=size, num_classes=num_classes)
 
 
+def without_folders(value: Any) -> Any:
+    """The value with each absolute path in it cut to its last part: a published file tells no place on this machine."""
+    if isinstance(value, str):
+        flag, equals, path = value.rpartition('=')
+        return flag + equals + Path(path).name if Path(path).is_absolute() else value
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    return [without_folders(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def check_output(folder: Path) -> None:
-    """Refuse a folder that holds anything but what this command writes."""
-    others = sorted(path.name for path in folder.iterdir() if path.name not in FILES) if folder.is_dir() else []
-    if others or (folder.exists() and not folder.is_dir()):
-        raise ConfigError(f"'{folder}' holds something else ({', '.join(others[:3])}): give another --output")
+    """Refuse a folder that holds anything but what this command writes, or left when it was killed, or cannot be."""
+    own = {*FILES, *(f'.{name}.part' for name in FILES)}
+    try:
+        others = sorted(path.name for path in folder.iterdir() if path.name not in own) if folder.is_dir() else []
+        if others or (folder.exists() and not folder.is_dir()):
+            raise ConfigError(f"'{folder}' holds something else ({', '.join(others[:3])}): give another --output")
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder / SUMS)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"cannot write --output '{folder}': {error}") from error
 
 
 def publish(args: Namespace) -> Path:
@@ -158,33 +186,40 @@ def publish(args: Namespace) -> Path:
     output = Path(args.output)
     check_output(output)
     checkpoint, trained = find_checkpoint(args.source)
-    config = json.loads((checkpoint / 'config.json').read_text())
+    config = read_mapping(checkpoint / 'config.json')
     is_detector = detection.is_detector(checkpoint)
     data = describe_data(args, trained, is_detector)
-    recipe = {k: v for k, v in trained.items() if k not in CHANGE_NOTHING and v not in (None, '', [], {})}
+    kept = {k: v for k, v in trained.items() if k not in CHANGE_NOTHING and v not in (None, '', [], {})}
+    recipe = without_folders(kept)
     metric = trained['eval_metric']
     with tempfile.TemporaryDirectory() as scratch:
         folders = candidates(checkpoint, Path(scratch), trained.get('model_ema', False))
         scores = {name: evaluate(folder, is_detector) for name, folder in folders.items()}
         best = (min if metric == 'loss' else max)(scores, key=lambda name: scores[name][metric])
         results = dict(weights=best, **scores[best], **describe_model(folders[best], is_detector))
-        results['epochs'] = json.loads((checkpoint / 'record.json').read_text())['epoch']
+        results['epochs'] = read_mapping(checkpoint / 'record.json')['epoch']
         if len(scores) > 1:
             results.update(selected_by=metric, candidates={name: score[metric] for name, score in scores.items()})
         task = 'image-classification'
         if is_detector:
             task = 'image-segmentation' if config['architecture'].startswith('mask') else 'object-detection'
-        record = create_record(f'python -m hub.publish {shlex.join(sys.argv[1:])}', results)
+        record = create_record(f'python -m hub.publish {shlex.join(without_folders(sys.argv[1:]))}', results)
         record.update(task=task, architecture=config['architecture'], recipe=Path(trained['recipe']).stem, dataset=data)
-        source = f'hf-hub:{args.push}' if args.push else str(output) if is_detector else f'local-dir:{output}'
+        place = without_folders(str(output))
+        source = f'hf-hub:{args.push}' if args.push else place if is_detector else f'local-dir:{place}'
         folder = Path(scratch, 'repository')
         folder.mkdir()
         (folder / 'record.json').write_text(json.dumps(record, indent=2) + '\n')
         (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
         (folder / 'config.json').write_bytes((checkpoint / 'config.json').read_bytes())
         shutil.copy(folders[best] / 'model.safetensors', folder)
-        create_card(record, recipe, source, args.licence).save(folder / 'README.md')
-        shutil.copytree(folder, output, dirs_exist_ok=True)
+        (folder / SUMS).write_bytes(list_sums({path.name: path.read_bytes() for path in folder.iterdir()}))
+        create_card(record, recipe, source, args.licence).save(folder / 'README.md')  # which may be edited later
+        try:
+            for name in (SUMS, *(name for name in FILES if name != SUMS)):  # half of it is told apart by the new sums
+                write_file(output / name, (folder / name).read_bytes())
+        except OSError as error:
+            raise ConfigError(f"cannot write --output '{output}': {error}") from error
     return output
 
 

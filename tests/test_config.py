@@ -56,7 +56,7 @@ def test_configuration_is_accepted_back(recipe):
         ('learning_rate: 1', "unknown key 'learning_rate' in recipe"),
         ('epoch: 1', "unknown key 'epoch' in recipe .*; did you mean 'epochs'?"),
         ('- lr', 'must map flags to values'),
-        ('lr: [', 'is not valid YAML'),
+        ('lr: [', 'must map flags to values'),
     ],
 )
 def test_bad_recipe(recipe, text, message):

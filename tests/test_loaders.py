@@ -14,7 +14,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla.data import TensorResizedCrop, read_image, read_pixels
-from timm_depla.engine.classification.datasets import check_source, count_classes, open_splits, training_samples
+from timm_depla.engine.classification.datasets import check_source, count_classes, count_streams, open_splits
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.loaders import TrainLoader, create_val_loader
 from timm_depla.engine.classification.train import train
@@ -83,7 +83,7 @@ def arguments(*argv):
 
 def load(args, rank=0, size=1):
     world = World(CPU, rank, size)
-    args = updated(args, train_num_samples=training_samples(args))
+    args = count_streams(args, 'train', 'val')
     train_set, val_set = open_splits(args)
     args = updated(args, num_classes=count_classes(args, train_set))
     config = resolve_data_config(vars(args))
@@ -131,10 +131,8 @@ def test_validation_counts_each_image_once(kind, size, flags):
 
 def test_stream_of_unknown_length_is_counted(flags, caplog):
     caplog.set_level('INFO')
-    args = arguments(*flags['wds'], '--workers', 1)
-    assert len(load(args)[0]) == 10
-    assert args.train_num_samples == 40
-    assert 'counted 40 training images' in caplog.text
+    assert len(load(arguments(*flags['wds'], '--workers', 1))[0]) == 10
+    assert "counted 40 images of 'data-{0..3}.tar': --train-num-samples saves the counting" in caplog.text
     with pytest.raises(ConfigError, match=r'the length of .*data-4.tar. is not known: give --train-num-samples'):
         load(arguments(*flags['wds'], '--train-split', 'data-{0..4}.tar'))
 
@@ -268,11 +266,32 @@ def test_stream_that_may_be_read(source):
     'argv,message',
     [
         (['--train-split', 'data-{7..8}.tar'], r'epoch 0 ended after 0 of 10 steps: the data has fewer images than'),
-        (['--val-split', 'data-{7..8}.tar', '--val-num-samples', 40], 'validation got no image that can be read'),
+        (
+            ['--val-split', 'data-{7..8}.tar', '--val-num-samples', 40],
+            'validation got 0 images with a class that can be read, of 40',
+        ),
     ],
 )
-def test_stream_that_delivers_nothing_is_an_error(argv, message, flags, tmp_path):
+def test_stream_that_delivers_too_little_is_an_error(argv, message, flags, tmp_path):
     argv = [*flags['wds'], '--train-num-samples', 40, '--batch-size', 4, *argv, '--model', 'test_resnet']
     argv += ['--img-size', 32, '--epochs', 1, '--workers', 1, '--output', tmp_path, '--experiment', 'run']
     with pytest.raises(TrainingError, match=message):
+        train(parse_args(create_train_parser(), [str(a) for a in argv]))
+
+
+@pytest.mark.parametrize('damaged', ['train', 'val'])
+def test_unreadable_samples_of_a_stream_count(damaged, data, tmp_path):
+    """Two of 40 samples, an image and a label, are more than 1%."""
+    shards = tmp_path / 'shards'
+    shutil.copytree(data / 'shards', shards)
+    with tarfile.open(data / 'shards' / 'data-0.tar') as source, tarfile.open(shards / 'data-0.tar', 'w') as target:
+        for i, member in enumerate(source.getmembers()):
+            content = {0: b'no image', 3: b'dog'}.get(i, source.extractfile(member).read())
+            member.size = len(content)
+            target.addfile(member, io.BytesIO(content))
+    splits = {'train': 'data-{1..3}.tar', 'val': 'data-{1..3}.tar', damaged: 'data-{0..3}.tar'}
+    argv = ['--data-dir', shards, '--dataset', 'wds/', '--num-classes', 3, '--model', 'test_resnet', '--epochs', 1]
+    argv += ['--train-split', splits['train'], '--val-split', splits['val'], '--img-size', 32, '--workers', 1]
+    argv += ['--train-num-samples', 30, '--val-num-samples', 30, '--batch-size', 4, '--output', tmp_path]
+    with pytest.raises(TrainingError, match=r'2 of the 3[02] images of the split .* cannot be read, more than 1%'):
         train(parse_args(create_train_parser(), [str(a) for a in argv]))

@@ -263,3 +263,21 @@ def test_cost(name, gmacs, params):
         assert round(cost['activations'] / 1e6, 2) == 11.11  # as timm's table of results has it
     if name == 'resnet50_depla':  # less than resnet50: where a candidate is not made, its convolution is not run
         assert round(count_macs(model, model.default_cfg['input_size']) / 1e9, 2) == 4.05
+
+
+@pytest.mark.parametrize('name', ['test_resnet_depla', 'test_fishnet_depla', 'test_regnet_depla'])
+@pytest.mark.parametrize('bfn', ['plain', 'adaptive'])
+def test_empty_batch(name, bfn):
+    """Gradients of zero and statistics as they were, as in the base."""
+    model, x = create(name, depla=dict(bfn=bfn)).train(), torch.empty(0, 3, 64, 64)
+    before = {key: buffer.clone() for key, buffer in model.named_buffers() if buffer.is_floating_point()}
+    model(x).sum().backward()
+    assert all(torch.equal(parameter.grad, torch.zeros_like(parameter)) for parameter in model.parameters())
+    assert all(torch.equal(model.get_buffer(key), value) for key, value in before.items())
+    assert model.eval()(x).shape == (0, 1000)
+
+
+def test_batch_of_one_position_is_refused_as_by_batch_norm():
+    depla, x = Depla(8).train(), torch.randn(1, 8, 1, 1)
+    with pytest.raises(ValueError, match='Expected more than 1 value per channel when training'):
+        depla(x, x)

@@ -2,13 +2,20 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Dict, Iterable, Optional
 
 import numpy as np
+import safetensors.torch
+import torch
+import yaml
 from PIL import Image
 
-__all__ = ['FORMATS', 'SUMS', 'find_change', 'list_digest', 'list_sums', 'open_image']
+__all__ = [
+    'FORMATS', 'SUMS', 'check_writable', 'find_change', 'list_digest', 'list_sums', 'open_image', 'read_mapping',
+    'read_tensors', 'write_bytes', 'write_file',
+]  # fmt: skip
 
 SUMS = 'checksums.json'
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM')
@@ -27,15 +34,14 @@ def find_change(folder: Path) -> Optional[str]:
     if not (folder / SUMS).exists():
         return None
     try:
-        sums = json.loads(_read(folder / SUMS))
-        for name, expected in sums.items():
+        for name, expected in read_mapping(folder / SUMS).items():
             data = _read(folder / name)
             if len(data) != expected['bytes']:
                 return f'{name} has {len(data)} bytes, not {expected["bytes"]}'
             if hashlib.sha256(data).hexdigest() != expected['sha256']:
                 return f'{name} was changed'
-    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
-        return f'{type(error).__name__}: {error}'
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        return str(error) if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'
     return None
 
 
@@ -44,6 +50,71 @@ def _read(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise OSError(f'{path.name} is no file')
     return path.read_bytes()
+
+
+def read_mapping(path: Path) -> Dict[str, Any]:
+    """The content of a JSON or YAML file that maps names to values.
+
+    Raises:
+        ValueError: If it cannot be read, or is something else.
+    """
+    try:
+        content = json.loads(_read(path)) if path.suffix == '.json' else yaml.safe_load(_read(path))
+    except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read '{path}' ({type(error).__name__}: {error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"cannot read '{path}': it maps no names to values")
+    return content
+
+
+def read_tensors(path: Path) -> Dict[str, torch.Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: If it cannot be read, or is no such file.
+    """
+    try:
+        if not path.is_file():
+            raise FileNotFoundError('no such file')
+        return safetensors.torch.load_file(path)
+    except (KeyError, OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"cannot read '{path}' ({type(error).__name__}: {error})") from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file and flush it to the disk."""
+    with path.open('wb') as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written, as on a full disk.
+    """
+    scratch = path.with_name(f'.{path.name}.part')
+    try:
+        write_bytes(scratch, data)
+        os.replace(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work that its result could not be written.
+
+    Raises:
+        ValueError: If the path is a folder, or its own folder is not there or cannot be written to.
+    """
+    folder = path.parent
+    if path.is_dir():
+        raise ValueError(f"cannot write '{path}': it is a folder")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write '{path}': '{folder}' is no folder that can be written to")
 
 
 def list_digest(names: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 from .digits import digits_folder as digits_folder
 from .images import CheckedImages as CheckedImages
+from .images import CheckedStream as CheckedStream
 from .images import UnreadableError as UnreadableError
 from .images import read_image as read_image
 from .images import read_or_next as read_or_next

@@ -1,14 +1,16 @@
-"""timm's image data set, with unreadable images named."""
+"""timm's image data sets, with unreadable images named."""
 
-from typing import Any, BinaryIO, Callable, Tuple
+import logging
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, Tuple
 
 import torch.multiprocessing
 from PIL import Image
-from timm.data import ImageDataset
+from timm.data import ImageDataset, IterableImageDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from timm_depla.files import open_image
 
-__all__ = ['CheckedImages', 'UnreadableError', 'read_image', 'read_or_next']
+__all__ = ['CheckedImages', 'CheckedStream', 'UnreadableError', 'read_image', 'read_or_next', 'read_stream']
 
 _MAX_ATTEMPTS = 10  # unreadable images in a row
 
@@ -50,6 +52,61 @@ def read_or_next(
             unreadable.put((str(name(index)), str(error) or repr(error)))
         index = (index + 1) % count
     raise UnreadableError(f'{attempts} images in a row cannot be read, up to {name(index - 1)}')
+
+
+class _Skipped(logging.Handler):
+    """Puts what timm's reader of WebDataset logs as skipped into a queue, numbered, so that each epoch counts anew."""
+
+    def __init__(self, unreadable: Any):
+        super().__init__(logging.WARNING)
+        info = get_worker_info()
+        self.worker = 0 if info is None else info.id
+        self.unreadable = unreadable
+        self.count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += 1
+        self.unreadable.put((f'sample {self.count} of those that worker {self.worker} skipped', record.getMessage()))
+
+
+def read_stream(reader: Iterable[Any], unreadable: Any) -> Iterator[Any]:
+    """The samples of timm's stream reader; what it skips because it cannot be read goes to the queue, if there is one.
+
+    Args:
+        reader: timm's reader of a stream.
+        unreadable: Queue that takes (number, cause).
+    """
+    if unreadable is None:
+        yield from reader
+        return
+    logger, handler = logging.getLogger('timm.data.readers.reader_wds'), _Skipped(unreadable)
+    logger.addHandler(handler)
+    try:
+        yield from reader
+    finally:
+        logger.removeHandler(handler)
+
+
+class CheckedStream(IterableDataset):
+    """timm's stream with a transform that reports the samples that cannot be read.
+
+    Args:
+        dataset: timm's iterable data set, with its transform.
+
+    Attributes:
+        unreadable: Queue of (number, cause).
+    """
+
+    def __init__(self, dataset: IterableImageDataset):
+        self.dataset = dataset
+        self.unreadable = torch.multiprocessing.Queue()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Tuple[Any, Any]]:
+        for image, target in read_stream(self.dataset.reader, self.unreadable):
+            yield self.dataset.transform(image), target
 
 
 class CheckedImages(ImageDataset):

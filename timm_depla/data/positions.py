@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
+from .images import read_stream
+
 __all__ = ['Draw', 'PositionedBatches', 'SeededBatches', 'SeededStream', 'seed_position']
 
 Place = Tuple[int, int, int]  # epoch, place in the epoch's order over all processes, index into the data set
@@ -115,6 +117,7 @@ class SeededStream(IterableDataset):
         batch_size: Images a batch; a worker's samples fill whole batches.
         channels: Channels of an image.
         start: The first step to load.
+        unreadable: Queue that takes (number, cause) of each sample that cannot be read, if given.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class SeededStream(IterableDataset):
         batch_size: int,
         channels: int = 3,
         start: int = 0,
+        unreadable: Any = None,
     ):
         self.dataset = dataset
         self._collate = collate
@@ -132,12 +136,13 @@ class SeededStream(IterableDataset):
         self.batch_size = batch_size
         self.channels = channels
         self.start = start
+        self.unreadable = unreadable
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
         seed, epoch, rank = self.position
-        for i, (image, target) in enumerate(self.dataset.reader):
+        for i, (image, target) in enumerate(read_stream(self.dataset.reader, self.unreadable)):
             if i // self.batch_size * num_workers + worker < self.start:  # workers take the steps in turn
                 yield None
                 continue

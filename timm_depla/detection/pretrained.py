@@ -5,12 +5,11 @@ import os
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
-import safetensors.torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torchvision.models.detection import FasterRCNN
 
-from timm_depla.files import find_change
+from timm_depla.files import SUMS, find_change, read_mapping, read_tensors
 
 from .rcnn import create_detector
 
@@ -41,7 +40,7 @@ def _pull(source: str) -> Path:
     """The folder of a repository of the Hub in the cache, without its pickles if it has any."""
     repository, _, revision = source.removeprefix('hf-hub:').partition('@')
     try:
-        files = ['config.json', 'model.safetensors']
+        files = ['config.json', 'model.safetensors', SUMS]
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"cannot pull '{source}': {error}") from error
@@ -52,8 +51,8 @@ def is_detector(folder: os.PathLike) -> bool:
     for path in (Path(folder, 'config.json'), Path(folder, 'best', 'config.json')):
         if path.is_file():
             try:
-                return json.loads(path.read_text()).get('library_name') == _LIBRARY
-            except (AttributeError, OSError, ValueError):
+                return read_mapping(path).get('library_name') == _LIBRARY
+            except ValueError:
                 return False
     return False
 
@@ -98,17 +97,14 @@ def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
         folder = folder / 'best'
     if change := find_change(folder):
         raise ValueError(f"'{source}' is damaged: {change}")
-    try:
-        config = json.loads((folder / 'config.json').read_text())
-        weights = safetensors.torch.load_file(folder / 'model.safetensors')
-    except FileNotFoundError as error:
+    if not ((folder / 'config.json').is_file() and (folder / 'model.safetensors').is_file()):
         raise ValueError(
             f"'{source}' has no checkpoint: expected config.json and model.safetensors in it or in its folder best"
-        ) from error
-    except (OSError, RecursionError, ValueError, safetensors.SafetensorError) as error:
+        )
+    try:
+        config, weights = read_mapping(folder / 'config.json'), read_tensors(folder / 'model.safetensors')
+    except ValueError as error:
         raise ValueError(f"'{source}' cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"'{source}' cannot be read: its config.json is no mapping")
     if config.get('library_name') != _LIBRARY or not config.keys() >= _KEYS:
         raise ValueError(f"'{source}' holds no detector but '{config.get('architecture')}'")
     arguments = {**_check_args(config['model_args'], source), **kwargs}

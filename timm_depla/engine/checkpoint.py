@@ -6,7 +6,6 @@ and `state.safetensors`), the metrics (`record.json`) and `checksums.json` over 
 to two of them.
 """
 
-import json
 import logging
 import os
 import re
@@ -18,7 +17,8 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tupl
 
 import torch
 
-from timm_depla.files import SUMS, find_change, list_sums
+from timm_depla import files
+from timm_depla.files import SUMS, find_change, list_sums, read_mapping
 
 from .errors import TrainingError
 from .state import FILES as STATE
@@ -60,13 +60,6 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open('wb') as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _sync(folder: Path) -> None:
     """Flush a folder's entries to the disk, where the system can."""
     if os.name == 'posix':
@@ -83,17 +76,11 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         TrainingError: If it cannot be written, as on a full disk.
     """
-    scratch = path.with_name(f'.{path.name}.part')
     with writing(path):
-        try:
-            _write(scratch, data)
-            os.replace(scratch, path)
-        except OSError:
-            scratch.unlink(missing_ok=True)
-            raise
+        files.write_file(path, data)
 
 
-def write_checkpoint(folder: Path, files: Dict[str, bytes]) -> None:
+def write_checkpoint(folder: Path, contents: Dict[str, bytes]) -> None:
     """Write a folder of files whole or not at all; one that is there and whole already stays.
 
     Raises:
@@ -106,9 +93,9 @@ def write_checkpoint(folder: Path, files: Dict[str, bytes]) -> None:
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-            for name, data in files.items():
-                _write(scratch / name, data)
-            _write(scratch / SUMS, list_sums(files))
+            for name, data in contents.items():
+                files.write_bytes(scratch / name, data)
+            files.write_bytes(scratch / SUMS, list_sums(contents))
             _sync(scratch)
             if folder.exists():  # damaged
                 shutil.rmtree(folder)
@@ -134,9 +121,9 @@ def find_damage(folder: Path) -> Optional[str]:
     if missing:
         return f'{", ".join(missing)} missing'
     try:
-        record = json.loads((folder / 'record.json').read_text())
+        record = read_mapping(folder / 'record.json')
         name = checkpoint_name(record['epoch'], record['step'])
-    except (KeyError, OSError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         return f'record.json tells no position ({type(error).__name__}: {error})'
     is_named = folder.resolve().parent.name == 'checkpoints'
     return f'it is the checkpoint {name} under another name' if is_named and folder.resolve().name != name else None

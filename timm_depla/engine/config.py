@@ -5,8 +5,9 @@ import difflib
 from pathlib import Path
 from typing import Any, Dict, List, NoReturn, Optional, Sequence
 
-import yaml
 from timm.utils import ParseKwargs
+
+from timm_depla.files import read_mapping
 
 from .errors import ConfigError
 
@@ -91,11 +92,9 @@ def load_recipe(name: str, folder: Path = RECIPES) -> Dict[str, Any]:
     elif not path.is_file():
         raise ConfigError(f"no recipe '{name}'{closest(name, known)}: give a YAML file or one of {', '.join(known)}")
     try:
-        recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe '{name}' is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ConfigError(f"recipe '{name}' must map flags to values, like 'lr: 0.2'")
+        recipe = read_mapping(path)
+    except ValueError as error:
+        raise ConfigError(f"recipe '{name}' must map flags to values, like 'lr: 0.2': {error}") from error
     recipe = {str(key).replace('-', '_'): value for key, value in recipe.items()}
     base = recipe.pop('base', None)
     if base is None:

@@ -7,11 +7,10 @@ from typing import Any, Dict, Optional, Sequence
 
 import timm
 import torch.nn as nn
-import yaml
 from timm.models._hub import save_config_for_hf
 
 from timm_depla.detection import is_detector
-from timm_depla.files import find_change
+from timm_depla.files import find_change, read_mapping
 from timm_depla.models import load_trunk
 
 from .config import closest
@@ -73,7 +72,7 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
     Raises:
         ConfigError: If nothing is there, or it does not fit the architecture.
     """
-    path = Path(target)
+    path = Path(target.removeprefix('local-dir:'))
     if path.is_file() and not model_name and (path.parent / 'config.json').is_file():
         path = path.parent
     if path.is_dir():
@@ -125,12 +124,9 @@ def run_arguments(target: str) -> Dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        arguments = yaml.safe_load(file.read_text())
-    except (OSError, RecursionError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read '{file}': {error}") from error
-    if not isinstance(arguments, dict):
-        raise ConfigError(f"cannot read '{file}': it is no mapping of arguments to values")
-    return arguments
+        return read_mapping(file)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def trained_data(target: str) -> Dict[str, str]:

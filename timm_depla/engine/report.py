@@ -13,6 +13,8 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from tqdm import tqdm
 
+from timm_depla.files import check_writable, write_file
+
 from .errors import ConfigError, TrainingError
 
 __all__ = ['Metric', 'Report', 'UnreadableImages', 'draw_curves', 'progress']
@@ -50,6 +52,31 @@ class Metric:
 def progress(description: str, unit: str, **kwargs: Any) -> tqdm:
     """A progress bar on a terminal, nothing in a log."""
     return tqdm(desc=description, leave=False, disable=not sys.stderr.isatty(), unit=f' {unit}', **kwargs)
+
+
+def check_results(path: str) -> None:
+    """Refuse a `--results-file` that could not be written once the work is done.
+
+    Raises:
+        ConfigError: If its folder is not there, or cannot be written to.
+    """
+    try:
+        if path:
+            check_writable(Path(path))
+    except ValueError as error:
+        raise ConfigError(f'--results-file: {error}') from error
+
+
+def write_results(path: str, text: str) -> None:
+    """Write a `--results-file`.
+
+    Raises:
+        ConfigError: If it cannot be written.
+    """
+    try:
+        write_file(Path(path), text.encode())
+    except OSError as error:
+        raise ConfigError(f"cannot write --results-file '{path}': {error.strerror or error}") from error
 
 
 class UnreadableImages:

@@ -16,6 +16,8 @@ import torch
 import torch.nn as nn
 from timm.utils import ModelEmaV3, NativeScaler
 
+from timm_depla.files import read_tensors
+
 from .checkpoint import BackgroundWriter, checkpoint_name, link, prune, write_checkpoint, write_file
 from .errors import ConfigError, DivergedError
 from .report import Metric, draw_curves
@@ -241,7 +243,7 @@ class Run:
         """
         try:
             state = read_state(checkpoint)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise ConfigError(f"cannot go on from '{checkpoint}': {error}") from error
         changes = self._changes(state['arguments'])
         if self.args.no_resume_opt:
@@ -252,7 +254,7 @@ class Run:
                 'ones, or go on with the new ones by --resume-with-changes'
             )
         try:
-            weights = safetensors.torch.load_file(checkpoint / 'model.safetensors')
+            weights = read_tensors(checkpoint / 'model.safetensors')
             self.evaluated.load_state_dict(weights)
             if self.trainable is not self.evaluated:
                 self.trainable.load_state_dict(state.get('trainable', weights))

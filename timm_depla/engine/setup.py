@@ -1,6 +1,5 @@
 """What a training starts with: device, optimizer, run, and its folder or the checkpoint that it goes on from."""
 
-import json
 import math
 import os
 import platform
@@ -21,6 +20,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weigh
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, NativeScaler, unwrap_model
 
+from timm_depla.files import read_mapping
 from timm_depla.layers import Depla
 
 from .checkpoint import find_damage, list_checkpoints, newest_checkpoint, write_file
@@ -213,8 +213,8 @@ def diverged_epoch(run: Path) -> Optional[int]:
     """The epoch in which a run's loss was not finite, if that is how it ended: its weights may be of no use since."""
     file = run / DIVERGED
     try:
-        return int(json.loads(file.read_text())['epoch']) if file.is_file() else None
-    except (KeyError, OSError, TypeError, ValueError):
+        return int(read_mapping(file)['epoch']) if file.exists() else None
+    except (KeyError, TypeError, ValueError):
         return None
 
 

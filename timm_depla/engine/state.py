@@ -7,6 +7,8 @@ from typing import Any, Dict
 import safetensors.torch
 import torch
 
+from timm_depla.files import read_mapping, read_tensors
+
 __all__ = ['FILES', 'pack_state', 'read_state']
 
 FILES = ('state.json', 'state.safetensors')
@@ -36,12 +38,12 @@ def read_state(folder: Path) -> Dict[str, Any]:
     """The state in a folder.
 
     Raises:
-        OSError, ValueError: If a file is missing or is none of a state.
+        ValueError: If a file is missing or is none of a state.
     """
     text, weights = (folder / name for name in FILES)
     kinds = {'dict': dict, 'list': list, 'tuple': tuple}
     try:
-        tensors = safetensors.torch.load_file(weights)
+        tensors = read_tensors(weights)
 
         def decode(value: Any) -> Any:
             if not isinstance(value, dict):
@@ -51,8 +53,8 @@ def read_state(folder: Path) -> Dict[str, Any]:
                 return tensors[content]
             return kinds[kind](map(decode, content)) if kind != 'dict' else {decode(k): decode(v) for k, v in content}
 
-        state = decode(json.loads(text.read_text()))
-    except (AttributeError, KeyError, RecursionError, TypeError, safetensors.SafetensorError) as error:
+        state = decode(read_mapping(text))
+    except (AttributeError, KeyError, RecursionError, TypeError) as error:
         raise ValueError(f'{text} and {weights.name} hold no state ({type(error).__name__}: {error})') from error
     if not isinstance(state, dict):
         raise ValueError(f'{text} holds no state')

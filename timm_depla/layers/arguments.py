@@ -1,4 +1,4 @@
-"""What the `depla` argument of a network may set."""
+"""Check of the keys in a network's `depla` argument."""
 
 from typing import Any, Dict
 
@@ -8,7 +8,7 @@ DEPLA_ARGS = ('num_groups', 'pooled_chs', 'maps_per_group', 'temperature', 'bfn'
 
 
 def check_depla_args(depla: Dict[str, Any], *network_args: str) -> None:
-    """Raise TypeError if a network's `depla` argument has a key that is neither a block's nor one of the network's."""
+    """Raise TypeError if `depla` has a key that is neither an argument of `Depla` nor in `network_args`."""
     allowed = [*network_args, *DEPLA_ARGS]
     if unknown := sorted(set(depla) - set(allowed)):
         raise TypeError(f'unknown depla argument {unknown}; there are {allowed}')

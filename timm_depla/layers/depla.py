@@ -2,10 +2,10 @@
 
 Paper: `Aggregation with Feature Detection`, Sun et al., ICCV 2021 -
 https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html
-Where the paper leaves room, the code follows a numbered ruling of docs/rulings.md. Shapes, in the letters used below:
+Where the paper is ambiguous, the code follows a numbered ruling of docs/rulings.md. Symbols of the shapes below:
     B: batch, H, W: height and width, N: H * W positions
     C1, C2: channels of the identity X and of the candidate Y, C: pooled channels (the paper's C2')
-    L: groups of regions of interest (ROI), D: ROI maps a group
+    L: groups of regions of interest (ROI), D: ROI maps per group
 """
 
 import math
@@ -25,7 +25,7 @@ __all__ = ['SoftRPN', 'soft_roi_pool', 'PlainBFN', 'AdaptiveBFN', 'Depla', 'matc
 
 @register_notrace_function
 def match_size(x: Tensor, other: Tensor, mode: str) -> Tensor:
-    """Up-sample x (B, C, H, W) to the larger of its own height and width and the other map's."""
+    """Up-sample x (B, C, H, W) to the maximum of its own and the other map's height and width."""
     height, width = max(x.shape[2], other.shape[2]), max(x.shape[3], other.shape[3])
     if height == x.shape[2] and width == x.shape[3]:
         return x
@@ -33,7 +33,7 @@ def match_size(x: Tensor, other: Tensor, mode: str) -> Tensor:
 
 
 def softmax_positions(x: Tensor) -> Tensor:
-    """Softmax of logits (B, K, H, W) over the positions, (B, K, N), in their memory format."""
+    """Softmax over the positions, from logits (B, K, H, W) to (B, K, N), in the memory format of the logits."""
     if x.is_contiguous(memory_format=torch.channels_last):
         return x.flatten(2).transpose(1, 2).softmax(1).transpose(1, 2)
     return x.flatten(2).softmax(2)
@@ -47,7 +47,7 @@ def soft_roi_pool(maps: Tensor, values: Tensor) -> Tensor:
     values = values.type_as(maps).flatten(2).unflatten(1, (maps.shape[2], -1))  # (B, D, C, N)
     if values.is_contiguous():
         return matmul(maps.transpose(1, 2), values.transpose(2, 3)).sum(1)
-    rows = values.permute(0, 3, 1, 2).flatten(1, 2)  # (B, N*D, C), as channels-last memory has it
+    rows = values.permute(0, 3, 1, 2).flatten(1, 2)  # (B, N*D, C), a view of channels-last memory
     return matmul(maps.permute(0, 1, 3, 2).flatten(2), rows)
 
 
@@ -77,7 +77,7 @@ class SoftRPN(nn.Module):
         self.logits = ConvNorm(in_chs, num_groups * maps_per_group, **layers)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        """X (B, C1, H, W) to ROI maps M (B, L, D, N), in the size of the other map where that is larger."""
+        """Map X (B, C1, H, W) to ROI maps M (B, L, D, N), up-sampled to the other map's size if that is larger."""
         logits = match_size(self.logits(x) / self.temperature, other, self.upsample)
         return softmax_positions(logits).unflatten(1, (self.maps_per_group, self.num_groups)).transpose(1, 2)
 
@@ -93,7 +93,7 @@ class PlainBFN(nn.Module):
         self.transform = Linear(pooled_chs, pooled_chs, **dd)
 
     def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor, like: Tensor) -> Tuple[Tensor, Tensor]:
-        """Z (B, L, C) and M (B, L, D, N) to Z' (B, L, C) and heatmaps B (B, L, N)."""
+        """Map Z (B, L, C) and M (B, L, D, N) to Z' (B, L, C) and heatmaps B (B, L, N)."""
         levels = (maps * maps.shape[3]).clamp(min=1e-6).log()  # log(N M), ruling 4(b)
         logits = self.heatmap(levels.transpose(1, 2).flatten(1, 2).unsqueeze(3))  # (B, D*L, N, 1) -> (B, L, N, 1)
         return self.transform(pooled), softmax_positions(logits)
@@ -112,7 +112,7 @@ class AdaptiveBFN(nn.Module):
         self.transform = Linear(pooled_chs, pooled_chs, **dd)
 
     def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor, like: Tensor) -> Tuple[Tensor, Tensor]:
-        """X (B, C1, h, w) and Z (B, L, C) to Z' (B, L, C) and heatmaps B (B, L, N), in the size of `like`."""
+        """Map X (B, C1, h, w) and Z (B, L, C) to Z' (B, L, C) and heatmaps B (B, L, N), in the size of `like`."""
         query = match_size(self.query(identity), like, self.upsample).flatten(2)  # (B, C, N)
         key = F.normalize(self.key(pooled), dim=2)  # (B, L, C), ruling 10
         return self.transform(pooled), matmul(key, query).softmax(dim=2)
@@ -121,27 +121,27 @@ class AdaptiveBFN(nn.Module):
 BFNS = {'plain': PlainBFN, 'adaptive': AdaptiveBFN}
 
 
-@register_notrace_module  # its paths depend on sizes, memory formats and hooks
+@register_notrace_module  # control flow depends on sizes, memory formats and hooks
 class Depla(nn.Module):
-    """Aggregation with feature detection: refines an identity with what is detected in a candidate.
+    """Aggregation with feature detection: refines the identity X with features pooled from the candidate Y.
 
     Args:
         identity_chs: Channels C1 of the identity X.
         candidate_chs: Channels C2 of the candidate Y; the identity's when None.
         num_groups: ROI groups L.
         pooled_chs: Pooled channels C (the paper's C2').
-        maps_per_group: ROI maps a group, D.
+        maps_per_group: ROI maps per group, D.
         temperature: Softmax temperature T of the ROI maps; the lower, the sharper.
         bfn: Back-filling network, 'plain' or 'adaptive'.
-        keep_candidate: Return X + Y + refinement, with a refinement that starts at zero, instead of X + refinement:
-            a network with pretrained weights starts unchanged (ruling 14).
-        add_identity: False for a candidate that holds X already, such as a residual block's: return Y + refinement.
+        keep_candidate: Return X + Y + refinement instead of X + refinement. The refinement starts at zero, so that a
+            pretrained network starts unchanged (ruling 14).
+        add_identity: False if Y already contains X, as a residual block's output does: return Y + refinement.
         norm_layer: Norm of the convolution layers (ruling 5).
         upsample: How the smaller map is up-sampled where the sizes differ, 'bilinear' or 'nearest'.
-        drop_path: Stochastic depth of all that is added to the identity.
+        drop_path: Stochastic depth, applied to everything that is added to the identity.
 
     Raises:
-        ValueError: If an argument is out of its range, or an input of another width than the block was built for.
+        ValueError: If an argument is out of range, or an input has the wrong number of channels.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Depla(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Start projections at std 1 / sqrt(fan-in), SoftRPN soft, the refinement small or at zero (rulings 6, 11)."""
+        """Initialise projections with std 1 / sqrt(fan-in), and the norms of SoftRPN and output (rulings 6, 11)."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
@@ -200,7 +200,7 @@ class Depla(nn.Module):
     def forward(self, identity: Tensor, candidate: Tensor) -> Tensor:
         """Refine the identity X (B, C1, H, W) with the candidate Y (B, C2, h, w).
 
-        If the sizes differ, the result has the larger: maps are up-sampled after their 1x1 convolutions.
+        The result has the larger of the two sizes: smaller maps are up-sampled after their 1x1 convolutions.
         """
         if identity.shape[1] != self.identity_chs or candidate.shape[1] != self.candidate_chs:
             raise ValueError(
@@ -215,15 +215,15 @@ class Depla(nn.Module):
         return match_size(identity, refinement, self.upsample) + self.drop_path(refinement)
 
     def aggregate(self, identity: Tensor, values: Tensor) -> Tensor:
-        """The refinement (B, C1, H, W) of the identity X by the transformed candidate Y' (B, D*C, H, W)."""
+        """Compute the refinement (B, C1, H, W) of X from the transformed candidate Y' (B, D*C, H, W)."""
         values = match_size(values, identity, self.upsample)  # Y'
         maps = self.rpn(identity, values)  # M (B, L, D, N)
         pooled = soft_roi_pool(maps, values)  # Z (B, L, C)
         features, heatmaps = self.bfn(identity, pooled, maps, values)  # Z' (B, L, C), B (B, L, N)
-        features = self.proj(features)  # (B, L, C1), before back-filling: on L vectors instead of N positions
+        features = self.proj(features)  # (B, L, C1); cheaper before back-filling: L vectors, not N positions
         heatmaps = heatmaps * heatmaps.shape[2]  # ruling 4(a)
         if not torch.jit.is_scripting():
-            if self.training and can_fold(self.norm):
+            if self.training and heatmaps[:, 0].numel() > 1 and can_fold(self.norm):  # else as BatchNorm answers it
                 features, heatmaps = fold_into_features(self.norm, features, heatmaps)
                 return back_fill(features, heatmaps, values).type_as(identity)
         return self.norm(back_fill(features, heatmaps, values)).type_as(identity)

@@ -1,7 +1,7 @@
-"""The same functions with less: BatchNorm without the map that it normalises, and convolutions in a row as one.
+"""Faster equivalents: BatchNorm without materialising the map that it normalises, and two convolutions as one.
 
-Statistics of what a linear map gives follow from the mean and the products of what it takes. Each function takes the
-modules that it stands for. Where one of them has hooks, call the modules instead: see `can_fold`.
+The statistics of a linear layer's output follow from the mean and covariance of its input. Each function takes the
+modules that it replaces. If `can_fold` is False, as when one of them has hooks, call the modules instead.
 """
 
 from typing import Tuple
@@ -15,11 +15,11 @@ from .linear import Conv1x1, ConvNorm, convolve, matmul
 
 __all__ = ['can_fold', 'compose', 'fold_into_features', 'has_hooks']
 
-LINEAR = (nn.BatchNorm2d, BatchNormAct2d, nn.Identity, nn.Conv2d, Conv1x1, ConvNorm)  # an activation is none of them
+LINEAR = (nn.BatchNorm2d, BatchNormAct2d, nn.Identity, nn.Conv2d, Conv1x1, ConvNorm)  # activations are not linear
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something listens to a module."""
+    """Whether a module has forward or backward hooks."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
@@ -36,20 +36,20 @@ def can_fold(*modules: nn.Module) -> bool:
 
 @torch.no_grad()
 def _update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
-    """Move a norm's running statistics towards those of a batch with this number of positions."""
+    """Update a norm's running statistics with those of a batch of `count` positions."""
     norm.num_batches_tracked += 1
     norm.running_mean.lerp_(mean.type_as(norm.running_mean), norm.momentum)
     norm.running_var.lerp_((var * (count / (count - 1))).type_as(norm.running_var), norm.momentum)
 
 
 def fold_into_features(norm: nn.BatchNorm2d, features: Tensor, heatmaps: Tensor) -> Tuple[Tensor, Tensor]:
-    """Move the norm of a back-filled map, in training, into the vectors that it is filled from.
+    """Fold the norm of a back-filled map, in training, into the vectors that fill the map.
 
-    A heatmap is one, its mean over the positions, plus its contrast. So the mean of the map is that of the summed
-    vectors, and its variance follows from the products of the contrasts with each other.
+    Each heatmap is its mean, one, plus its contrast. So the mean of the map is that of the summed vectors, and its
+    variance follows from the Gram matrix of the contrasts.
 
     Takes features (B, L, C) and heatmaps (B, L, N) of mean one; updates the norm's running statistics. Returns vectors
-    (B, L + 1, C) and heatmaps (B, L + 1, N) that fill the normalised map: contrasts, and one for all positions alike.
+    (B, L + 1, C) and heatmaps (B, L + 1, N) that fill the normalised map: the contrasts, and a constant heatmap.
     """
     dtype, contrast = features.dtype, heatmaps - 1
     features, products = features.type_as(norm.weight), contrast.type_as(norm.weight)
@@ -65,11 +65,13 @@ def fold_into_features(norm: nn.BatchNorm2d, features: Tensor, heatmaps: Tensor)
 
 
 def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -> Tensor:
-    """layer(norm(conv(x))) by one convolution of x (B, P, H, W); the maps between are not made.
+    """Compute layer(norm(conv(x))) as one convolution of x (B, P, H, W), without the maps in between.
 
-    In training, the statistics of the convolved map follow from the P means of x and its P * P products, in single
-    precision or better; the norm's running statistics are updated.
+    In training, the statistics of conv(x) follow from the mean (P,) and covariance (P, P) of x, in single precision or
+    better; the norm's running statistics are updated.
     """
+    if norm.training and x.numel() <= x.shape[1]:  # no batch, or one position: as BatchNorm answers it
+        return layer(norm(conv(x)))
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight = conv.weight.flatten(1).to(dtype)  # (C, P)
     mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
@@ -78,7 +80,7 @@ def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -
         means = rows.mean(0)
         covariance = matmul(rows.t(), rows) / len(rows) - means.outer(means)  # (P, P)
         mean = matmul(weight, means)
-        var = (matmul(weight, covariance) * weight).sum(1).clamp(min=0)  # rounding may leave less
+        var = (matmul(weight, covariance) * weight).sum(1).clamp(min=0)  # rounding may make it negative
         _update(norm, mean, var, len(rows))
     scale = norm.weight.to(dtype) * (var + norm.eps).rsqrt()
     kernel = layer.conv.weight.flatten(1).to(dtype)

@@ -1,4 +1,4 @@
-"""The linear maps that the block is made of: matrix products, linear layers and 1x1 convolutions with their norm."""
+"""Linear operations of the block: matrix products, linear layers, and 1x1 convolutions with norm."""
 
 from typing import Optional, Type
 
@@ -29,9 +29,9 @@ class Linear(nn.Linear):
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """The 1x1 convolution of x (B, C, H, W) by a weight (K, C, 1, 1), as (B, K, H, W) in the memory format of x.
+    """Convolve x (B, C, H, W) with a 1x1 weight (K, C, 1, 1) to (B, K, H, W) in the memory format of x.
 
-    On a CPU, a matrix product takes less time than a convolution that changes the format (benchmark `block`).
+    On a CPU, a matrix product is faster than a convolution that changes the format (benchmark `block`).
     """
     is_slow = x.device.type == 'cpu' and not x.is_contiguous(memory_format=torch.channels_last)
     if not is_slow or torch.compiler.is_compiling():
@@ -48,7 +48,7 @@ class Conv1x1(nn.Conv2d):
 
 
 class ConvNorm(nn.Module):
-    """1x1 convolution without bias, and its norm (rulings 5, 8); under autocast the first is in half (ruling 9)."""
+    """1x1 convolution without bias, then norm (rulings 5, 8). Autocast applies to the convolution only (ruling 9)."""
 
     def __init__(self, in_chs: int, out_chs: int, norm_layer: Type[nn.Module] = nn.BatchNorm2d, **dd) -> None:
         super().__init__()
@@ -59,6 +59,6 @@ class ConvNorm(nn.Module):
         return self.norm(self.conv(x).type_as(self.conv.weight))
 
     def reparameterize(self) -> None:
-        """Make one convolution of the two, for inference; timm's `reparameterize_model` calls this."""
+        """Fuse convolution and norm for inference; timm's `reparameterize_model` calls this."""
         if isinstance(self.norm, nn.BatchNorm2d):
             self.conv, self.norm = fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()

@@ -6,15 +6,16 @@ import tarfile
 from argparse import Namespace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Tuple
 
 from timm.data import ImageDataset, create_dataset
 
 from timm_depla.data import digits_folder
 
+from ..config import updated
 from ..errors import ConfigError
 
-__all__ = ['class_names', 'count_classes', 'file_names', 'find_data', 'open_split', 'open_splits', 'training_samples']
+__all__ = ['class_names', 'count_classes', 'count_streams', 'file_names', 'find_data', 'open_split', 'open_splits']
 
 _logger = logging.getLogger(__name__)
 
@@ -124,23 +125,27 @@ def count_samples(args: Namespace, split: str) -> int:
     return total
 
 
-def training_samples(args: Namespace) -> Optional[int]:
-    """`args.train_num_samples`; of a stream that does not tell its length without it, what counting gives.
+def count_streams(args: Namespace, *splits: str) -> Namespace:
+    """The arguments with the lengths of the streams that do not tell theirs, counted.
+
+    Args:
+        args: The run's arguments.
+        *splits: What is read: 'train', 'val' or both.
 
     Raises:
-        ConfigError: If the stream cannot be opened or counted.
+        ConfigError: If a stream cannot be opened or counted.
     """
-    if args.train_num_samples or not args.dataset.lower().startswith(_STREAMS):
-        return args.train_num_samples
-    try:
-        open_split(args, args.train_split, is_training=True)
-    except ConfigError as error:
-        if 'num_samples' not in str(error):
-            raise
-        count = count_samples(args, args.train_split)
-        _logger.info('counted %d training images: --train-num-samples saves the counting', count)
-        return count
-    return None
+    for kind in splits if args.dataset.lower().startswith(_STREAMS) else ():
+        split, key = getattr(args, f'{kind}_split'), f'{kind}_num_samples'
+        try:
+            open_split(args, split, is_training=kind == 'train')
+        except ConfigError as error:
+            if 'num_samples' not in str(error) or getattr(args, key):
+                raise
+            args = updated(args, **{key: count_samples(args, split)})
+            flag = f'--{key.replace("_", "-")}'
+            _logger.info("counted %d images of '%s': %s saves the counting", getattr(args, key), split, flag)
+    return args
 
 
 def class_names(dataset: Any) -> Any:

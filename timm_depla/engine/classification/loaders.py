@@ -14,7 +14,16 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, DistributedSampler, Subset, default_collate
 
-from timm_depla.data import CheckedImages, Draw, SeededStream, TensorResizedCrop, read_image, read_pixels, seed_position
+from timm_depla.data import (
+    CheckedImages,
+    CheckedStream,
+    Draw,
+    SeededStream,
+    TensorResizedCrop,
+    read_image,
+    read_pixels,
+    seed_position,
+)
 
 from ..batches import ResumableLoader, loader_kwargs
 from ..errors import ConfigError, require
@@ -129,7 +138,7 @@ class TrainLoader:
         checked = not self.is_stream and hasattr(dataset, 'reader')
         self.dataset = CheckedImages(dataset, True, decode) if checked else dataset
         self.num_images = len(dataset)
-        names = getattr(self.dataset, 'unreadable', None)
+        names = torch.multiprocessing.Queue() if self.is_stream else getattr(self.dataset, 'unreadable', None)
         self.unreadable = UnreadableImages(names, self.num_images, args.train_split)
         if self.is_stream:
             if args.aug_repeats or args.aug_splits:
@@ -178,7 +187,7 @@ class TrainLoader:
         if mixes(args) and args.mixup_off_epoch:
             self.collate.mixup_enabled = epoch < args.mixup_off_epoch
         position, channels = (args.seed, epoch, world.rank), self.data_config['input_size'][0]
-        stream = SeededStream(dataset, self.collate, position, args.batch_size, channels, start)
+        stream = SeededStream(dataset, self.collate, position, args.batch_size, channels, start, self.unreadable.names)
         loader = DataLoader(
             stream,
             args.batch_size,
@@ -246,6 +255,7 @@ def create_val_loader(
             reader.split_info = dataclasses.replace(reader.split_info, filenames=shards)
             reader.dist_rank, reader.dist_num_replicas = 0, 1
         dataset.set_loader_cfg(num_workers=max(args.workers, 1))
+        dataset = CheckedStream(dataset)
         loader = _prefetch(load(dataset), data_config, world.device)
     else:
         if hasattr(dataset, 'reader'):

@@ -23,7 +23,7 @@ from ..report import Metric
 from ..run import Run
 from ..setup import assemble, check_compile, share_batch_norm
 from ..world import Interrupt, World
-from .datasets import class_names, count_classes, file_names, find_data, open_splits, training_samples
+from .datasets import class_names, count_classes, count_streams, file_names, find_data, open_splits
 from .loaders import TrainLoader, create_val_loader, mixes
 from .validate import evaluate
 
@@ -134,8 +134,7 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Classificatio
     Raises:
         ConfigError: If something asked for cannot be had.
     """
-    args = updated(args, data_dir=find_data(args))
-    args = updated(args, train_num_samples=training_samples(args))
+    args = count_streams(updated(args, data_dir=find_data(args)), 'train', 'val')
     train_set, val_set = open_splits(args)
     args = updated(args, num_classes=count_classes(args, train_set))
     model, data_config = build_model(args, world, is_fresh)

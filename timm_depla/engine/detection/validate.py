@@ -14,11 +14,10 @@ from timm_depla.data import UnreadableError
 from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import CocoDetection, evaluate_coco, to_results
 
-from ..checkpoint import write_file
 from ..config import updated
 from ..errors import ConfigError
 from ..models import load_weights, run_arguments, trained_data
-from ..report import progress
+from ..report import check_results, progress, write_results
 from ..setup import autocast
 from ..world import Interrupt, World, setup_world
 from .loaders import ValidationLoader, open_split
@@ -119,6 +118,7 @@ def validate(args: Namespace) -> Evaluation:
         raise ConfigError(
             f"'{args.target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
         )
+    check_results(args.results_file)
     world = setup_world(args.device)
     model, dataset = _open(args)
     model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
@@ -133,5 +133,5 @@ def validate(args: Namespace) -> Evaluation:
         for kind, table in evaluation.tables.items():
             print(f'{kind}, {args.target} on {args.data_dir} {args.val_split}\n{table}', flush=True)
         if args.results_file:
-            write_file(Path(args.results_file), (json.dumps(evaluation.results) + '\n').encode())
+            write_results(args.results_file, json.dumps(evaluation.results) + '\n')
     return evaluation
