@@ -27,7 +27,7 @@ import torch
 import yaml
 from PIL import Image
 
-from timm_depla.data import digits_folder
+from hub.publish import create_publish_parser, publish
 from timm_depla.data.scenes import scenes_folder
 from timm_depla.detection.coco import CocoDetection
 from timm_depla.engine.classification import flags as classification_flags
@@ -36,6 +36,7 @@ from timm_depla.engine.classification import validate as validate_module
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection import flags as detection_flags
 from timm_depla.engine.detection import train as detection_train
+from timm_depla.engine.detection import validate as detection_validate
 from timm_depla.engine.errors import UserError
 from timm_depla.files import open_image
 
@@ -45,8 +46,12 @@ SECONDS = 120  # that a case may take
 NONSENSE = ('nan', 'inf', '-inf', '1e999', 'x', '--')
 VALUES = (
     *NONSENSE, '-7', '9' * 40, '0', '1', '2', '0.5', '3', '64', '', ' ', 'None', '[]', "{'a': 1}", '../x', 'cpu',
-    'resnet18',
+    'resnet18', 'wds/', 'pipe:touch executed', '$(touch executed)', '/etc/passwd',
 )  # fmt: skip
+VALIDATIONS = {
+    'validate': (classification_flags.create_validate_parser, validate_module.validate, 'classifier'),
+    'validate_detection': (detection_flags.create_detection_validate_parser, detection_validate.validate, 'detector'),
+}
 JUNK = (None, True, -1, 0, 2**70, 1e308, math.nan, '', 'x', '../x', [], {}, [[]], [1, 2, 3], {'a': 1}, '\0', 3.5)
 
 
@@ -79,13 +84,20 @@ def _flags(parser: argparse.ArgumentParser, draw: random.Random) -> Tuple[List[s
     return words, is_nonsense
 
 
-def attack_command(draw: random.Random, scratch: Path, run: Path) -> bool:
+def attack_command(draw: random.Random, scratch: Path, runs: Path) -> bool:
     """A command line; returns whether nonsense was accepted."""
-    kind = draw.choice(['train', 'validate', 'train_detection'])
-    if kind == 'validate':
-        parser = classification_flags.create_validate_parser()
+    kind = draw.choice(['train', 'validate', 'train_detection', 'validate_detection', 'publish'])
+    if kind in VALIDATIONS:
+        create_parser, validate, run = VALIDATIONS[kind]
+        parser = create_parser()
         words, is_nonsense = _flags(parser, draw)
-        validate_module.validate(parse_args(parser, [str(run), '--workers', '0', *words]))
+        validate(parse_args(parser, [str(runs / run), '--workers', '0', *words]))
+        return is_nonsense
+    if kind == 'publish':
+        parser = create_publish_parser()
+        words, is_nonsense = _flags(parser, draw)
+        output = draw.choice([scratch / 'out', runs / 'classifier', Path('/dev/null'), Path('/proc/x'), Path('')])
+        publish(parser.parse_args([str(runs / 'classifier'), '--output', str(output), *words]))
         return is_nonsense
     parser, train, recipe = (
         (classification_flags.create_train_parser(), train_module.train, 'digits')
@@ -103,13 +115,14 @@ def damage(draw: random.Random, run: Path) -> Tuple[str, bool]:
     files = sorted(path for path in run.rglob('*') if path.is_file() and not path.is_symlink())
     path = draw.choice([file for file in files if file.suffix in ('.json', '.safetensors', '.yaml')])
     data = bytearray(path.read_bytes())
-    how = draw.choice(['flip', 'cut', 'empty', 'gone', 'folder', 'pipe', 'nested', 'number', 'noise'])
+    how = draw.choice(['flip', 'cut', 'empty', 'gone', 'folder', 'pipe', 'nested', 'number', 'noise', 'planted'])
     path.unlink()
     if how == 'flip':
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
     elif how == 'cut':
         del data[draw.randrange(len(data)) :]
-    contents = {'empty': b'', 'nested': b'[' * 100_000, 'number': b'3', 'noise': draw.randbytes(99)}
+    planted = b'dataset: wds/\ndata_dir: "pipe:touch executed #://"\nval_split: "pipe:touch executed"\n'
+    contents = {'planted': planted, 'empty': b'', 'nested': b'[' * 100_000, 'number': b'3', 'noise': draw.randbytes(99)}
     if how == 'folder':
         path.mkdir()
     elif how == 'pipe':
@@ -204,8 +217,24 @@ def _case(attack: Callable[..., bool], seed: int, target: Path, log: Path) -> No
         except BaseException:
             outcome = 'traceback'
             traceback.print_exc()
+        outcome = 'executed' if list(Path(scratch).rglob('executed')) else outcome
         os.chdir('/')
     log.write_text(f'{outcome}\n{output.getvalue()}')
+
+
+def small_scenes(folder: Path) -> Path:
+    """The first images of digits in scenes, two a split."""
+    for split in ('train', 'val'):
+        content = json.loads((scenes_folder() / 'annotations' / f'instances_{split}.json').read_text())
+        content['images'] = content['images'][:2]
+        kept = {image['id'] for image in content['images']}
+        content['annotations'] = [item for item in content['annotations'] if item['image_id'] in kept]
+        for path in ('annotations', split):
+            (folder / 'scenes' / path).mkdir(parents=True, exist_ok=True)
+        (folder / 'scenes' / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
+        for image in content['images']:
+            shutil.copy(scenes_folder() / split / image['file_name'], folder / 'scenes' / split)
+    return folder / 'scenes'
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
@@ -215,14 +244,16 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     torch.set_num_threads(1)  # a process with more cannot be forked
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     with tempfile.TemporaryDirectory() as scratch:
-        argv = ['--recipe', 'digits', '--epochs', '2', '--img-size', '32', '--workers', '0']
-        argv += ['--output', scratch, '--experiment', 'run']
+        runs, scenes, log = Path(scratch), scenes_folder(), Path(scratch, 'log')
+        argv = ['--epochs', '2', '--workers', '0', '--device', 'cpu', '--output', scratch]
+        argv += ['--recipe', 'digits', '--img-size', '32', '--experiment', 'classifier']
         train_module.train(parse_args(classification_flags.create_train_parser(), argv))
-        trained, scenes, log = Path(scratch, 'run'), scenes_folder(), Path(scratch, 'log')
-        digits_folder()
+        argv = ['--recipe', 'scenes', '--data-dir', str(small_scenes(runs)), '--epochs', '1', '--workers', '0']
+        argv += ['--device', 'cpu', '--output', scratch, '--experiment', 'detector', '--warmup-epochs', '0']
+        detection_train.train(parse_args(detection_flags.create_detection_parser(), argv))
         kinds = {
-            'command lines': (attack_command, args.commands, trained),
-            'damages of a run': (attack_run, args.damages, trained),
+            'command lines': (attack_command, args.commands, runs),
+            'damages of a run': (attack_run, args.damages, runs / 'classifier'),
             'COCO files': (attack_annotations, args.annotations, scenes),
             'images': (attack_image, args.images, scenes),
         }
@@ -246,6 +277,6 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def render(results: Dict[str, Any]) -> str:
-    columns = ('cases', 'refused', 'accepted', 'traceback', 'hang', 'accepted in silence')
+    columns = ('cases', 'refused', 'accepted', 'traceback', 'hang', 'accepted in silence', 'executed')
     rows = [[name, *(found.get(key, 0) for key in columns)] for name, found in results.items()]
     return table(['', *columns], rows)

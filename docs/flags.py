@@ -20,13 +20,13 @@ from timm_depla.engine.flags import OWN_FLAGS
 
 HEADER = """# Flags
 
-Flags have the names and the meaning of timm's `train.py` and `validate.py` (1.0), with timm's defaults but for
-the model and the number of loading processes. A flag of timm's that is not here is refused with the reason given below,
-not ignored. Every switch has a `--no-` form. In a recipe, write flags without dashes: `batch_size: 64`.
+Flags have the names, meanings and defaults of timm's `train.py` and `validate.py` (1.0), except the defaults of
+the model and the number of loading processes. Any other flag of timm is an error that gives the reason listed below.
+Every switch has a `--no-` form. In a recipe, write flags without dashes: `batch_size: 64`.
 
-`validate.py` takes what to validate as its arguments, any number of runs, checkpoints and models; timm's
-`--checkpoint`, `--model` and positional data folder work too. `train_detection.py` and `validate_detection.py` have the
-same flags wherever they mean the same.
+`validate.py` takes any number of runs, checkpoints and models as arguments; timm's `--checkpoint`, `--model` and
+positional data folder also work. `train_detection.py` and `validate_detection.py` have the same flags wherever they
+mean the same.
 """
 
 
@@ -52,9 +52,9 @@ def section(title: str, parser: argparse.ArgumentParser, left_out: Dict[str, str
     lines = [f'## {title}', '', '| flag | meaning | default |', '|---|---|---|', *flag_rows(parser, own=False), '']
     own = flag_rows(parser, own=True)
     if own:
-        lines += ['Ours alone:', '', '| flag | meaning | default |', '|---|---|---|', *own, '']
+        lines += ['Flags that timm lacks:', '', '| flag | meaning | default |', '|---|---|---|', *own, '']
     if left_out:
-        lines += ["timm's that are not here:", '', '| flag | reason |', '|---|---|']
+        lines += ['Flags of timm that are not supported:', '', '| flag | reason |', '|---|---|']
         lines += [f'| `{flag}` | {reason} |' for flag, reason in sorted(left_out.items())]
     return '\n'.join(lines) + '\n'
 

@@ -42,7 +42,7 @@ from timm_depla.files import SUMS, check_writable, list_sums, read_mapping, read
 
 from .card import create_card
 
-__all__ = ['publish', 'push']
+__all__ = ['create_publish_parser', 'publish', 'push']
 
 FILES = ('README.md', 'config.json', 'model.safetensors', 'recipe.yaml', 'record.json', SUMS)
 DIGITS = dict(
@@ -244,7 +244,8 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
     return commit.commit_url
 
 
-def main() -> None:
+def create_publish_parser() -> argparse.ArgumentParser:
+    """The command line of `python -m hub.publish`."""
     parser = argparse.ArgumentParser(prog='python -m hub.publish', description=__doc__.split(':')[0])
     parser.add_argument('source', metavar='RUN', help='a run of train.py or train_detection.py, or a checkpoint of one')
     parser.add_argument('--output', required=True, metavar='DIR', help='folder to write')
@@ -254,7 +255,11 @@ def main() -> None:
     parser.add_argument('--dataset-name', default='', metavar='NAME', help='the data set, for the card')
     parser.add_argument('--dataset-hub-id', default='', metavar='ID', help='its id on the Hub, for the card')
     parser.add_argument('--licence', default='apache-2.0', metavar='ID', help="the weights' licence")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = create_publish_parser().parse_args()
     folder = publish(args)
     for name in FILES:
         data = (folder / name).read_bytes()

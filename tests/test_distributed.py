@@ -1,7 +1,13 @@
 """Two processes, by torchrun."""
 
 import csv
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, TORCHRUN, run, validate
@@ -13,19 +19,8 @@ from timm_depla.engine.errors import ConfigError
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     output = tmp_path_factory.mktemp('output')
-    flags = [
-        '--recipe',
-        'digits',
-        '--epochs',
-        2,
-        '--img-size',
-        32,
-        '--workers',
-        1,
-        '--model-ema',
-        '--model-ema-decay',
-        0.5,
-    ]
+    flags = ['--recipe', 'digits', '--epochs', 2, '--img-size', 32, '--workers', 1]
+    flags += ['--model-ema', '--model-ema-decay', 0.5]
     result = run(*TORCHRUN, ROOT / 'train.py', *flags, '--output', output, '--experiment', 'run')
     assert '2 processes x 64 images = 128 images an update' in result.stdout
     return output / 'run'
@@ -55,3 +50,21 @@ def test_error_names_the_rank(tmp_path):
 def test_bad_device(trained):
     with pytest.raises(ConfigError, match="cannot use device 'nothing'"):
         validate(trained, '--device', 'nothing', '--data-dir', digits_folder())
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_lost_rank_is_named(rank, tmp_path):
+    """One of two processes is killed; the other ends with a message, not with a traceback of the communication."""
+    flags = ['--recipe', 'digits', '--epochs', 50, '--img-size', 32, '--workers', 0, '--log-interval', 1]
+    command = [sys.executable, *TORCHRUN, ROOT / 'train.py', *flags, '--output', tmp_path, '--experiment', 'run']
+    log = tmp_path / 'log'
+    with log.open('w') as file:
+        process = subprocess.Popen([str(c) for c in command], stdout=file, stderr=file)
+    while 'step 3/' not in log.read_text() and process.poll() is None:
+        time.sleep(0.1)
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    os.kill(int(children[rank]), signal.SIGKILL)
+    assert process.wait(timeout=60) == 1
+    text = log.read_text()
+    assert f'train.py (rank {1 - rank}): error: lost the connection to rank {rank}, which was killed' in text, text
+    assert 'gloo' not in text and 'take_step' not in text

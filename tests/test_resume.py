@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT, fit
+from helpers import ROOT, fit, validate
 from PIL import Image
 from safetensors.torch import load_file
 
 import timm_depla  # noqa: F401  (registers the models)
+from timm_depla.data import digits_folder
 from timm_depla.engine import checkpoint, run
 from timm_depla.engine.checkpoint import differences, list_checkpoints
 from timm_depla.engine.errors import ConfigError, TrainingError
@@ -349,16 +350,19 @@ with FileLock({str(tmp_path / 'run' / '.lock')!r}):
     assert fit(*args) == 0
 
 
-def test_run_of_an_earlier_version_is_refused_and_kept(images, tmp_path):
-    """Its state was a pickle; starting anew in its folder would remove its checkpoints."""
-    args = [images, *FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
-    fit(*args)
-    folders = list_checkpoints(tmp_path / 'run')
-    for folder in folders:
-        (folder / 'state.json').rename(folder / 'state.pt')
-        (folder / 'state.safetensors').unlink()
-        (folder / 'checksums.json').unlink()
-    for where in ('auto', tmp_path / 'run', folders[0]):
+def test_run_of_an_earlier_version_is_refused_and_kept(tmp_path):
+    """`runs/56482af` was trained by that commit. Its state is a pickle; starting anew would remove its checkpoints."""
+    output, data = tmp_path / 'output', ['--data-dir', digits_folder()]
+    old = output / '56482af'
+    shutil.copytree(ROOT / 'tests' / 'runs' / '56482af', old, symlinks=True)
+    args = ['--recipe', old / 'args.yaml', *data, '--output', output, '--experiment', old.name, '--stop-epoch', 2]
+    before = {path: path.read_bytes() for path in old.rglob('*') if path.is_file()}
+    for where in ('auto', old, old / 'last', old / 'checkpoints' / '0001-000000'):
         with pytest.raises(ConfigError, match='of an earlier version, whose state was a pickle; start anew from its'):
-            fit(*args[:-1], where)
-    assert list_checkpoints(tmp_path / 'run') == folders
+            fit(*args, '--resume', where)
+    assert {path: path.read_bytes() for path in old.rglob('*') if path.is_file()} == before
+    (row,) = validate(old, *data)
+    logged = next(csv.DictReader((old / 'summary.csv').open()))
+    assert row['top1'] == round(float(logged['eval_top1']), 4)
+    anew = ['--experiment', 'anew', '--initial-checkpoint', old / 'best' / 'model.safetensors']
+    assert fit(*args, *anew) == 0  # the way out that the message names

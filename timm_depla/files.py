@@ -1,4 +1,4 @@
-"""Files that may come from anybody: their checksums, and images."""
+"""Files from untrusted sources: checksums, reading and atomic writing, and image decoding."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ __all__ = [
 
 SUMS = 'checksums.json'
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM')
-"""Formats of images that are opened, by Pillow's names; no other decoder runs, whatever a file is called."""
+"""Pillow's names of the accepted image formats; no other decoder runs, whatever the file's suffix."""
 MAX_PIXELS = 2**27
 
 
@@ -30,7 +30,7 @@ def list_sums(files: Dict[str, bytes]) -> bytes:
 
 
 def find_change(folder: Path) -> Optional[str]:
-    """Say which file differs from the folder's checksums.json and how, or None if none does or there is none."""
+    """Describe the first file that differs from the folder's checksums.json; None without one or a difference."""
     if not (folder / SUMS).exists():
         return None
     try:
@@ -46,17 +46,17 @@ def find_change(folder: Path) -> Optional[str]:
 
 
 def _read(path: Path) -> bytes:
-    """The content of a file, of which a pipe is none: reading it would wait for ever."""
+    """Read a regular file; raise OSError for a pipe or folder, as reading a pipe could block forever."""
     if path.exists() and not path.is_file():
         raise OSError(f'{path.name} is no file')
     return path.read_bytes()
 
 
 def read_mapping(path: Path) -> Dict[str, Any]:
-    """The content of a JSON or YAML file that maps names to values.
+    """Read a JSON or YAML file that maps names to values.
 
     Raises:
-        ValueError: If it cannot be read, or is something else.
+        ValueError: If it cannot be read, or is no mapping.
     """
     try:
         content = json.loads(_read(path)) if path.suffix == '.json' else yaml.safe_load(_read(path))
@@ -90,7 +90,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically.
 
     Raises:
         OSError: If it cannot be written, as on a full disk.
@@ -105,10 +105,10 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Find out before the work that its result could not be written.
+    """Check that a file can be written, before the work that makes its content.
 
     Raises:
-        ValueError: If the path is a folder, or its own folder is not there or cannot be written to.
+        ValueError: If the path is a folder, or its parent folder is missing or not writable.
     """
     folder = path.parent
     if path.is_dir():
@@ -126,15 +126,15 @@ def list_digest(names: Iterable[str]) -> str:
 
 
 def open_image(file: Any, mode: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image of one of `FORMATS`, converted to a mode; 16 bits a channel become 8 by their scale.
+    """Decode an image of one of `FORMATS`, converted to a mode; 16-bit channels are scaled to 8 bits.
 
     Args:
         file: A path or a binary file.
         mode: Pillow's mode, such as 'RGB' or 'L'.
-        max_pixels: More are refused before they are decoded.
+        max_pixels: Larger images are refused before they are decoded.
 
     Raises:
-        OSError: If it is no such image, larger, or damaged.
+        OSError: If it is no such image, too large, or damaged.
     """
     try:
         with Image.open(file, formats=FORMATS) as image:

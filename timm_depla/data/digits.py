@@ -57,7 +57,7 @@ def digits_folder(root: Optional[os.PathLike] = None) -> Path:
 
 
 def _write(folder: Path) -> None:
-    """Write the digits below `folder`, one fifth of each class, drawn with a fixed seed, for validation."""
+    """Write the digits to `folder`; a fifth of each class, drawn with a fixed seed, is for validation."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
@@ -77,7 +77,7 @@ def _write(folder: Path) -> None:
 
 
 def _digest(folder: Path) -> str:
-    """SHA-256 over every file's relative path and pixels: what the images say, not how they are compressed."""
+    """SHA-256 over every file's relative path and decoded pixels, whatever the PNG compression."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob('*')):
         if path.is_file():

@@ -1,4 +1,4 @@
-"""timm's image data sets, with unreadable images named."""
+"""timm's image data sets, with a report of unreadable images."""
 
 import logging
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, Tuple
@@ -32,15 +32,15 @@ def read_or_next(
     unreadable: Any,
     attempts: int = _MAX_ATTEMPTS,
 ) -> Any:
-    """What `read` makes of an index, or of the next that it can read, after the last of `count` the first.
+    """Return `read(index)`, or the result for the next readable index; the first index follows the last.
 
     Args:
-        read: Raises if it cannot.
+        read: Reads the sample at an index; raises if it cannot.
         index: The index to read.
-        count: How many there are.
-        name: An index's file.
-        unreadable: Queue that takes (file name, cause) of those it cannot read.
-        attempts: How many to try.
+        count: The number of samples.
+        name: Returns the file name of an index.
+        unreadable: Queue that takes (file name, cause) of unreadable samples.
+        attempts: How many samples to try.
 
     Raises:
         UnreadableError: If none of them can be read.
@@ -55,7 +55,7 @@ def read_or_next(
 
 
 class _Skipped(logging.Handler):
-    """Puts what timm's reader of WebDataset logs as skipped into a queue, numbered, so that each epoch counts anew."""
+    """Queues each sample that timm's WebDataset reader logs as skipped; numbering starts anew in each epoch."""
 
     def __init__(self, unreadable: Any):
         super().__init__(logging.WARNING)
@@ -70,7 +70,7 @@ class _Skipped(logging.Handler):
 
 
 def read_stream(reader: Iterable[Any], unreadable: Any) -> Iterator[Any]:
-    """The samples of timm's stream reader; what it skips because it cannot be read goes to the queue, if there is one.
+    """Yield the samples of timm's stream reader; unreadable ones, which it skips, go to the queue if there is one.
 
     Args:
         reader: timm's reader of a stream.
@@ -88,7 +88,7 @@ def read_stream(reader: Iterable[Any], unreadable: Any) -> Iterator[Any]:
 
 
 class CheckedStream(IterableDataset):
-    """timm's stream with a transform that reports the samples that cannot be read.
+    """timm's stream with its transform; reports unreadable samples.
 
     Args:
         dataset: timm's iterable data set, with its transform.
@@ -110,15 +110,15 @@ class CheckedStream(IterableDataset):
 
 
 class CheckedImages(ImageDataset):
-    """An image data set that reports what it cannot read, from whichever process reads it.
+    """Image data set that reports unreadable images, also from worker processes.
 
-    In training the next readable image takes an unreadable one's place; in validation a blank with target -1 does, to
-    be left out.
+    In training, the next readable image replaces an unreadable one. In validation, a blank image with target -1 does,
+    which the metrics ignore.
 
     Args:
         dataset: timm's data set to read from.
         is_training: Whether to replace unreadable images.
-        decode: Makes what the transform takes of a file and the image's mode.
+        decode: Decodes a file in an image mode to the transform's input.
 
     Attributes:
         unreadable: Queue of (file name, cause).

@@ -1,8 +1,8 @@
-"""Randomness by position: what training draws follows from the seed and the place in training, and from nothing else.
+"""Random numbers by position: they depend only on the seed and the position in training.
 
-Augmentation draws for (seed, epoch, place in the epoch's order), mixing for (seed, epoch, place of the batch's first
-sample), the model for (seed, epoch, step, rank). A run that stops anywhere therefore goes on from two integers, epoch
-and step, with the samples and the random numbers that it would have had, whatever the number of workers.
+Augmentation is seeded by (seed, epoch, place in the epoch's order), mixing by (seed, epoch, place of the batch's first
+sample), the model by (seed, epoch, step, rank). So an interrupted run resumes from two integers, epoch and step, with
+the samples and random numbers of an uninterrupted run, for any number of workers.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ Place = Tuple[int, int, int]  # epoch, place in the epoch's order over all proce
 
 
 class Draw:
-    """What draws at a position: one more integer that keeps the sequences of random numbers apart."""
+    """What draws at a position: an additional integer of the seed, so that no two uses share random numbers."""
 
     SAMPLE, BATCH, ERASE, MODEL, INIT = range(5)
 
@@ -33,7 +33,7 @@ def seed_position(*position: int) -> None:
 
 
 def _seed_host(position: Sequence[int]) -> int:
-    """Seed the generators that load data; torch's devices, which take a hundred times as long, are left out."""
+    """Seed the generators of data loading, but not torch's devices, which take a hundred times as long."""
     digest = hashlib.blake2b(repr(tuple(position)).encode(), digest_size=16).digest()
     python_seed, numpy_seed, torch_seed = struct.unpack('<IIQ', digest)
     random.seed(python_seed)
@@ -43,14 +43,14 @@ def _seed_host(position: Sequence[int]) -> int:
 
 
 class PositionedBatches(Sampler[List[Place]]):
-    """The batches of an epoch from any step on, whole batches only.
+    """Sampler of an epoch's batches from any step on; an incomplete last batch is dropped.
 
     Args:
         sampler: Draws an epoch's indices for this process, after `set_epoch(epoch)`: torch's `DistributedSampler` or
             timm's `RepeatAugSampler`.
-        batch_size: Images a batch in this process.
-        rank: This process, and
-        world_size: the number of processes that train together; they take the epoch's samples in turn.
+        batch_size: Images per batch in this process.
+        rank: Rank of this process.
+        world_size: Number of processes; they take the epoch's samples in turn.
     """
 
     def __init__(self, sampler: Any, batch_size: int, rank: int = 0, world_size: int = 1):
@@ -77,13 +77,13 @@ class PositionedBatches(Sampler[List[Place]]):
 
 
 class SeededBatches(Dataset):
-    """Loads and collates the batches of `PositionedBatches`, every sample and batch with random numbers of its own.
+    """Loads and collates the batches of `PositionedBatches`; each sample and each batch has its own seed.
 
     Args:
         dataset: A map-style data set with its transform.
-        collate: Makes (images, targets) of a list of samples; may draw (mixup).
+        collate: Collates a list of samples into (images, targets); may draw random numbers (mixup).
         seed: The run's seed.
-        mix_epochs: Epochs in which a `collate` that mixes does so; all when None.
+        mix_epochs: The first epochs, in which `collate` mixes; all if None.
     """
 
     def __init__(self, dataset: Any, collate: Callable, seed: int, mix_epochs: Any = None):
@@ -105,16 +105,16 @@ class SeededBatches(Dataset):
 
 
 class SeededStream(IterableDataset):
-    """One epoch of a streaming data set, every sample with random numbers of its own; samples before `start` are empty.
+    """One epoch of a streaming data set; each sample has its own seed, and samples before step `start` are empty.
 
-    The order is the reader's, which must follow from its seed and epoch. What was trained already is read again, but
-    neither transformed nor collated.
+    The reader's order must depend only on its seed and epoch. Samples before `start` are read again, but neither
+    transformed nor collated.
 
     Args:
-        dataset: timm's iterable data set, its epoch set, with its transform.
-        collate: Makes (images, targets) of a list of samples.
+        dataset: timm's iterable data set, with its epoch and its transform set.
+        collate: Collates a list of samples into (images, targets).
         position: Seed, epoch, rank.
-        batch_size: Images a batch; a worker's samples fill whole batches.
+        batch_size: Images per batch; each worker fills whole batches.
         channels: Channels of an image.
         start: The first step to load.
         unreadable: Queue that takes (number, cause) of each sample that cannot be read, if given.
@@ -150,7 +150,7 @@ class SeededStream(IterableDataset):
             yield self.dataset.transform(image), target
 
     def collate(self, samples: List[Any]) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The loader's collate function: a batch, or an empty one for a step before the start."""
+        """Collate function of the loader: returns a batch, or an empty one for a step before `start`."""
         if samples[0] is None:
             return torch.empty(0, self.channels, 1, 1, dtype=torch.uint8), torch.empty(0)
         return self._collate(samples)

@@ -1,4 +1,4 @@
-"""Reading and cropping images for training by TorchCodec and PyTorch, which takes less time than by Pillow."""
+"""Reading and cropping of training images by TorchCodec and PyTorch, which is faster than Pillow."""
 
 import io
 import random
@@ -25,7 +25,7 @@ def read_pixels(file: BinaryIO, mode: str) -> Union[torch.Tensor, Image.Image]:
 
     data = file.read()
     if mode == 'RGB' and data.startswith(b'\xff\xd8'):
-        with suppress(RuntimeError):  # what it cannot decode Pillow may, or say why not
+        with suppress(RuntimeError):  # Pillow then decodes the file or raises an error
             pixels = decode_jpeg(data, mode='UNCHANGED')
             if len(pixels) == 3:
                 return pixels
@@ -33,13 +33,13 @@ def read_pixels(file: BinaryIO, mode: str) -> Union[torch.Tensor, Image.Image]:
 
 
 class TensorResizedCrop(RandomResizedCropAndInterpolation):
-    """The same boxes and interpolations from the same random numbers; pixels may be rounded differently.
+    """timm's random resized crop by PyTorch, with the same random boxes and interpolations; rounding may differ.
 
     Args:
-        crop: timm's transform to do as.
+        crop: timm's transform to replace.
 
     Raises:
-        ValueError: If it is no random resized crop, or interpolates otherwise than bilinearly or bicubically.
+        ValueError: If it is no random resized crop, or its interpolation is neither bilinear nor bicubic.
     """
 
     def __init__(self, crop: Any):
@@ -56,7 +56,7 @@ class TensorResizedCrop(RandomResizedCropAndInterpolation):
         mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
         if isinstance(img, torch.Tensor):
             rows = img.permute(1, 2, 0)[top : top + height, left : left + width]
-            pixels = rows.contiguous().permute(2, 0, 1)  # as they lie in memory, which is copied fastest
+            pixels = rows.contiguous().permute(2, 0, 1)  # copied in memory order, which is fastest
         else:
             pixels = pil_to_tensor(img.crop((left, top, left + width, top + height)))
         return to_pil_image(resize(pixels, list(self.size), mode, antialias=True))

@@ -1,8 +1,8 @@
 """Digits in scenes: a small COCO-format data set of real handwritten digits on textured backgrounds.
 
 `python -m timm_depla.data.scenes DIR` writes it: images in `train/` and `val/`, exact masks and boxes in
-`annotations/instances_train.json` and `instances_val.json`. Each split has digits of its own, those of the embedded
-data set's `train/` and `validation/`. Every image is drawn from a generator that its split and number seed.
+`annotations/instances_train.json` and `instances_val.json`. The splits use the digits of the embedded data set's
+`train/` and `validation/`. Each image has its own random generator, seeded by its split and number.
 """
 
 import argparse
@@ -24,10 +24,10 @@ __all__ = ['scenes_folder']
 IMAGES = {'train': 800, 'val': 200}
 _DIGITS = {'train': 'train', 'val': 'validation'}
 _SIZE = 320  # pixels, height and width
-_HEIGHTS = (24, 310)  # of a digit with an empty margin, drawn evenly on a logarithmic scale
+_HEIGHTS = (24, 310)  # of a digit with an empty margin, log-uniform
 _MAX_DIGITS = 7
 _EMPTY = 0.03  # of the images
-_TRIES = 20  # at a place for a digit, beside the others
+_TRIES = 20  # to place a digit without overlap
 
 Digit = Tuple[int, np.ndarray]  # class, 8 x 8 grey levels
 
@@ -35,8 +35,7 @@ Digit = Tuple[int, np.ndarray]  # class, 8 x 8 grey levels
 def scenes_folder(root: Optional[os.PathLike] = None) -> Path:
     """Return the folder of scenes, writing it on first use.
 
-    Objects of COCO's small, medium and large area are all there; a few images are empty. `category_id` is the digit
-    plus one.
+    Objects have COCO's small, medium and large areas; a few images are empty. `category_id` is the digit plus one.
 
     Args:
         root: Where to keep it; `$XDG_CACHE_HOME/timm_depla/scenes` (by default under `~/.cache`) when None.
@@ -57,7 +56,7 @@ def scenes_folder(root: Optional[os.PathLike] = None) -> Path:
             for number, (split, count) in enumerate(IMAGES.items()):
                 _write_split(folder, split, number, count)
             root.mkdir(exist_ok=True)
-            for name in (*IMAGES, 'annotations'):  # the last of which says that all are there
+            for name in (*IMAGES, 'annotations'):  # `annotations` last: it marks a complete folder
                 shutil.rmtree(root / name, ignore_errors=True)
                 (folder / name).rename(root / name)
     return root

@@ -41,9 +41,9 @@ METRICS = (
 
 
 def create_transform(is_training: bool, hflip: float = 0.5) -> Callable[..., Any]:
-    """Image and target to a float image in 0 to 1 and a sane target, with a horizontal flip in training.
+    """Create a transform of image and target: the image to float from 0 to 1, and in training a horizontal flip.
 
-    Resizing and normalisation are the detector's own.
+    The detector itself resizes and normalises.
     """
     flip = [v2.RandomHorizontalFlip(hflip)] if is_training and hflip else []
     return v2.Compose([*flip, v2.ToDtype({Image: torch.float32, 'others': None}, scale=True), v2.ToPureTensor()])
@@ -53,19 +53,19 @@ class CocoDetection(torch.utils.data.Dataset):
     """Images of a folder with the objects of an annotation file.
 
     A sample is an image (3, H, W) as uint8 and a target: `boxes` (N, 4) in pixels as x1, y1, x2, y2, `labels` (N,) from
-    1, `masks` (N, H, W) as uint8, and `image_id`; or what the transform makes of both. Crowds are not among them.
+    1, `masks` (N, H, W) as uint8, and `image_id`. The transform may change both. Crowds are left out.
 
     Args:
         folder: Folder of the images.
-        annotations: The annotation file: polygons, run lengths and crowds, category ids in any order and with gaps.
+        annotations: The annotation file: polygons, run lengths and crowds; category ids in any order, also with gaps.
         is_training: Leave out images without objects.
         transform: Applied to image and target.
 
     Attributes:
         coco: The annotations as pycocotools reads them.
-        image_ids: Of the samples, in order.
-        category_ids: The category of each label from 1 on.
-        class_names: Their names.
+        image_ids: The image id of each sample.
+        category_ids: The category id of each label, from label 1 on.
+        class_names: The category name of each label, from label 1 on.
 
     Raises:
         ValueError: If the annotation file is missing or no COCO file, an image is missing, or an
@@ -96,7 +96,7 @@ class CocoDetection(torch.utils.data.Dataset):
             self.image_ids = kept
 
     def _check(self) -> None:
-        """Refuse what cannot be read, and warn of boxes without an area, which are left out."""
+        """Raise ValueError for missing images and references, and warn of boxes without area, which are left out."""
         missing = [
             image['file_name'] for image in self.coco.imgs.values() if not (self.folder / image['file_name']).is_file()
         ]
@@ -120,7 +120,7 @@ class CocoDetection(torch.utils.data.Dataset):
             )
 
     def _box(self, annotation: Dict[str, Any]) -> Optional[List[float]]:
-        """Corners of the box within the image, None if no area is left."""
+        """Corners of the box, clipped to the image; None if no area is left."""
         image = self.coco.imgs[annotation['image_id']]
         x, y, width, height = annotation.get('bbox') or (0, 0, 0, 0)
         x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + width, image['width']), min(y + height, image['height'])
@@ -160,7 +160,7 @@ class CocoDetection(torch.utils.data.Dataset):
 
 
 def _read(path: Path) -> COCO:
-    """The annotations, with pycocotools' index; it prints as it reads."""
+    """Read the annotations and build pycocotools' index, without the text that it prints."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -187,10 +187,10 @@ def to_results(image_id: int, detections: Dict[str, Tensor], category_ids: Seque
     """An image's detections in COCO's submission format.
 
     Args:
-        image_id: Of the annotations.
-        detections: Of a torchvision detector: boxes (N, 4), labels (N,) from 1, scores (N,), and masks (N, 1, H, W) as
-            probabilities where it has them.
-        category_ids: The category of each label from 1 on.
+        image_id: The image's id in the annotations.
+        detections: Output of a torchvision detector: boxes (N, 4), labels (N,) from 1, scores (N,), and masks
+            (N, 1, H, W) as probabilities if it has them.
+        category_ids: The category id of each label, from label 1 on.
     """
     corners = detections['boxes'].cpu().double()
     boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
@@ -228,7 +228,7 @@ def evaluate_coco(
     table = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()):
         if results:
-            left_out = 'bbox' if iou_type == 'segm' else 'segmentation'  # or areas would be those of the other
+            left_out = 'bbox' if iou_type == 'segm' else 'segmentation'  # else areas would be taken from it
             found = coco.loadRes([{k: v for k, v in result.items() if k != left_out} for result in results])
         else:
             found = type(coco)()

@@ -20,15 +20,14 @@ __all__ = ['FeaturePyramidNetworkDepla']
 
 
 class FeaturePyramidNetworkDepla(FeaturePyramidNetwork):
-    """torchvision's FeaturePyramidNetwork with DEPLA in the place of the sum; what both have has the same names.
+    """torchvision's FeaturePyramidNetwork with DEPLA instead of the sum; shared modules have the same names.
 
     Args:
         in_channels_list: Channels of each feature map, finest first.
         out_channels: Channels of the pyramid.
         extra_blocks: Further levels, from the pyramid's and the original maps.
-        norm_layer: Norm after the pyramid's own convolutions, none by default. DEPLA has one in any case: this, or
-            BatchNorm.
-        depla: What differs from `temperature=0.5` and `bfn='adaptive'`, and from `Depla`'s other defaults.
+        norm_layer: Norm after the pyramid's convolutions, none by default. DEPLA uses it too, or BatchNorm if None.
+        depla: Overrides of `temperature=0.5`, `bfn='adaptive'` and `Depla`'s other defaults.
 
     Raises:
         TypeError: If `depla` has an unknown key.
@@ -51,9 +50,9 @@ class FeaturePyramidNetworkDepla(FeaturePyramidNetwork):
         )
 
     def forward(self, x: Dict[str, Tensor]) -> Dict[str, Tensor]:
-        """Feature maps by name, finest first, to the maps of the pyramid by name.
+        """Map feature maps by name, finest first, to the pyramid's maps by name.
 
-        Each level takes its 1x1 lateral convolution, DEPLA with the level above it, and a 3x3 output convolution.
+        Each level has a 1x1 lateral convolution, DEPLA with the next coarser level, and a 3x3 output convolution.
         """
         names, maps = list(x.keys()), list(x.values())
         laterals = [inner(maps[i]) for i, inner in enumerate(self.inner_blocks)]

@@ -22,7 +22,7 @@ __all__ = ['draw_detections', 'predict', 'read_image']
 
 
 def read_image(path: os.PathLike) -> Tensor:
-    """An image file as uint8 (3, H, W), the way its camera was held.
+    """Read an image file as uint8 (3, H, W), turned by its EXIF orientation.
 
     Raises:
         OSError: If it cannot be read.
@@ -56,7 +56,7 @@ def draw_detections(image: Tensor, detections: Dict[str, Tensor], class_names: S
 
     Args:
         image: uint8 (3, H, W).
-        detections: Of `predict`.
+        detections: Output of `predict`.
         class_names: Names of the labels from 1 on.
 
     Returns:

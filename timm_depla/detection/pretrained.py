@@ -1,4 +1,4 @@
-"""Detectors that were trained: a folder with config.json, which rebuilds the detector, and model.safetensors."""
+"""Trained detectors: folders with config.json, which rebuilds the detector, and model.safetensors."""
 
 import json
 import os
@@ -16,7 +16,12 @@ from .rcnn import create_detector
 __all__ = ['detector_config', 'from_pretrained', 'is_detector']
 
 _LIBRARY = 'timm_depla'
-FETCHING = {'cache_dir', 'checkpoint_path', 'weights', 'weights_backbone'}  # and pretrained*: arguments that load
+FETCHING = {
+    'cache_dir',
+    'checkpoint_path',
+    'weights',
+    'weights_backbone',
+}  # arguments that load files, as pretrained* do
 _KEYS = {'architecture', 'num_classes', 'model_args', 'class_names', 'category_ids'}
 
 
@@ -28,8 +33,8 @@ def detector_config(
     Args:
         name: Its name for `create_detector`.
         class_names: Names of the labels from 1 on.
-        category_ids: Their COCO categories.
-        model_args: Further arguments of `create_detector`, of types that JSON has.
+        category_ids: Their COCO category ids.
+        model_args: Further arguments of `create_detector`, of JSON types.
     """
     config = dict(library_name=_LIBRARY, architecture=name, num_classes=len(class_names) + 1)
     config.update(model_args=model_args or {}, class_names=list(class_names), category_ids=list(category_ids))
@@ -37,7 +42,7 @@ def detector_config(
 
 
 def _pull(source: str) -> Path:
-    """The folder of a repository of the Hub in the cache, without its pickles if it has any."""
+    """Download a Hub repository's config, weights and checksums, but no pickles; return the cached folder."""
     repository, _, revision = source.removeprefix('hf-hub:').partition('@')
     try:
         files = ['config.json', 'model.safetensors', SUMS]
@@ -47,7 +52,7 @@ def _pull(source: str) -> Path:
 
 
 def is_detector(folder: os.PathLike) -> bool:
-    """Whether a run's folder (its best checkpoint) or a checkpoint's holds a detector of ours."""
+    """Whether a run folder (its best checkpoint) or a checkpoint folder holds a detector of this package."""
     for path in (Path(folder, 'config.json'), Path(folder, 'best', 'config.json')):
         if path.is_file():
             try:
@@ -58,10 +63,10 @@ def is_detector(folder: os.PathLike) -> bool:
 
 
 def _check_args(model_args: Any, source: Any) -> Dict[str, Any]:
-    """A published detector's arguments, which may shape the network and fetch nothing.
+    """Return a published detector's arguments, after a check that they load no files.
 
     Raises:
-        ValueError: If one would load weights from a place of its choice, or they are no mapping.
+        ValueError: If an argument would load weights from elsewhere, or the arguments are no mapping.
     """
     if not isinstance(model_args, dict) or not isinstance(model_args.get('backbone_kwargs') or {}, dict):
         raise ValueError(f"'{source}' cannot be read: its model_args are no mapping")
@@ -81,13 +86,13 @@ def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
         detections = model([image])  # image (3, H, W) from 0 to 1
 
     Args:
-        source: A run's folder, for its best checkpoint, or a checkpoint's; or 'hf-hub:ORG/NAME', with '@REVISION' if
-            not the newest, of the Hugging Face Hub.
-        **kwargs: Arguments of `create_detector` that change those it was trained with.
+        source: A run folder (its best checkpoint), a checkpoint folder, or 'hf-hub:ORG/NAME' on the Hugging Face Hub,
+            with '@REVISION' if not the newest.
+        **kwargs: Arguments of `create_detector` that override those of training.
 
     Returns:
-        The detector, in evaluation mode; its attributes `class_names` and `category_ids` are those of the labels from
-        1 on.
+        The detector, in evaluation mode; its attributes `class_names` and `category_ids` are in the order of the
+        labels, from label 1 on.
 
     Raises:
         ValueError: If the folder has no detector, or its weights are not those of its configuration.

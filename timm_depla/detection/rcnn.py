@@ -30,9 +30,9 @@ NORMS = {'batch': lambda body: body, 'frozen': freeze_batch_norm_2d, 'sync': con
 
 
 def list_detectors(filter: str = '') -> List[str]:
-    """Names of the paper's detectors, those that match a wildcard pattern if one is given.
+    """Names of the paper's detectors that match a wildcard pattern; all by default.
 
-    `create_detector` knows more: every timm model that has features at 1/4 to 1/32 is a backbone.
+    `create_detector` takes more: every timm model with features at 1/4 to 1/32 can be the backbone.
     """
     names = [f'{head}_{backbone}_fpn' for head in ('fasterrcnn', 'maskrcnn') for backbone in BACKBONES]
     names += ['fasterrcnn_resnet50_fpn_depla', 'maskrcnn_resnet50_fpn_depla']
@@ -40,10 +40,10 @@ def list_detectors(filter: str = '') -> List[str]:
 
 
 def split_name(name: str) -> Tuple[str, str, str]:
-    """Head, backbone and neck of a detector's name.
+    """Split a detector's name into head, backbone and neck.
 
     Raises:
-        ValueError: If it has none, or timm has no such backbone.
+        ValueError: If the name has another form, or timm has no such backbone.
     """
     match = re.fullmatch(r'(fasterrcnn|maskrcnn)_(.+)_(fpn|fpn_depla)', name)
     if not match or not timm.is_model(match[2]):
@@ -52,9 +52,11 @@ def split_name(name: str) -> Tuple[str, str, str]:
 
 
 def _layers(body: nn.Module, full: nn.Module) -> Dict[str, int]:
-    """The coarse layer group of timm that each parameter of a `features_only` model is in, from the stem on."""
+    """timm's coarse layer group of each parameter of a `features_only` model, counted from the stem."""
     groups = group_parameters(full, full.group_matcher(coarse=True), reverse=True)
-    flattened = {name.replace('.', '_', 1): group for name, group in groups.items()}  # as timm names what it flattens
+    flattened = {
+        name.replace('.', '_', 1): group for name, group in groups.items()
+    }  # timm's names of flattened modules
     names = [name for name, _ in body.named_parameters()]
     return {name: {**flattened, **groups}[name.removeprefix('model.')] for name in names}
 
@@ -62,7 +64,7 @@ def _layers(body: nn.Module, full: nn.Module) -> Dict[str, int]:
 class BackboneWithFPN(nn.Module):
     """Features of a backbone at 1/4, 1/8, 1/16 and 1/32 of the image, and a pyramid on them.
 
-    Its parts have the names that torchvision's have, `body` and `fpn`; see `create_detector` for the arguments.
+    Its parts are named as in torchvision, `body` and `fpn`; see `create_detector` for the arguments.
     """
 
     def __init__(
@@ -136,13 +138,12 @@ def create_detector(
 
     Args:
         name: HEAD_BACKBONE_NECK, such as 'maskrcnn_resnet50_fpn_depla'; see `list_detectors`.
-        num_classes: Classes, with the background.
+        num_classes: Number of classes, background included.
         pretrained_backbone: Load the backbone's pretrained weights.
-        trainable_backbone_layers: Layers of the backbone to train, counted from its end. A ResNet has five, another
-            network as many as timm has coarse layer groups in it. By default all, but with frozen norms all but
-            the first two.
-        backbone_norm: What becomes of the backbone's BatchNorm: 'batch' leaves it, 'frozen' fixes it, 'sync' shares its
-            statistics between processes. By default 'frozen' if the backbone is pretrained.
+        trainable_backbone_layers: Number of backbone layers to train, counted from the end. A ResNet has five, other
+            networks as many as timm's coarse layer groups. By default all; with frozen norms, all but the first two.
+        backbone_norm: BatchNorm of the backbone: 'batch' leaves it, 'frozen' freezes it, 'sync' shares its statistics
+            between processes. By default 'frozen' if the backbone is pretrained, else 'batch'.
         backbone_kwargs: Arguments of the backbone.
         depla: Arguments of FPN-DEPLA, such as temperature.
         out_channels: Channels of the pyramid; the heads' widths are in proportion.
@@ -151,7 +152,7 @@ def create_detector(
 
     Raises:
         TypeError: If an argument is unknown.
-        ValueError: If the name or an argument is out of range.
+        ValueError: If the name is unknown or an argument is out of range.
     """
     head, backbone_name, neck = split_name(name)
     detector = dict(fasterrcnn=FasterRCNN, maskrcnn=MaskRCNN)[head]

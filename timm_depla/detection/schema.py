@@ -1,4 +1,4 @@
-"""What a COCO file must hold: checked once, before pycocotools, which takes anything and may never return."""
+"""Check of a COCO file before pycocotools reads it, which accepts anything and may never return."""
 
 import math
 from pathlib import PurePosixPath
@@ -12,10 +12,10 @@ MAX_SIDE = 2**16  # pixels
 
 
 def check_coco(content: Any) -> None:
-    """Check the images, categories and annotations of a COCO file; an annotation without `iscrowd` or `area` gets them.
+    """Check the images, categories and annotations of a COCO file, and add missing `iscrowd` and `area`.
 
     Raises:
-        ValueError: If something is missing or of another kind; it names the entry, the key and the value.
+        ValueError: If a value is missing or of the wrong type; the message names the entry, the key and the value.
     """
     parts = ('images', 'annotations', 'categories')
     if not isinstance(content, dict) or any(not isinstance(content.get(part), list) for part in parts):
@@ -102,7 +102,7 @@ def _check_segmentation(value: Any, height: int, width: int, name: str) -> None:
 
 
 def _decode(text: str) -> List[int]:
-    """The run lengths of COCO's compressed form: five bits a character, and after the third differences."""
+    """Decode COCO's compressed run lengths: five bits a character; from the fourth run on, differences."""
     runs: List[int] = []
     value, shift = 0, 0
     for code in (code - 48 for code in text.encode('ascii', 'replace')):
@@ -110,7 +110,7 @@ def _decode(text: str) -> List[int]:
             raise IndexError(text)
         value |= (code & 31) << shift
         shift += 5
-        if code & 32:  # the next character goes on with this run
+        if code & 32:  # the next character continues this run
             continue
         value -= 1 << shift if code & 16 else 0
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
@@ -121,7 +121,7 @@ def _decode(text: str) -> List[int]:
 
 
 def _area(annotation: Dict[str, Any], sizes: Dict[int, Any]) -> float:
-    """Of the mask where there is one, else of the box."""
+    """Area of the mask if there is one, else of the box."""
     segmentation, size = annotation.get('segmentation'), sizes.get(annotation['image_id'])
     if not segmentation or size is None:
         _, _, width, height = annotation.get('bbox') or (0, 0, 0, 0)

@@ -18,7 +18,7 @@ from .plan import describe
 from .report import Report
 from .run import Losses, Run
 from .setup import DIVERGED, autocast, find_resume, open_folder, set_up_device
-from .world import Interrupt, World, setup_world
+from .world import Interrupt, World, explain_lost_peers, setup_world
 
 __all__ = ['run_epoch', 'train', 'train_one_epoch']
 
@@ -210,7 +210,7 @@ def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> in
     is_changed = checkpoint is not None and run.load(checkpoint)
     if checkpoint is not None:
         _logger.info('going on from %s: epoch %d, step %d', checkpoint, run.epoch, run.step)
-    with open_folder(run, checkpoint is not None):
+    with open_folder(run, checkpoint is not None), explain_lost_peers(world):
         report = Report(run)
         if checkpoint is not None:
             rejoin(run, is_changed)

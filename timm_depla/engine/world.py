@@ -6,17 +6,19 @@ import multiprocessing
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, List, Optional
+from datetime import timedelta
+from typing import Any, Iterator, List, Optional
 
 import torch
 import torch.distributed as dist
 from timm.utils import setup_default_logging
 from timm.utils.distributed import init_distributed_device_so
 
-from .errors import ConfigError, UserError
+from .errors import ConfigError, TrainingError, UserError
 
-__all__ = ['Interrupt', 'World', 'keep_memory', 'run_command', 'setup_world', 'shield_worker']
+__all__ = ['Interrupt', 'World', 'explain_lost_peers', 'keep_memory', 'run_command', 'setup_world', 'shield_worker']
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
@@ -76,6 +78,43 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, group=self.control)
         return values[0]
+
+    def find_lost(self) -> List[int]:
+        """The ranks whose connection is broken. All ranks that are left must call this."""
+        messages, lost = [], set()
+        for peer in set(range(self.size)) - {self.rank}:
+            try:
+                messages.append((peer, dist.isend(torch.zeros(1), peer, group=self.control)))
+                messages.append((peer, dist.irecv(torch.zeros(1), peer, group=self.control)))
+            except RuntimeError:
+                lost.add(peer)
+        for peer, message in messages:
+            try:
+                message.wait(timedelta(seconds=5))
+            except RuntimeError as error:
+                if 'onnection' in str(error) or 'peer' in str(error):  # else it is late, not lost
+                    lost.add(peer)
+        return sorted(lost)
+
+
+@contextmanager
+def explain_lost_peers(world: World) -> Iterator[None]:
+    """Name the process that has gone when communication fails.
+
+    Raises:
+        TrainingError: In place of the error of the communication.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_communication = any(word in str(error) for word in ('gloo', 'NCCL', 'onnection'))
+        if world.size == 1 or isinstance(error, UserError) or not is_communication:
+            raise
+        lost = ', '.join(map(str, world.find_lost()))
+        raise TrainingError(
+            f'lost the connection to {f"rank {lost}" if lost else "another process"}, which was killed or failed: see '
+            'its log, and start all processes again (a training with --resume auto)'
+        ) from error
 
 
 def setup_world(device: str) -> World:

@@ -1,4 +1,4 @@
-"""The registry of timm, with weights from the Hugging Face Hub as safetensors or not at all."""
+"""Models by timm's registry, with weights from the Hugging Face Hub as safetensors only."""
 
 from typing import Any, Dict, List, Optional, Type
 
@@ -20,7 +20,7 @@ def build_model(
     pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
     **kwargs,
 ) -> nn.Module:
-    """timm's `build_model_with_cfg` without its way out of a missing safetensors file, which is to load a pickle.
+    """timm's `build_model_with_cfg`, without its fallback to a pickle if the safetensors file is missing.
 
     Raises:
         RuntimeError: If the repository has no model.safetensors, or it is damaged.
@@ -28,7 +28,7 @@ def build_model(
     overlay = {'hf_hub_filename': _FILE, **(pretrained_cfg_overlay or {})}
     try:
         return build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)
-    except LocalEntryNotFoundError:  # an outage, which says so itself
+    except LocalEntryNotFoundError:  # an outage: its message says so
         raise
     except EntryNotFoundError as error:
         raise RuntimeError(f'the repository has no {_FILE}, and timm_depla loads nothing else: {error}') from error
@@ -39,7 +39,7 @@ def build_model(
 
 
 def list_models(filter: str = '') -> List[str]:
-    """Names of this package's models, as timm's registry has them; `filter` may have wildcards."""
+    """Names of this package's models in timm's registry; `filter` may have wildcards."""
     return [
         name for name in timm.list_models(filter) if timm.model_entrypoint(name).__module__.startswith('timm_depla.')
     ]

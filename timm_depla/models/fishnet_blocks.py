@@ -137,7 +137,7 @@ class TailStage(nn.Module):
 
 
 class Bridge(nn.Module):
-    """The stage between tail and body: residual blocks under squeeze-and-excitation, at the lowest resolution."""
+    """The stage between tail and body: residual blocks with squeeze-and-excitation, at the lowest resolution."""
 
     def __init__(
         self, in_chs: int, mid_chs: int, out_chs: int, drop_paths: Sequence[float], norm_layer: Type[nn.Module], **dd
@@ -163,7 +163,7 @@ class Bridge(nn.Module):
 
 
 def join_sharing_memory(depla: Depla, x: Tensor, branch: Tensor) -> Tensor:
-    """Concatenate depla(x, branch) with the branch, which autograd keeps as a part of the result, not a second time."""
+    """Concatenate depla(x, branch) and branch; autograd saves branch as a view of the result, not as a copy."""
     kept = [branch]
 
     def pack(tensor: Tensor) -> Any:
@@ -179,12 +179,12 @@ def join_sharing_memory(depla: Depla, x: Tensor, branch: Tensor) -> Tensor:
     return joined
 
 
-@register_notrace_module  # shares memory in training, and in no trace
+@register_notrace_module  # shares memory in training, but not in a trace
 class JoinStage(nn.Module):
-    """Stage of body or head: refine the trunk, resample it and join it with a branch, by DEPLA where there is one.
+    """Stage of body or head: refine the trunk, resample it and join it with a branch, by DEPLA if `depla` is given.
 
-    Up-sampling and refinement (UR, the body) takes the trunk to the size of the branch, which is twice its own, or one
-    more where the tail's pooling left an odd line out. Down-sampling and refinement (DR, the head) pools by two.
+    Up-sampling and refinement (UR, the body) resizes the trunk to the branch: twice its size, or one more where the
+    tail's pooling dropped an odd row or column. Down-sampling and refinement (DR, the head) pools by two.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class JoinStage(nn.Module):
         if depla is not None:
             drop_path = DropPath(drop_paths[-1]) if drop_paths[-1] else None
             depla = dict(depla, upsample='nearest', drop_path=drop_path)
-            starts_at_zero = depla.pop('keep_candidate', False)  # which the stage does anyway, by concatenation
+            starts_at_zero = depla.pop('keep_candidate', False)  # the stage keeps it anyway, by concatenation
             self.depla = Depla(trunk_out, branch, **depla, **layers)
             if starts_at_zero:
                 self.depla.init_scale = 0.0

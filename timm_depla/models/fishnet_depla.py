@@ -1,12 +1,12 @@
-"""FishNet, with DEPLA as an argument.
+"""FishNet, with optional DEPLA.
 
 Papers: `FishNet: A Versatile Backbone for Image, Region, and Pixel Level Prediction`, Sun et al., NeurIPS 2018 -
 https://arxiv.org/abs/1901.03495, and `Aggregation with Feature Detection`, Sun et al., ICCV 2021 -
 https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html
 
-A tail shrinks the image to 1/32, a body up-samples it again to 1/4 and a head shrinks it once more. Every stage of body
-and head joins its trunk with a branch, a feature of an earlier part. FishNet concatenates the two; with DEPLA the trunk
-is refined with the branch first. The widths stay the same, so the weights of a FishNet load into the trunk of both.
+The tail down-samples the image to 1/32, the body up-samples it to 1/4, and the head down-samples it again. Every stage
+of body and head joins its trunk with a branch, a feature of an earlier part. FishNet concatenates the two; with DEPLA,
+the trunk is refined with the branch first. The widths are the same, so FishNet weights load with and without DEPLA.
 """
 
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
@@ -37,15 +37,15 @@ LEVELS = ((1, 2, 'stem'), (5, 4, 'body.2'), (13, 8, 'head.0'), (25, 16, 'head.1'
 
 
 class FishNet(nn.Module):
-    """FishNet, and with `depla` FishNet with DEPLA in the six stages of its body and head.
+    """FishNet; if `depla` is given, with DEPLA in the six stages of its body and head.
 
     Args:
         tail, bridge, body, head: Residual blocks in the trunk of each stage.
         body_branches, head_branches: Residual blocks in the branch of each stage.
         width: Channels of the stem, a multiple of 4. All other widths are in proportion.
-        depla: None for FishNet as published, or what differs from the paper's setting of DEPLA: `Depla`'s num_groups,
-            pooled_chs, maps_per_group, temperature, bfn and keep_candidate. A stage keeps the candidate in any case, by
-            concatenation: to keep it means that the refinement starts at zero.
+        depla: None for FishNet as published, else overrides of the paper's setting of DEPLA: `Depla`'s num_groups,
+            pooled_chs, maps_per_group, temperature, bfn and keep_candidate. Every stage keeps the candidate by
+            concatenation, so keep_candidate only makes the refinement start at zero.
         output_stride: Must be 32: the body resamples by fixed factors.
         drop_path_rate: Stochastic depth of the last block in the trunk; it grows linearly from the first.
         num_classes, in_chans, global_pool, drop_rate, norm_layer, device, dtype: As in timm's ResNet.
@@ -118,7 +118,7 @@ class FishNet(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialise convolutions, the classifier among them, by their fan-out, but for DEPLA (ruling 11)."""
+        """Initialise convolutions and the classifier by their fan-out, except DEPLA (ruling 11)."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
@@ -148,7 +148,7 @@ class FishNet(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the blocks of each stage again in the backward pass instead of keeping what they computed."""
+        """Recompute the blocks of each stage in the backward pass instead of storing their activations."""
         for module in self.modules():
             if isinstance(module, Blocks):
                 module.grad_checkpointing = enable
@@ -158,7 +158,7 @@ class FishNet(nn.Module):
         return 'fc' if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Start a new classifier; keep the pooling if `global_pool` is None."""
+        """Create a new classifier; keep the pooling if `global_pool` is None."""
         self.num_classes = num_classes
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         dd = get_device_dtype(self)
@@ -199,7 +199,7 @@ class FishNet(nn.Module):
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
         """Features of images x at levels 0 (the stem, /2) and 1 to 4 (the head, /4 to /32).
 
-        `indices` are levels, the last so many if int, all if None. The rest is as in timm's ResNet.
+        `indices` are levels: an int n means the last n, None means all. The rest is as in timm's ResNet.
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
@@ -213,9 +213,10 @@ class FishNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
-        """Remove what the levels at `indices` do not need, and return them counted from zero.
+        """Remove the layers that the levels at `indices` do not need; return the indices, counted from zero.
 
-        With `prune_norm` the final convolution goes too, with `prune_head` or without their input the classifier.
+        `prune_norm`, or removing the last level, also removes the final convolution and the classifier; `prune_head`
+        removes the classifier.
         """
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         self.num_levels = max_index + 1
@@ -244,7 +245,7 @@ class FishNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-# The published name of each part: its stages are numbered through, and each is a list of unnamed modules.
+# Published name of each part: the stages are numbered consecutively, and each is a list of unnamed modules.
 _PUBLISHED_NAMES = {
     **{f'conv{i + 1}.': f'stem.{i}.' for i in range(3)},
     **{f'fish.fish.{i}.0.': f'tail.{i}.blocks.' for i in range(3)},
@@ -266,8 +267,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
 
     Args:
         state_dict: A state dict, alone or as `state_dict` of a training dictionary, with or without the prefix
-            `module.`. One that has our names already keeps them.
-        model: The FishNet, with or without DEPLA, that it is for.
+            `module.`. If it already has our names, it keeps them.
+        model: The FishNet to load it into, with or without DEPLA.
     """
     state_dict = clean_state_dict(state_dict.get('state_dict', state_dict))
     if not any(name.startswith('fish.') for name in state_dict):

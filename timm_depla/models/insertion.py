@@ -1,4 +1,4 @@
-"""DEPLA in any convolutional or NHWC network of timm, from its pretrained weights: around blocks that stay as they are.
+"""Insert DEPLA around blocks of any convolutional or NHWC network of timm, which keeps its pretrained weights.
 
 Paper: `Aggregation with Feature Detection`, Sun et al., ICCV 2021 -
 https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html
@@ -25,7 +25,7 @@ REDUCTION = 16  # of the stage that has DEPLA, as in the paper's ResNet
 
 
 class BlockWithDepla(nn.Module):
-    """block(X) + refinement(X, block(X)), which starts as block(X), for a block that keeps the shape of its map.
+    """Compute block(X) + refinement(X, block(X)), which starts as block(X); the block must keep the map's shape.
 
     Args:
         block: The block.
@@ -48,14 +48,14 @@ class BlockWithDepla(nn.Module):
 
 
 def insert_depla(model: nn.Module, depla: Optional[Dict[str, Any]] = None) -> nn.Module:
-    """Put DEPLA around blocks of a network, in place. What the network gives is the same until DEPLA is trained.
+    """Put DEPLA around blocks of a network, in place. The network's output is the same until DEPLA is trained.
 
     Example:
         model = insert_depla(timm.create_model('convnext_tiny', pretrained=True))
 
     Args:
-        model: A network of timm whose blocks take and give maps (B, C, H, W) or (B, H, W, C).
-        depla: What differs from the paper's setting: `modules`, the names of blocks that keep the shape of their map
+        model: A network of timm whose blocks take and return maps (B, C, H, W) or (B, H, W, C).
+        depla: Overrides of the paper's setting: `modules`, the names of blocks that keep the shape of their map
             (default: up to three of the stage at 1/16), and `Depla`'s num_groups, pooled_chs, maps_per_group,
             temperature and bfn.
 
@@ -64,8 +64,8 @@ def insert_depla(model: nn.Module, depla: Optional[Dict[str, Any]] = None) -> nn
 
     Raises:
         TypeError: If `depla` has an unknown key.
-        ValueError: If a module does not exist, has DEPLA already or changes the shape of its map, or if no block of
-            the stage at 1/16 keeps it.
+        ValueError: If a module does not exist, already has DEPLA or changes the shape of its map, or if no block of
+            the stage at 1/16 keeps the shape.
     """
     block_args = dict(depla or {})
     names = block_args.pop('modules', None)
@@ -115,7 +115,7 @@ def _list_blocks(model: nn.Module, stage: str) -> Sequence[str]:
 
 @torch.no_grad()
 def _trace_shapes(model: nn.Module, modules: Dict[str, nn.Module]) -> Dict[str, Optional[Tuple[int, ...]]]:
-    """Shape of the map that each module takes and gives for an image, or None where there is no such shape."""
+    """Shape of each module's map for one image, or None if its input and output are not maps of one shape."""
     shapes: Dict[str, Optional[Tuple[int, ...]]] = dict.fromkeys(modules)
 
     def listen(name: str, inputs: Tuple[Any, ...], output: Any) -> None:
@@ -168,7 +168,7 @@ def host_depla(
 ) -> nn.Module:
     """Any network of timm, `host`, with DEPLA around some of its blocks: see `insert_depla`.
 
-    Pretrained weights are the host's, by timm, or from a Hub repository or folder those of the whole.
+    Pretrained weights are timm's weights of the host, or those of the whole model from a Hub repository or folder.
     """
     if fetching := {'checkpoint_path', 'has_weights'} & kwargs.keys():  # a config.json may not choose files to load
         raise TypeError(f'unknown argument {sorted(fetching)}')

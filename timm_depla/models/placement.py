@@ -1,4 +1,4 @@
-"""What a network needs to place DEPLA in its blocks: where, with which arguments, and around which layers."""
+"""Placement of DEPLA in a network's blocks: its positions, its arguments, and its fusion with the layers before it."""
 
 from typing import Any, Dict, Optional, Sequence, Tuple, Type
 
@@ -16,7 +16,7 @@ __all__ = ['can_compose', 'create_depla', 'default_positions', 'fuse_candidate',
 def default_positions(num_blocks: int) -> Tuple[int, ...]:
     """Indices of the DEPLA blocks in a stage: three, evenly spread, ending with the last (ruling 3).
 
-    Never the first block, which changes the resolution: a stage of up to four blocks takes all the others.
+    The first block changes the resolution and never has DEPLA. In a stage of up to four blocks, all others do.
     """
     if num_blocks <= 4:
         return tuple(range(1, num_blocks))
@@ -26,12 +26,12 @@ def default_positions(num_blocks: int) -> Tuple[int, ...]:
 def split_depla_args(
     layers: Sequence[int], stage: int = 3, positions: Optional[Sequence[int]] = None, **block_args
 ) -> Tuple[int, Tuple[int, ...], Dict[str, Any]]:
-    """Check a network's `depla` argument and split it into the stage (1, ...), positions and arguments of `Depla`.
+    """Check a network's `depla` argument and split it into the stage (from 1), positions and arguments of `Depla`.
 
-    Takes the number of blocks in each stage.
+    `layers` is the number of blocks in each stage.
 
     Raises:
-        TypeError: If there is another key.
+        TypeError: If there is an unknown key.
         ValueError: If the stage or a position does not exist.
     """
     check_depla_args(block_args, 'stage', 'positions')
@@ -55,9 +55,10 @@ def create_depla(
 
 
 def can_compose(conv: nn.Module, norm: nn.Module, depla: Depla) -> bool:
-    """Whether DEPLA is all that reads the candidate norm(conv(x)), by linear layers alone, and nothing listens.
+    """Whether only linear layers of DEPLA read the candidate norm(conv(x)), and no module has hooks.
 
-    In training it costs the products of all pairs of channels that the convolution reads: worth it where it widens.
+    In training, composing takes the covariance of the convolution's input channels, which is worth it only if the
+    convolution at least doubles the width.
     """
     if depla.keep_candidate or has_hooks(depla) or not can_fold(conv, norm, depla.candidate):
         return False
@@ -65,13 +66,13 @@ def can_compose(conv: nn.Module, norm: nn.Module, depla: Depla) -> bool:
 
 
 def refine_composed(conv: nn.Conv2d, norm: nn.BatchNorm2d, depla: Depla, identity: Tensor, x: Tensor) -> Tensor:
-    """depla(identity, norm(conv(x))), where `can_compose` holds, without making the candidate."""
+    """Compute depla(identity, norm(conv(x))) without materialising the candidate; requires `can_compose`."""
     return identity + depla.drop_path(depla.aggregate(identity, compose(conv, norm, depla.candidate, x)))
 
 
 @torch.no_grad()
 def fuse_candidate(conv: nn.Conv2d, norm: nn.BatchNorm2d, depla: Depla) -> None:
-    """Let DEPLA, in evaluation and where `can_compose` holds, take what the convolution takes, in one convolution."""
+    """Fuse conv and norm into DEPLA's candidate layer for inference; it then reads conv's input (if `can_compose`)."""
     fused, kernel = fuse_conv_bn_eval(conv, norm), depla.candidate.conv.weight.flatten(1)
     weight, bias = kernel @ fused.weight.flatten(1), kernel @ fused.bias
     fused.weight.data, fused.bias.data, fused.out_channels = weight[:, :, None, None], bias, len(bias)

@@ -4,8 +4,8 @@ Papers: `Aggregation with Feature Detection`, Sun et al., ICCV 2021 -
 https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html, and
 `Designing Network Design Spaces`, Radosavovic et al., CVPR 2020 - https://arxiv.org/abs/2003.13678
 
-Three blocks of stage 3 aggregate their shortcut and their weight layers with DEPLA where the others add them. The rest
-is timm's RegNet, whose weights load into the trunk: see `load_trunk`.
+Three blocks of stage 3 aggregate their shortcut and their weight layers with DEPLA instead of a sum. The rest is timm's
+RegNet, whose weights load by `load_trunk`.
 """
 
 from typing import Any, Dict, Optional
@@ -23,7 +23,7 @@ from .placement import can_compose, create_depla, fuse_candidate, refine_compose
 __all__ = ['RegNetBottleneckDepla', 'RegNetDepla']  # register_model adds each entrypoint
 
 
-@register_notrace_module  # its path depends on hooks
+@register_notrace_module  # control flow depends on hooks
 class RegNetBottleneckDepla(nn.Module):
     """Bottleneck block of a RegNet that aggregates with DEPLA. Takes over the layers of timm's block."""
 
@@ -33,7 +33,7 @@ class RegNetBottleneckDepla(nn.Module):
             raise ValueError('no DEPLA for RegNet blocks with pre-activation or without a shortcut')
         for name, layer in block.named_children():
             self.add_module(name, layer)
-        nn.init.ones_(self.conv3.bn.weight)  # at zero the candidate Y would be zero and starve DEPLA (ruling 6)
+        nn.init.ones_(self.conv3.bn.weight)  # at zero, DEPLA would pool a candidate Y of zeros (ruling 6)
         self.depla = create_depla(self, self.conv3.conv.out_channels, depla, **layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ class RegNetBottleneckDepla(nn.Module):
         return self.act3(self.depla(identity, self.conv3(x)))
 
     def reparameterize(self) -> None:
-        """Make one convolution of the candidate's, for inference; timm's `reparameterize_model` calls this."""
+        """Fuse the candidate's convolutions for inference; timm's `reparameterize_model` calls this."""
         if can_compose(self.conv3.conv, self.conv3.bn, self.depla):
             fuse_candidate(self.conv3.conv, self.conv3.bn, self.depla)
             self.conv3.conv, self.conv3.bn = nn.Identity(), nn.Identity()
@@ -56,7 +56,7 @@ class RegNetDepla(RegNet):
 
     Args:
         cfg: timm's configuration of a RegNetX or RegNetY.
-        depla: What differs from the paper's setting: `stage` (1 to 4, default 3), `positions` (block indices in the
+        depla: Overrides of the paper's setting: `stage` (1 to 4, default 3), `positions` (block indices in the
             stage, default `default_positions`), and `Depla`'s num_groups, pooled_chs, maps_per_group, temperature, bfn
             and keep_candidate.
         device, dtype, **kwargs: Arguments of timm's RegNet.
@@ -85,7 +85,7 @@ class RegNetDepla(RegNet):
 def _create_regnet_depla(
     variant: str, pretrained: bool = False, cfg: Optional[RegNetCfg] = None, **kwargs
 ) -> RegNetDepla:
-    """Build a variant, of timm's configuration of the plain network by default."""
+    """Build a variant; `cfg` defaults to timm's configuration of the plain network."""
     return build_model(
         RegNetDepla, variant, pretrained, model_cfg=cfg or model_cfgs[variant.removesuffix('_depla')], **kwargs
     )

@@ -3,8 +3,8 @@
 Paper: `Aggregation with Feature Detection`, Sun et al., ICCV 2021 -
 https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html
 
-Three residual blocks of stage 3 aggregate their shortcut and their weight layers with DEPLA where the others add them
-(rulings 2 and 3 of docs/rulings.md). The rest is timm's ResNet, whose weights load into the trunk: see `load_trunk`.
+Three residual blocks of stage 3 aggregate their shortcut and their weight layers with DEPLA instead of a sum (rulings 2
+and 3 of docs/rulings.md). The rest is timm's ResNet, whose weights load by `load_trunk`.
 """
 
 import itertools
@@ -33,7 +33,7 @@ class BasicBlockDepla(BasicBlock):
         self.depla = create_depla(self, planes * self.expansion, depla, **kwargs)
 
     def zero_init_last(self) -> None:
-        """Leave the last norm alone: at zero it would make the candidate Y zero and starve DEPLA (ruling 6)."""
+        """Do not zero the last norm: DEPLA would pool a candidate Y of zeros (ruling 6)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         identity = x if self.downsample is None else self.downsample(x)
@@ -44,7 +44,7 @@ class BasicBlockDepla(BasicBlock):
         return self.act2(self.depla(identity, x))
 
 
-@register_notrace_module  # its path depends on hooks
+@register_notrace_module  # control flow depends on hooks
 class BottleneckDepla(Bottleneck):
     """Bottleneck residual block (1x1, 3x3 and 1x1 convolutions) that aggregates with DEPLA."""
 
@@ -53,7 +53,7 @@ class BottleneckDepla(Bottleneck):
         self.depla = create_depla(self, planes * self.expansion, depla, **kwargs)
 
     def zero_init_last(self) -> None:
-        """Leave the last norm alone: at zero it would make the candidate Y zero and starve DEPLA (ruling 6)."""
+        """Do not zero the last norm: DEPLA would pool a candidate Y of zeros (ruling 6)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         identity = x if self.downsample is None else self.downsample(x)
@@ -71,7 +71,7 @@ class BottleneckDepla(Bottleneck):
         return self.se is None and can_compose(self.conv3, self.bn3, self.depla)
 
     def reparameterize(self) -> None:
-        """Make one convolution of the candidate's, for inference; timm's `reparameterize_model` calls this."""
+        """Fuse the candidate's convolutions for inference; timm's `reparameterize_model` calls this."""
         if self.can_compose():
             fuse_candidate(self.conv3, self.bn3, self.depla)
             self.conv3, self.bn3 = nn.Identity(), nn.Identity()
@@ -81,7 +81,7 @@ _DEPLA_BLOCKS = {BasicBlock: BasicBlockDepla, Bottleneck: BottleneckDepla}
 
 
 def _at_positions(block: Type[nn.Module], positions: Sequence[int], depla: Dict[str, Any]) -> Callable[..., nn.Module]:
-    """Give timm's stage builder, which makes all blocks of a stage alike, blocks with DEPLA at some positions."""
+    """Return a block factory for timm's stage builder that makes blocks with DEPLA at the given positions."""
     if block not in _DEPLA_BLOCKS:
         raise ValueError(f'no DEPLA for residual block {block.__name__}; there is for BasicBlock and Bottleneck')
     index = itertools.count()
@@ -101,7 +101,7 @@ class ResNetDepla(ResNet):
     Args:
         block: timm's BasicBlock or Bottleneck, or one for each stage.
         layers: Residual blocks in each stage.
-        depla: What differs from the paper's setting: `stage` (1 to 4, default 3), `positions` (block indices in the
+        depla: Overrides of the paper's setting: `stage` (1 to 4, default 3), `positions` (block indices in the
             stage, default `default_positions`), and `Depla`'s num_groups, pooled_chs, maps_per_group, temperature, bfn
             and keep_candidate.
         **kwargs: Arguments of timm's ResNet.
@@ -125,7 +125,7 @@ class ResNetDepla(ResNet):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initialise as timm does, but for DEPLA, whose convolutions keep their own scale (ruling 11)."""
+        """Initialise as timm does, except DEPLA, which keeps its own initialisation (ruling 11)."""
         super().init_weights(zero_init_last=zero_init_last)
         for module in self.modules():
             if isinstance(module, Depla):

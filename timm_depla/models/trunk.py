@@ -1,4 +1,4 @@
-"""Start a DEPLA model from the weights of the network that it was built on."""
+"""Load the weights of a plain network into the DEPLA model that is built on it."""
 
 import os
 import sys
@@ -16,17 +16,17 @@ from .insertion import BlockWithDepla
 
 __all__ = ['TrunkReport', 'load_trunk']
 
-_COUNTER = '.num_batches_tracked'  # which a frozen BatchNorm has not, and nothing reads
+_COUNTER = '.num_batches_tracked'  # a frozen BatchNorm lacks it, and nothing reads it
 
 
 @dataclass
 class TrunkReport:
-    """What `load_trunk` did, as names of tensors in the model's state dict.
+    """Result of `load_trunk`, as names of tensors in the model's state dict.
 
     Attributes:
-        loaded: Taken from the source.
-        new: DEPLA's own, which the source has not; they keep their initial values.
-        skipped: The heads', where the source was trained for another number of classes.
+        loaded: Tensors taken from the source.
+        new: Tensors of DEPLA that the source lacks; they keep their initial values.
+        skipped: Tensors of the heads, if the source was trained for another number of classes.
     """
 
     loaded: List[str]
@@ -51,7 +51,7 @@ def load_trunk(
         model: A DEPLA model of this package.
         source: A timm model with pretrained weights (pulled from the Hugging Face Hub), a checkpoint file that timm
             can read (safetensors or PyTorch), or a state dict.
-        heads: Modules that keep their initial weights where the source's have other shapes, the classifier by default.
+        heads: Modules that keep their initial weights if the source's have other shapes; the classifier by default.
 
     Raises:
         FileNotFoundError: If the source is neither a timm model nor a file.
@@ -86,13 +86,13 @@ def load_trunk(
 
 
 def _read(source: Union[str, os.PathLike, Dict[str, torch.Tensor]], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """The source's state dict, under the names of the model's file where that can translate them."""
+    """Read the source's state dict, with names translated by the model's `checkpoint_filter_fn`, if any."""
     if isinstance(source, dict):
         state = clean_state_dict(source.get('state_dict', source))
     elif os.path.isfile(source):
         try:
             state = load_state_dict(os.fspath(source))
-        except Exception as error:  # what is no checkpoint can make the unpickler raise anything
+        except Exception as error:  # if it is no checkpoint, the unpickler can raise anything
             raise ValueError(f'it cannot be read as a checkpoint ({type(error).__name__}: {error})') from error
     elif is_model(str(source)):
         state = timm.create_model(source, pretrained=True, in_chans=model.in_chans).state_dict()
@@ -106,7 +106,7 @@ def _read(source: Union[str, os.PathLike, Dict[str, torch.Tensor]], model: nn.Mo
 
 
 def _rename_blocks(state: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """The state dict, of a plain network too, under the names of the network that DEPLA was inserted into."""
+    """Rename a plain network's tensors to their names under `BlockWithDepla`; keep names that fit already."""
     for prefix in (f'{name}.' for name, module in model.named_modules() if isinstance(module, BlockWithDepla)):
         if not any(key.startswith(f'{prefix}depla.') for key in state):
             state = {k.replace(prefix, f'{prefix}block.', 1) if k.startswith(prefix) else k: state[k] for k in state}

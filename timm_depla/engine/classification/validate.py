@@ -24,7 +24,7 @@ from ..errors import ConfigError, TrainingError, UserError
 from ..models import load_model, run_arguments, trained_data
 from ..report import check_results, progress, write_results
 from ..setup import autocast, check_compile
-from ..world import Interrupt, World, setup_world
+from ..world import Interrupt, World, explain_lost_peers, setup_world
 from .datasets import class_names, count_classes, count_streams, open_split
 from .loaders import create_val_loader
 
@@ -254,7 +254,8 @@ def validate(args: Namespace) -> List[Dict[str, Any]]:
     check_results(args.results_file)
     for target in targets:
         try:
-            rows.append(_validate_target(args, target, world))
+            with explain_lost_peers(world):
+                rows.append(_validate_target(args, target, world))
         except UserError as error:
             if len(targets) == 1:
                 raise

@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from ..models import load_weights, run_arguments, trained_data
 from ..report import check_results, progress, write_results
 from ..setup import autocast
-from ..world import Interrupt, World, setup_world
+from ..world import Interrupt, World, explain_lost_peers, setup_world
 from .loaders import ValidationLoader, open_split
 
 __all__ = ['Evaluation', 'evaluate', 'validate']
@@ -126,7 +126,8 @@ def validate(args: Namespace) -> Evaluation:
         raise ConfigError(f"'{args.target}' does not know the categories {sorted(unknown)[:5]} of '{args.data_dir}'")
     loader = ValidationLoader(args, dataset, world, model.category_ids)
     try:
-        evaluation = evaluate(model, loader, args, world)
+        with explain_lost_peers(world):
+            evaluation = evaluate(model, loader, args, world)
     except UnreadableError as error:
         raise ConfigError(f'cannot read an image: {str(error).splitlines()[-1]}') from error
     if world.is_primary:
