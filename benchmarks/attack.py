@@ -249,7 +249,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         argv += ['--recipe', 'digits', '--img-size', '32', '--experiment', 'classifier']
         train_module.train(parse_args(classification_flags.create_train_parser(), argv))
         argv = ['--recipe', 'scenes', '--data-dir', str(small_scenes(runs)), '--epochs', '1', '--workers', '0']
-        argv += ['--device', 'cpu', '--output', scratch, '--experiment', 'detector', '--warmup-epochs', '0']
+        argv += ['--device', 'cpu', '--output', scratch, '--experiment', 'detector', '--warmup-epochs', '0', '--batch-size', '2']
         detection_train.train(parse_args(detection_flags.create_detection_parser(), argv))
         kinds = {
             'command lines': (attack_command, args.commands, runs),
