@@ -14,7 +14,7 @@ BENCHMARKS = {module.__name__.split('.')[-1]: module for module in MODULES}
 DOCS = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
 
 
-PLOTTED = ('scaling', 'speed-batch8', 'speed-rivals')  # what a plot says that its table does not
+PLOTTED = ('scaling', 'speed-batch8', 'speed-rivals')  # records whose plot adds to their table
 
 
 def render_docs() -> str:
@@ -35,7 +35,7 @@ def render_docs() -> str:
 
 
 def draw_plots() -> None:
-    """Draw the plots beside docs/benchmarks.md from the records, the same bytes from the same records."""
+    """Draw the plots of docs/benchmarks.md from the records; the same records give the same bytes."""
     import matplotlib
 
     matplotlib.rcParams.update({'svg.hashsalt': '', 'svg.fonttype': 'none'})

@@ -1,9 +1,9 @@
-"""Mistakes and damages, drawn from seeds: a message answers each, never a traceback, a hang or silence.
+"""Mistakes and damaged files, drawn from seeds: each gives an error message, never a traceback, a hang or silence.
 
-Command lines take flags of a script with values that suit them and values that do not; a run's folder is damaged in
-one place, validated and resumed; one value of a COCO file is another; images are cut, changed or something else. Each
-case has a process of its own and a time limit. Accepted in silence means: a number that is no number of the flag's
-kind, or a damaged checkpoint that is used.
+Command lines combine a script's flags with valid and invalid values. A run folder is damaged in one place, then
+validated and resumed. One value of a COCO file is replaced. Images are truncated, changed or replaced by another file.
+Each case has its own process and a time limit. "Accepted in silence" counts invalid numbers that a flag accepted, and
+damaged checkpoints that were used.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from timm_depla.files import open_image
 
 from .record import table
 
-SECONDS = 120  # that a case may take
+SECONDS = 120  # time limit of a case
 NONSENSE = ('nan', 'inf', '-inf', '1e999', 'x', '--')
 VALUES = (
     *NONSENSE, '-7', '9' * 40, '0', '1', '2', '0.5', '3', '64', '', ' ', 'None', '[]', "{'a': 1}", '../x', 'cpu',
@@ -64,7 +64,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 
 
 def _flags(parser: argparse.ArgumentParser, draw: random.Random) -> Tuple[List[str], bool]:
-    """A few flags with values, and whether one of them is no number where a number is due."""
+    """Draw a few flags with values; also returns whether a numeric flag has an invalid number."""
     actions = [
         a for a in parser._actions if a.option_strings and a.dest not in ('help', 'output', 'experiment', 'device')
     ]
@@ -85,7 +85,7 @@ def _flags(parser: argparse.ArgumentParser, draw: random.Random) -> Tuple[List[s
 
 
 def attack_command(draw: random.Random, scratch: Path, runs: Path) -> bool:
-    """A command line; returns whether nonsense was accepted."""
+    """Run a random command line; returns whether an invalid number was accepted."""
     kind = draw.choice(['train', 'validate', 'train_detection', 'validate_detection', 'publish'])
     if kind in VALIDATIONS:
         create_parser, validate, run = VALIDATIONS[kind]
@@ -111,7 +111,7 @@ def attack_command(draw: random.Random, scratch: Path, runs: Path) -> bool:
 
 
 def damage(draw: random.Random, run: Path) -> Tuple[str, bool]:
-    """Damage one file of a run; returns its name and whether what is in it must not be used."""
+    """Damage one file of a run; returns its name and whether its content must not be used."""
     files = sorted(path for path in run.rglob('*') if path.is_file() and not path.is_symlink())
     path = draw.choice([file for file in files if file.suffix in ('.json', '.safetensors', '.yaml')])
     data = bytearray(path.read_bytes())
@@ -133,7 +133,7 @@ def damage(draw: random.Random, run: Path) -> Tuple[str, bool]:
 
 
 def attack_run(draw: random.Random, scratch: Path, run: Path) -> bool:
-    """A damaged run, validated and resumed; returns whether damage in a checkpoint was used."""
+    """Validate and resume a damaged run; returns whether a damaged checkpoint was used."""
     copy = scratch / 'run'
     shutil.copytree(run, copy, symlinks=True)
     what, is_checkpoint = damage(draw, copy)
@@ -156,7 +156,7 @@ def attack_run(draw: random.Random, scratch: Path, run: Path) -> bool:
 
 
 def _resume(copy: Path, run: Path) -> argparse.Namespace:
-    """The arguments that go on with a copy of a run."""
+    """The arguments that resume a copy of a run."""
     argv = ['--recipe', 'digits', '--output', str(copy.parent), '--experiment', copy.name, '--resume', 'auto']
     args = parse_args(classification_flags.create_train_parser(), argv)
     trained = yaml.safe_load((run / 'args.yaml').read_text())
@@ -164,7 +164,7 @@ def _resume(copy: Path, run: Path) -> argparse.Namespace:
 
 
 def attack_annotations(draw: random.Random, scratch: Path, folder: Path) -> bool:
-    """A COCO file with one value replaced; opened, read and asked for every sample."""
+    """Open a COCO file with one value replaced, and read its first samples."""
     content = json.loads((folder / 'annotations' / 'instances_val.json').read_text())
     place: Any = content
     while True:
@@ -184,7 +184,7 @@ def attack_annotations(draw: random.Random, scratch: Path, folder: Path) -> bool
 
 
 def attack_image(draw: random.Random, scratch: Path, folder: Path) -> bool:
-    """An image that is cut, changed or something else."""
+    """Open an image that is truncated, changed or replaced by another file."""
     kind = draw.choice(['PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF'])
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(draw.randrange(2**32)).integers(0, 256, (40, 30, 3), np.uint8)).save(
@@ -204,7 +204,7 @@ def attack_image(draw: random.Random, scratch: Path, folder: Path) -> bool:
 
 
 def _case(attack: Callable[..., bool], seed: int, target: Path, log: Path) -> None:
-    """In a process of its own: what came of a case, as a word in a file, and what it printed."""
+    """Run a case, in its own process; write its outcome, one word, and its output to `log`."""
     output, outcome = io.StringIO(), 'accepted'
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(output), redirect_stderr(output):
         os.chdir(scratch)
@@ -223,7 +223,7 @@ def _case(attack: Callable[..., bool], seed: int, target: Path, log: Path) -> No
 
 
 def small_scenes(folder: Path) -> Path:
-    """The first images of digits in scenes, two a split."""
+    """Write the first two images of each split of digits in scenes; returns their folder."""
     for split in ('train', 'val'):
         content = json.loads((scenes_folder() / 'annotations' / f'instances_{split}.json').read_text())
         content['images'] = content['images'][:2]
@@ -238,18 +238,19 @@ def small_scenes(folder: Path) -> Path:
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
-    """What came of each kind's cases, and the seeds and last lines of those that should not have."""
+    """Count the outcomes of each kind; list the seeds and last lines of the wrong ones."""
     results: Dict[str, Any] = {}
     context = multiprocessing.get_context('fork')
-    torch.set_num_threads(1)  # a process with more cannot be forked
+    torch.set_num_threads(1)  # forking is unsafe with more threads
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     with tempfile.TemporaryDirectory() as scratch:
         runs, scenes, log = Path(scratch), scenes_folder(), Path(scratch, 'log')
         argv = ['--epochs', '2', '--workers', '0', '--device', 'cpu', '--output', scratch]
         argv += ['--recipe', 'digits', '--img-size', '32', '--experiment', 'classifier']
         train_module.train(parse_args(classification_flags.create_train_parser(), argv))
-        argv = ['--recipe', 'scenes', '--data-dir', str(small_scenes(runs)), '--epochs', '1', '--workers', '0']
-        argv += ['--device', 'cpu', '--output', scratch, '--experiment', 'detector', '--warmup-epochs', '0', '--batch-size', '2']
+        argv = ['--recipe', 'scenes', '--data-dir', str(small_scenes(runs)), '--epochs', '1', '--warmup-epochs', '0']
+        argv += ['--batch-size', '2', '--workers', '0', '--device', 'cpu', '--output', scratch]
+        argv += ['--experiment', 'detector']
         detection_train.train(parse_args(detection_flags.create_detection_parser(), argv))
         kinds = {
             'command lines': (attack_command, args.commands, runs),

@@ -1,11 +1,10 @@
-"""The block alone against its floor: bytes moved once by copying, and multiply-adds by one large matrix product.
+"""The block alone against its floor: the time to copy its bytes, plus its multiply-adds as one matrix product.
 
-Forward reads X and Y and writes the output; backward reads these two and the output's gradient and writes two, and has
-twice the multiply-adds. The floor of each is the time of that many bytes at the copy bandwidth (read and written) plus
-that of the multiply-adds at the rate of a matrix product, both measured in turn with the block. Each
-is timed over as many calls in a row as have 5 G multiply-adds of the block, at most 20. A training step, forward and
-backward, stands beside that of the same block by its plain path: with hooks, so that no norm is folded, and PyTorch's
-own convolutions.
+Forward reads X and Y and writes the output. Backward reads X, Y and the output's gradient, writes two gradients, and
+has twice the multiply-adds. The floor is the time of these bytes at the copy bandwidth (read and written) plus that of
+the multiply-adds at the rate of a large matrix product, both measured alternately with the block. Each timing repeats
+the call until the block has 5 G multiply-adds, at most 20 times. A training step, forward and backward, is compared
+with the plain path of the same block: hooks, so that no norm is folded, and PyTorch's own convolutions.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""What each model costs: parameters, multiply-adds and activations, beside the multiply-adds that the paper prints.
+"""Cost of each model: parameters, multiply-adds and activations, beside the multiply-adds that the paper prints.
 
-Multiply-adds are those of convolutions and matrix products, activations what convolutions and linear layers put out,
-both by the layers that the model is made of. "As run" counts the multiply-adds that the implementation needs: a
-residual block whose candidate is not made does not run its last convolution.
+Multiply-adds are those of convolutions and matrix products, activations the output elements of convolutions and linear
+layers, both with every layer of the model counted. "As run" counts the multiply-adds that the implementation executes:
+a residual block that does not compute its candidate skips its last convolution.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Training that is killed again and again ends bit for bit like training that was not.
+"""Training that is killed repeatedly ends bit for bit like uninterrupted training.
 
-A recipe in a short form with everything that draws or has a state. For classification the digits with AutoAugment,
-random erasing, mixup, cutmix, stochastic depth and an average of the weights; for detection digits in scenes with
-flips, random image sizes and an average. Each run is killed (SIGKILL) at random moments, every third time while a
-checkpoint is being written, and resumed with `--resume auto` and another number of workers until it ends; then its
-weights, its optimizer's and every other state and its summary are compared with the uninterrupted run's.
+The runs use a shortened recipe with everything that is random or has state: for classification, the digits with
+AutoAugment, random erasing, mixup, cutmix, stochastic depth and a weight average; for detection, digits in scenes with
+flips, random image sizes and a weight average. Each run is killed (SIGKILL) at random moments, every third time while a
+checkpoint is being written. It is resumed with `--resume auto` and another number of workers until it ends. Then its
+weights, optimizer state, all other state and summary are compared with those of an uninterrupted run.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 
 
 def start(args: argparse.Namespace, output: Path, name: str, workers: int) -> subprocess.Popen:
-    """Start training in a process group of its own, its log beside the run."""
+    """Start training in its own process group, with its log beside the run folder."""
     script, folder = SCRIPTS[args.task]
     command = [sys.executable]
     if args.processes > 1:
@@ -59,7 +59,7 @@ def start(args: argparse.Namespace, output: Path, name: str, workers: int) -> su
 
 
 def end(process: subprocess.Popen, processes: List[int]) -> None:
-    """Kill what is left of a run: torchrun's children have sessions of their own."""
+    """Kill the remaining processes of a run; torchrun's children have their own sessions."""
     for pid in processes:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -76,7 +76,7 @@ def trainers(process: subprocess.Popen, count: int) -> List[int]:
 
 
 def kill(process: subprocess.Popen, count: int, run: Path, seed: int) -> str:
-    """Wait for the seed's moment and kill; returns what was hit, or '' if the run ended before."""
+    """Wait until a moment drawn from the seed and kill; returns what was hit, or '' if the run ended first."""
     draw = random.Random(seed)
     log, scratch = run.with_suffix('.log'), run / 'checkpoints'
     while process.poll() is None and 'epoch' not in log.read_text():  # the first line of training
@@ -93,7 +93,7 @@ def kill(process: subprocess.Popen, count: int, run: Path, seed: int) -> str:
     hit = [ranks, ranks[:1], ranks[1:] or ranks][seed // 3 % 3]
     for pid in hit:
         os.kill(pid, signal.SIGKILL)
-    time.sleep(0.2)  # what a surviving rank does meanwhile
+    time.sleep(0.2)  # surviving ranks go on meanwhile
     end(process, ranks)
     name = f'rank {ranks.index(hit[0])}' if len(hit) < count else 'all ranks' if count > 1 else 'the process'
     return f'{name} {"during a write" if during_write else "at any moment"}'

@@ -1,9 +1,10 @@
 """Fine-tuning with DEPLA inserted against fine-tuning without: the recipe `finetune` from the same weights.
 
-timm's `test_convnext` is trained on the embedded digits 0 to 4 and fine-tuned on all ten, as it is and as the host of
-DEPLA (`host_depla`), each seed from weights of its own. Last epoch, average of the weights; the difference is that of
-the pairs, with Student's 95% interval. DEPLA brings weights that learn at the whole rate, where the host alone has but
-its classifier: a gain here is that of more to train as much as of DEPLA, and no control of equal parameters is run.
+timm's `test_convnext` is trained on the embedded digits 0 to 4 and fine-tuned on all ten, alone and as the host of
+DEPLA (`host_depla`); each seed has its own pretrained weights. The scores are those of the weight average in the last
+epoch. The difference is the mean over the pairs, with Student's 95 percent interval. DEPLA adds weights that train at
+the full rate, where the host alone has only its classifier: a gain here may be due to more trained parameters as much
+as to DEPLA, and there is no control with as many parameters.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def _train(output: str, name: str, *flags: str) -> List[float]:
 
 
 def _write_half(folder: Path) -> Path:
-    """The digits 0 to 4 in a folder of their own."""
+    """Link the digits 0 to 4 in their own folder."""
     for split in ('train', 'validation'):
         (folder / split).mkdir(parents=True)
         for label in range(5):

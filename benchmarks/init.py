@@ -57,7 +57,7 @@ def _measure(bfn: str, args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
-    """Spatial share of the refinement's deviation, and relative gradients, of resnet50_depla's DEPLA blocks."""
+    """Measure the spatial share of the refinement's deviation, and relative gradients, in resnet50_depla."""
     return {bfn: _measure(bfn, args) for bfn in BFNS}
 
 

@@ -1,9 +1,9 @@
-"""The maps of trained networks: entropy, coverage and peak of each group's, over the digits' validation set.
+"""Maps of trained networks: entropy, coverage and peak of each group over the digits' validation set.
 
-An entropy of 1 is a uniform map, 0 a single position; coverage is the share of positions where a group's maps are above
-the uniform one. A peak is the strongest position over the uniform one, of ROI maps or of the heatmap; a group places
-from 1.5 on. It counts as uniform above an entropy of 0.99, and as dead where its strength (what it puts back, times how
-unevenly) is below a hundredth of the strongest group's.
+The entropy is 1 for a uniform map and 0 for a single position. Coverage is the share of positions where the mean of a
+group's maps is above uniform. The peak of its ROI maps or heatmap is the maximum divided by the uniform value; a group
+with a peak of at least 1.5 places. A group is uniform above an entropy of 0.99, and dead if its strength (norm of its
+back-filled vector times contrast of its heatmap) is below a hundredth of the strongest group's.
 """
 
 import argparse

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     results = dict(model=args.model, base=args.base, img_size=args.img_size)
     top_left = torch.rand(1000, 2) * args.img_size / 2
     proposals = torch.cat([top_left, top_left + torch.rand(1000, 2) * args.img_size / 2], dim=1)
-    for detector in detectors:  # what untrained detectors find differs: both score the same proposals and report none
+    for detector in detectors:  # untrained, they find different objects: both score the same proposals and report none
         detector.rpn.register_forward_hook(lambda _, __, output: ([proposals], output[1]))
         detector.roi_heads.score_thresh = 1.0
     results['detector'] = time_rounds([partial(_infer, detector, [image]) for detector in detectors], args.pairs)

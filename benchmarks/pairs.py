@@ -1,4 +1,4 @@
-"""Things measured against each other: in turn, in one process, so that a drift of the machine cancels."""
+"""Paired measurements: calls alternate in one process, so that machine drift cancels."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def _time(call: Callable[[], Any], device: str) -> float:
 
 
 def time_rounds(calls: Sequence[Callable[[], Any]], rounds: int, device: str = 'cpu') -> List[List[float]]:
-    """Seconds of each call, round by round, forwards and backwards in turn; after three rounds to warm up."""
+    """Seconds of each call in each round, after three warm-up rounds; the order of the calls alternates."""
     samples = []
     for i in range(-3, rounds):
         seconds = {}
@@ -41,7 +41,7 @@ def time_rounds(calls: Sequence[Callable[[], Any]], rounds: int, device: str = '
 
 
 def peak_memory(call: Callable[[], Any], device: str = 'cpu') -> int:
-    """Most bytes that PyTorch allocates at a time during a call, beside what it has before."""
+    """Peak bytes that PyTorch allocates during a call, in addition to those allocated before."""
     if device != 'cpu':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -62,7 +62,7 @@ def median_interval(values: Sequence[float]) -> Tuple[float, float, float]:
     """Median, and the ends of its 95% interval by order statistics (sign test), for any distribution of the values."""
     ordered, count = sorted(values), len(values)
     below, rank = 0.0, 0
-    while rank < count // 2:  # the most values outside each end that chance leaves there in less than 2.5% of cases
+    while rank < count // 2:  # the most values outside of each end with a tail probability of at most 2.5%
         below += math.comb(count, rank) / 2**count
         if below > 0.025:
             break
@@ -81,7 +81,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def time_row(name: str, samples: Sequence[Sequence[float]]) -> List[str]:
-    """Of a model's seconds and its base's."""
+    """Table row of a model's seconds and its base's."""
     model, base = zip(*samples, strict=True)
     medians = statistics.median(base), statistics.median(model)
     ratios = [a / b for a, b in samples]

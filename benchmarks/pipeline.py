@@ -1,10 +1,10 @@
-"""Reading and augmenting images: our training against a plain loop of timm's parts, under the recipe `better`.
+"""Reading and augmenting images: our training against a plain loop of timm's parts, with the recipe `better`.
 
-JPEGs as ImageNet's are on average, 500 x 375 pixels at quality 90, are cut at random from ten photographs that
-scikit-image and scikit-learn ship; a class is a photograph. Input is an epoch's batches, decoded, cropped, augmented by
-AutoAugment, mixed and normalised, without training on them. The loops are those of the benchmark `throughput`. With
-`--resize-backend torch` the crops, interpolations and everything drawn stay as they are; TorchCodec decodes the files,
-to the same pixels, and PyTorch resizes the bytes.
+The images are JPEGs like ImageNet's average, 500 x 375 pixels at quality 90, cropped at random from ten photographs of
+scikit-image and scikit-learn; each photograph is a class. Input means an epoch's batches, decoded, cropped, augmented
+by AutoAugment, mixed and normalised, without training. The loops are those of the benchmark `throughput`.
+`--resize-backend torch` keeps the crops, interpolations and all random numbers; TorchCodec decodes the files to the
+same pixels, and PyTorch resizes them.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def load_photographs() -> List[Image.Image]:
 
 
 def write_images(folder: Path, images: int) -> None:
-    """FOLDER/SPLIT/CLASS/*.jpg: windows of half a photograph's side or more."""
+    """Write FOLDER/SPLIT/CLASS/*.jpg: windows of at least half a photograph's side."""
     draw = random.Random(0)
     for label, photograph in enumerate(load_photographs()):
         for split, count in (('train', images // 10), ('validation', images // 40)):
@@ -69,7 +69,7 @@ def write_images(folder: Path, images: int) -> None:
 
 
 def pixel_changes(rounds: int = 100) -> Dict[str, float]:
-    """How the crops of the two ways of resizing differ: the largest difference, and the share of values that do."""
+    """Difference of crops resized by Pillow and by PyTorch: the largest, and the share of values that differ."""
     transform = create_transform((3, 224, 224), is_training=True, interpolation='random', use_prefetcher=True)
     crop = transform.transforms[0]
     largest, different = 0, []

@@ -1,4 +1,4 @@
-"""Records of the benchmarks: what each found, as files, and tables of it."""
+"""Records of the benchmarks' results as JSON files, and Markdown tables."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def save(name: str, command: str, arguments: Dict[str, Any], results: Dict[str, 
 
 
 def format_json(value: Any, indent: str = '') -> str:
-    """JSON with a key a line, and lists of numbers on one line."""
+    """JSON with one key per line, and each list on one line."""
     if isinstance(value, dict) and value:
         lines = [f'{indent} {json.dumps(str(key))}: {format_json(item, indent + " ")}' for key, item in value.items()]
         return '{\n' + ',\n'.join(lines) + f'\n{indent}}}'

@@ -1,7 +1,7 @@
-"""How time and memory grow with the image: one block, a non-local block (timm's) and the whole model.
+"""Growth of time and memory with the image size: one block, timm's non-local block and the whole model.
 
-The block stands where it does in stage 3, at a sixteenth of the image's side. A step is forward and backward. The
-exponent is the slope of a straight line through logarithms of time and pixels.
+The block has the resolution of stage 3, a sixteenth of the image's side. A step is forward and backward. The exponent
+is the slope of the logarithm of time, or of memory, over the logarithm of the number of pixels.
 """
 
 import argparse

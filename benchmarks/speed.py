@@ -1,10 +1,10 @@
-"""Time and memory of models against a base: in turn in one process, so that a drift of the machine cancels.
+"""Time and memory of models against a base, measured alternately in one process so that machine drift cancels.
 
-A training step is forward and backward, without the optimizer's. Memory is what PyTorch allocates during a step beside
-the weights and buffers, and these. On a CPU the C library keeps freed memory, as train.py has it do. After a colon
-stands one of timm's attention layers, which the residual blocks then have. After a plus stands a path: `uncomposed` has
-a hook on every DEPLA, which has its candidate made, `plain` one on all of its parts, which turns every faster path off,
-and `fused` is what timm's `reparameterize_model` makes, for inference.
+A training step is forward and backward, without the optimizer. Memory is the weights and buffers plus the peak that
+PyTorch allocates during a step. On a CPU, the C library keeps freed memory, as in train.py. After a colon stands one of
+timm's attention layers, which the residual blocks then use. After a plus stands a path: `uncomposed` has a hook on
+every DEPLA, so that its candidate is computed; `plain` has hooks on all of its parts, which disable every faster path;
+`fused` is the result of timm's `reparameterize_model`, for inference.
 """
 
 import argparse
@@ -43,9 +43,9 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 
 
 def create_model(spec: str, img_size: int) -> torch.nn.Module:
-    """A model of timm, in channels-last format; after a colon, its attention layer; after a plus, its path.
+    """Create a timm model in channels-last format from MODEL[:ATTENTION][+PATH].
 
-    Some need to know the size.
+    Models of a fixed input size get `img_size`.
     """
     spec, _, path = spec.partition('+')
     name, _, attention = spec.partition(':')
@@ -61,13 +61,13 @@ def create_model(spec: str, img_size: int) -> torch.nn.Module:
                 for part in module.modules() if path == 'plain' else (module,):
                     part.register_forward_hook(listen)
     for parameter in model.parameters():
-        if parameter.ndim == 4:  # lambda networks have convolutions in three dimensions, too
+        if parameter.ndim == 4:  # lambda networks also have 3D convolutions
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
 
 
 def listen(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-    """A hook that does nothing: what it is registered on must be called."""
+    """A hook that does nothing, but switches its module to the plain path."""
 
 
 def infer(model: Callable, x: torch.Tensor) -> None:

@@ -1,9 +1,8 @@
-"""Our training against a plain loop of timm's parts: samples, schedule, accuracy, and images a second.
+"""Our training against a plain loop of timm's parts: samples, schedule, accuracy, and images per second.
 
-Both train the digits recipe from the same weights, each in a process of its own, epochs of one and of the other in
-turn; an epoch is training, validation and the checkpoint. The plain loop is the least that does what timm's own
-train.py does: timm's loaders, model, optimizer, schedule, loss, accuracy and checkpoint saver, with neither exact
-resume nor checks.
+Both train the digits recipe from the same weights, each in its own process, and take turns epoch by epoch. An epoch is
+training, validation and the checkpoint. The plain loop is the minimum that does what timm's own train.py does: timm's
+loaders, model, optimizer, schedule, loss, accuracy and checkpoint saver, without exact resume and without checks.
 """
 
 import argparse
@@ -41,7 +40,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
 
 
 class PlainLoop:
-    """The least that trains with timm: the flags of the recipes `digits` and `better`."""
+    """A minimal training loop of timm's parts, for the flags of the recipes `digits` and `better`."""
 
     def __init__(self, run: Run):
         args, model = run.args, run.model
@@ -102,7 +101,7 @@ class PlainLoop:
 
 
 class TimedReport(Report):
-    """Remembers how long the training of each epoch took."""
+    """Report that stores the training time of each epoch."""
 
     training_seconds: List[float] = []
 
@@ -112,7 +111,7 @@ class TimedReport(Report):
 
 
 def compare(plain: List[float], ours: List[float]) -> Dict[str, Any]:
-    """Ratios of two lists of times without their first ones: over 1 where ours are shorter."""
+    """Ratios of plain to our times, without the first epoch: above 1 if ours are shorter."""
     pairs = [a / b for a, b in zip(plain[1:], ours[1:], strict=True)]
     medians = [statistics.median(times[1:]) for times in (plain, ours)]
     ratios = dict(by_pair=statistics.median(pairs), of_medians=medians[0] / medians[1])
@@ -120,14 +119,14 @@ def compare(plain: List[float], ours: List[float]) -> Dict[str, Any]:
 
 
 def plan(args: argparse.Namespace, output: str) -> argparse.Namespace:
-    """The arguments of both."""
+    """The training arguments of both loops."""
     flags = ['--recipe', 'digits', '--epochs', str(args.epochs), '--img-size', str(args.img_size)]
     flags += ['--device', 'cpu', '--output', output, '--experiment', 'run']
     return parse_args(create_train_parser(), flags)
 
 
 def serve_plain(train_args: argparse.Namespace, pipe: Any) -> None:
-    """Run an epoch of the plain loop for each number received; at last send what it saw."""
+    """Run an epoch of the plain loop for each number received; finally send its images and learning rates."""
     plain = PlainLoop(build(train_args, setup_world('cpu')))
     while (epoch := pipe.recv()) is not None:
         top1 = plain.run_epoch(epoch)
@@ -136,7 +135,7 @@ def serve_plain(train_args: argparse.Namespace, pipe: Any) -> None:
 
 
 def serve_ours(train_args: argparse.Namespace, pipe: Any) -> None:
-    """The same with ours, set up as train.py does."""
+    """As `serve_plain`, for our loop, set up as in train.py."""
     images: List[int] = []
     rates: List[float] = []
     world = setup_world('cpu')
@@ -155,16 +154,16 @@ def serve_ours(train_args: argparse.Namespace, pipe: Any) -> None:
 
 
 def race(arms: Dict[str, Tuple[Callable, argparse.Namespace]], rounds: int) -> Dict[str, Any]:
-    """Let each arm, in a process of its own, do a round in turn.
+    """Run the arms, each in its own process, alternately round by round.
 
     Args:
-        arms: A function for each, and the arguments of its run. It is given them and a pipe, on which it gets a number
-            for each round, answers with seconds and top-1 accuracy, and after None with what it saw.
-        rounds: How many.
+        arms: By name, a function and the arguments of its run. The function gets these and a pipe. For each number
+            received, it sends seconds and top-1 accuracy; for None, its images and learning rates.
+        rounds: Number of rounds.
 
     Returns:
-        `training`, the seconds that each told in each round; `epoch`, seconds until it answered; `top1`, each one's
-        last; `seen`, what each told at the end.
+        By arm, `training`, the seconds sent in each round; `epoch`, the seconds until each answer; `top1`, the last
+        accuracy; `seen`, the images and learning rates.
     """
     spawn, pipes, processes = multiprocessing.get_context('spawn'), {}, []
     results: Dict[str, Any] = {part: {name: [] for name in arms} for part in _PARTS}
@@ -173,7 +172,7 @@ def race(arms: Dict[str, Tuple[Callable, argparse.Namespace]], rounds: int) -> D
         pipes[name], end = spawn.Pipe()
         processes.append(spawn.Process(target=serve, args=(train_args, end)))
         processes[-1].start()
-        end.close()  # so that the end of a process ends the waiting for it
+        end.close()  # so that recv raises if the process ends
     for number in range(rounds):
         for name in arms if number % 2 else reversed(arms):
             start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Model cards in the Hub's format, every number of them from the record beside it."""
+"""Model cards in the Hub's format; all numbers come from record.json."""
 
 from typing import Any, Dict, List
 
@@ -85,7 +85,7 @@ def _name(source: str) -> str:
 
 
 def _metrics(record: Dict[str, Any]) -> Dict[str, tuple]:
-    """Label, Hub's metric type, value as printed, by the metric's key in the results."""
+    """Label, the Hub's metric type and the printed value of each metric, by its key in the results."""
     results = record['results']
     if record['task'] == 'image-classification':
         names = {'top1': ('top-1 accuracy (%)', 'accuracy'), 'top5': ('top-5 accuracy (%)', 'accuracy')}
@@ -127,9 +127,9 @@ def create_card(record: Dict[str, Any], recipe: Dict[str, Any], source: str, lic
     """The card of published weights.
 
     Args:
-        record: What evaluated them, as `publish` writes it to record.json.
-        recipe: The arguments that trained them.
-        source: What loads them: a name on the Hub or a folder.
+        record: Record of their evaluation, as `publish` writes it to record.json.
+        recipe: The training arguments.
+        source: Where they are loaded from: a name on the Hub or a folder.
         licence: The weights' licence, as the Hub names it.
     """
     results, data = record['results'], record['dataset']

@@ -1,8 +1,8 @@
 """From a run to a repository folder, and with --push to the Hugging Face Hub: `python -m hub.publish RUN --output DIR`.
 
-The folder has the weights (safetensors only), config.json, which rebuilds the model, recipe.yaml, which trained it,
-record.json, the evaluation that this command makes of it, and the model card README.md. Where training kept an average
-of the weights, both the average and the plain weights are evaluated, and the better ones published.
+The folder has the weights (safetensors only), config.json (rebuilds the model), recipe.yaml (the training arguments),
+record.json (the evaluation by this command), checksums.json and the model card README.md. If training kept an average
+of the weights, both the average and the plain weights are evaluated, and the better ones are published.
 """
 
 import argparse
@@ -61,7 +61,7 @@ OTHER = 'It has been measured on this data only. Whoever uses it elsewhere shoul
 
 
 def find_checkpoint(source: str) -> Tuple[Path, Dict[str, Any]]:
-    """The checkpoint's folder of a run (its best) or checkpoint, and the arguments of its training.
+    """The folder of a checkpoint, or of a run's best one, and the training arguments.
 
     Raises:
         ConfigError: If there is none, or it is damaged.
@@ -80,7 +80,7 @@ def find_checkpoint(source: str) -> Tuple[Path, Dict[str, Any]]:
 
 
 def holds_scenes(annotations: Path) -> bool:
-    """Whether a COCO file is of the embedded scenes."""
+    """Whether a COCO file belongs to the embedded scenes."""
     try:
         return read_mapping(annotations)['info']['description'] == 'Digits in scenes'
     except (KeyError, TypeError, ValueError):
@@ -88,10 +88,10 @@ def holds_scenes(annotations: Path) -> bool:
 
 
 def describe_data(args: Namespace, trained: Dict[str, Any], is_detector: bool) -> Dict[str, Any]:
-    """What the card says of the data set; the embedded ones are known.
+    """The card's entry on the data set; those of the embedded ones are known.
 
     Raises:
-        ConfigError: If it is another one and has no name.
+        ConfigError: If it is another data set without `args.dataset_name`.
     """
     folder, split = Path(str(trained.get('data_dir', ''))), trained['val_split']
     if args.dataset_name:
@@ -106,7 +106,7 @@ def describe_data(args: Namespace, trained: Dict[str, Any], is_detector: bool) -
 
 
 def evaluate(folder: Path, is_detector: bool) -> Dict[str, Any]:
-    """The metrics of a run's weights on its validation split, by the code of the commands that validate."""
+    """Evaluate a run's weights on its validation split, by the code of the validation commands."""
     argv = [str(folder), '--device', 'cuda' if torch.cuda.is_available() else 'cpu']
     start = time.perf_counter()
     if is_detector:
@@ -122,7 +122,7 @@ def evaluate(folder: Path, is_detector: bool) -> Dict[str, Any]:
 
 
 def candidates(checkpoint: Path, scratch: Path, uses_average: bool) -> Dict[str, Path]:
-    """Folders that can be validated, by what their weights are."""
+    """Write folders that can be validated; returns them by the kind of their weights."""
     found = {'average of the weights' if uses_average else 'weights': scratch / 'kept'}
     plain = read_state(checkpoint).get('trainable', {})
     kept = read_tensors(checkpoint / 'model.safetensors')
@@ -153,7 +153,7 @@ def describe_model(folder: Path, is_detector: bool) -> Dict[str, Any]:
 
 
 def without_folders(value: Any) -> Any:
-    """The value with each absolute path in it cut to its last part: a published file tells no place on this machine."""
+    """Shorten each absolute path in a value to its last part, so that no folder of this machine is published."""
     if isinstance(value, str):
         flag, equals, path = value.rpartition('=')
         return flag + equals + Path(path).name if Path(path).is_absolute() else value
@@ -163,7 +163,7 @@ def without_folders(value: Any) -> Any:
 
 
 def check_output(folder: Path) -> None:
-    """Refuse a folder that holds anything but what this command writes, or left when it was killed, or cannot be."""
+    """Refuse a folder that holds files of anything but this command, or that cannot be written."""
     own = {*FILES, *(f'.{name}.part' for name in FILES)}
     try:
         others = sorted(path.name for path in folder.iterdir() if path.name not in own) if folder.is_dir() else []
@@ -214,9 +214,9 @@ def publish(args: Namespace) -> Path:
         (folder / 'config.json').write_bytes((checkpoint / 'config.json').read_bytes())
         shutil.copy(folders[best] / 'model.safetensors', folder)
         (folder / SUMS).write_bytes(list_sums({path.name: path.read_bytes() for path in folder.iterdir()}))
-        create_card(record, recipe, source, args.licence).save(folder / 'README.md')  # which may be edited later
+        create_card(record, recipe, source, args.licence).save(folder / 'README.md')  # without a sum: it may be edited
         try:
-            for name in (SUMS, *(name for name in FILES if name != SUMS)):  # half of it is told apart by the new sums
+            for name in (SUMS, *(name for name in FILES if name != SUMS)):  # sums first: they reveal a partial write
                 write_file(output / name, (folder / name).read_bytes())
         except OSError as error:
             raise ConfigError(f"cannot write --output '{output}': {error}") from error
@@ -224,7 +224,7 @@ def publish(args: Namespace) -> Path:
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:
-    """Upload a repository folder to the Hub in one commit, which also removes pickles; returns its address.
+    """Upload a repository folder to the Hub in one commit, which also removes pickles; returns the commit's URL.
 
     Raises:
         ConfigError: If the Hub refuses.

@@ -1,4 +1,4 @@
-"""What all tests share: a thread in each process, as there is a process for each core, and the same random numbers."""
+"""Settings and fixtures of all tests: one thread per process, as each core has a process, and a fixed seed."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What tests do again and again: make a network, train and validate in this process, run a command in another."""
+"""Helpers of tests: create a network, train and validate in this process, run a command in another."""
 
 import os
 import subprocess

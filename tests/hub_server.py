@@ -1,4 +1,4 @@
-"""A small server of the Hugging Face Hub's protocol, over real HTTP, that can be told to fail."""
+"""A small HTTP server of the Hugging Face Hub's protocol, which can be told to fail."""
 
 import base64
 import contextlib

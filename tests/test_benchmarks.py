@@ -1,4 +1,4 @@
-"""The benchmarks run, and docs/benchmarks.md is what their records say."""
+"""The benchmarks run, and docs/benchmarks.md matches their records."""
 
 import sys
 

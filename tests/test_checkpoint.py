@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not used."""
+"""Checkpoints are intact, or they are not used."""
 
 import json
 import random

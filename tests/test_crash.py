@@ -1,4 +1,4 @@
-"""The benchmark that kills training: a kill in each of its kinds."""
+"""The benchmark that kills training: one kill of one process and of two."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""The page, used in a real browser where there is one."""
+"""The demo page, in a real browser if one is installed."""
 
 import json
 import os

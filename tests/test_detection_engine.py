@@ -1,4 +1,4 @@
-"""Detectors in training and validation: what is the same for classifiers is tested there."""
+"""Training and validation of detectors; what classifiers share is tested with them."""
 
 import json
 import logging
@@ -186,8 +186,9 @@ def test_starts_from_a_classifier(folder, recipe, tmp_path, caplog):
         str(tmp_path / 'classifier.safetensors'),
     ]
     args = parse_args(create_detection_parser(), argv)
-    model = build(args, World(torch.device('cpu'))).model
-    assert args.backbone_norm == 'frozen'
+    made = build(args, World(torch.device('cpu')))
+    model = made.model
+    assert (made.args.backbone_norm, args.backbone_norm) == ('frozen', None)
     assert model.backbone.body.layer4[0].conv1.weight.eq(0.25).all()
     assert not model.backbone.body.layer1[0].conv1.weight.requires_grad
     save_file({'a': torch.zeros(1)}, tmp_path / 'other.safetensors')

@@ -1,4 +1,4 @@
-"""Two processes, by torchrun."""
+"""Training and validation in two processes, by torchrun."""
 
 import csv
 import os

@@ -68,12 +68,13 @@ def test_checkpoint_loads_through_timm(folder):
         assert model(image[None]).argmax().item() == 7
 
 
-def test_options(tmp_path):
+def test_options(images, tmp_path):
     """Averaged weights, mixup, clipping, half precision, channels last and model arguments, in one short run."""
     args = ['--model-ema', '--model-ema-decay', 0.9, '--mixup', 0.2, '--clip-grad', 1.0, '--amp', '--amp-dtype',
             'bfloat16', '--channels-last', '--grad-checkpointing', '--gp', 'max', '--aa', 'rand-m5', '--drop-path', 0.1,
             '--model-kwargs', "depla={'bfn': 'adaptive', 'temperature': 0.5}"]  # fmt: skip
-    run('train.py', '--recipe', 'digits', *FAST, *args, '--output', tmp_path, '--experiment', 'run')
+    args += ['--batch-size', 2, '--output', tmp_path, '--experiment', 'run']
+    run('train.py', images, '--recipe', 'digits', *FAST, *args)
     model = timm.create_model(f'local-dir:{tmp_path / "run/best"}', pretrained=True)
     assert hasattr(model.layer3[1].depla.bfn, 'query')
     assert model.layer3[1].depla.rpn.temperature == 0.5
@@ -81,10 +82,10 @@ def test_options(tmp_path):
     assert 'top-1' in run('validate.py', tmp_path / 'run').stderr
 
 
-def test_initial_checkpoint_of_the_trunk(tmp_path):
+def test_initial_checkpoint_of_the_trunk(images, tmp_path):
     torch.manual_seed(0)
     torch.save(timm.create_model('resnet18', num_classes=1000).state_dict(), tmp_path / 'resnet18.pth')
-    result = run('train.py', digits_folder(), '--model', 'resnet18_depla', *FAST, '--output', tmp_path,
+    result = run('train.py', images, '--model', 'resnet18_depla', *FAST, '--batch-size', 2, '--output', tmp_path,
                  '--model-kwargs', "depla={'keep_candidate': True}",
                  '--initial-checkpoint', tmp_path / 'resnet18.pth')  # fmt: skip
     assert re.search(r'resnet18.pth: 120 tensors loaded, \d+ of DEPLA new, head left as it was', result.stderr)

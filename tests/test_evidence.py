@@ -1,4 +1,4 @@
-"""The study of docs/evidence.md: its data, its networks, its statistics, and that a run gives its number again."""
+"""The study of docs/evidence.md: its data, networks and statistics, and the reproduction of a run's number."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""FishNet against the published network, and what timm asks of a model; with and without DEPLA."""
+"""FishNet, with and without DEPLA, against the published network and timm's requirements of a model."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Publishing and pulling, against a server of the Hub's protocol: no function of huggingface_hub is replaced."""
+"""Publishing and pulling, against a server of the Hub's protocol; huggingface_hub is not mocked."""
 
 import json
 import pickle
@@ -25,6 +25,7 @@ from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection import train as detection
 from timm_depla.engine.detection.flags import create_detection_parser
 from timm_depla.engine.errors import ConfigError
+from timm_depla.files import SUMS, find_change
 
 WEIGHTS = sorted(path for path in (ROOT / 'hub' / 'weights').iterdir())
 SCRIPT = """
@@ -213,7 +214,10 @@ def test_card(name, published):
         half = 0.5 * 10 ** -len(number.partition('.')[2])
         value = float(number.replace(',', ''))
         assert any(abs(float(k) / scale - value) <= half * 1.001 for k in known for scale in (1, 1e6)), number
-    assert f"'local-dir:{folder}'" in card.text or f"'{folder}'" in card.text
+    assert f"'local-dir:{name}'" in card.text or f"'{name}'" in card.text
+    assert not any(str(folder.parent) in (folder / name).read_text(errors='replace') for name in FILES)
+    assert set(json.loads((folder / SUMS).read_text())) == set(FILES) - {SUMS, 'README.md'}
+    assert find_change(folder) is None
 
 
 def test_the_better_of_average_and_plain_weights(runs, published):
@@ -238,7 +242,7 @@ def test_dry_run_sends_nothing(runs, tmp_path):
             runs / 'classifier', tmp_path / 'out', '--push', 'user/name', '--dry-run', HF_ENDPOINT=hub.url
         )
         assert "would be sent to 'user/name'" in result.stdout
-        assert [line.split()[0] for line in result.stdout.splitlines()[:5]] == list(FILES)
+        assert [line.split()[0] for line in result.stdout.splitlines()[:6]] == list(FILES)
         assert hub.requests == []
 
 

@@ -1,4 +1,4 @@
-"""DEPLA around blocks of timm's networks: nothing changes before training, and what timm does with a model works."""
+"""DEPLA around blocks of timm's networks: outputs are unchanged before training, and timm's functions work."""
 
 import pytest
 import timm

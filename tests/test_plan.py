@@ -1,4 +1,4 @@
-"""The paper's strategies, as planned."""
+"""Plans of the paper's training strategies."""
 
 import math
 

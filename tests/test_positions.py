@@ -1,4 +1,4 @@
-"""Random numbers follow from the position alone."""
+"""Random numbers depend on the position alone."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Every registered RegNet: where DEPLA stands in it, and what timm asks of a model."""
+"""Every registered RegNet: the positions of DEPLA, and timm's requirements of a model."""
 
 import copy
 

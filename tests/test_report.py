@@ -1,4 +1,4 @@
-"""What a run tells."""
+"""Reports of a run."""
 
 import csv
 import queue

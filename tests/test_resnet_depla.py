@@ -1,4 +1,4 @@
-"""Every registered ResNet: what timm asks of a model, and where DEPLA stands in it."""
+"""Every registered ResNet: timm's requirements of a model, and the positions of DEPLA."""
 
 import copy
 

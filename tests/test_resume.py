@@ -1,4 +1,4 @@
-"""Interrupted training ends bit for bit like training that was not."""
+"""Interrupted training ends bit for bit like uninterrupted training."""
 
 import csv
 import math

@@ -1,4 +1,4 @@
-"""Seeding a DEPLA model with the weights of the network that it was built on."""
+"""Loading a plain network's weights into the DEPLA model that is built on it."""
 
 import pytest
 import timm

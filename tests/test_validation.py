@@ -1,4 +1,4 @@
-"""validate.py: what it takes, and its table."""
+"""validate.py: its arguments, and its table of results."""
 
 import csv
 import json

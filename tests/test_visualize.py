@@ -1,4 +1,4 @@
-"""What is captured is what ran, and looking changes nothing."""
+"""Captured tensors are those of the forward pass, and capturing changes nothing."""
 
 import re
 import sys

@@ -1,9 +1,8 @@
 """Run timm's own tests/test_models.py, unchanged, on our models: `python tests/timm_suite.py 1.0.29 1.0.31`.
 
-For each version, timm and its source distribution are fetched with pip into a temporary folder. As a pytest plugin,
-this file adds our models to the tests that pick theirs by the names of timm's own files, and `host_depla` with two more
-hosts; the runner checks that every test that runs on resnet50 runs on each of ours too, so that none is left out in
-silence.
+pip downloads each version of timm and its source distribution into a temporary folder. As a pytest plugin, this file
+adds our models, and `host_depla` with two more hosts, to the tests that select models by timm's file names. The runner
+checks that every test that runs on resnet50 also runs on each of our models, so that none is skipped in silence.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """A page to look into DEPLA with, on this machine: `python -m timm_depla.demo`.
 
-Upload or draw an image, see the prediction, and what each group of a block detects and where it is put, at any
-temperature. Without --model it has the networks of `hub/weights`, which know digits.
+Upload or draw an image; the page shows the prediction, and the ROI map and heatmap of each group of a block at any
+temperature. Without --model, it offers the digit classifiers of `hub/weights`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ WEIGHTS = Path(__file__).parent.parent / 'hub' / 'weights'
 MAX_BYTES = 20 * 2**20  # of an upload
 MAX_PIXELS = 2**24
 _LOCK = threading.Lock()  # a model's temperature is set for one visitor at a time
-_FONTS = ['system-ui', 'sans-serif']  # of the visitor's machine: nothing is fetched
+_FONTS = ['system-ui', 'sans-serif']  # of the visitor's machine: nothing is downloaded
 _ASK = 'Upload, pick or draw an image.'
 _HEADING = """# What DEPLA sees
 
@@ -41,7 +41,7 @@ _CSS = 'footer {display: none !important} #picture img {width: 100%; height: 100
 
 @contextmanager
 def temperature_set(model: nn.Module, temperature: float) -> Iterator[None]:
-    """Within it all DEPLA blocks have this temperature."""
+    """Context manager that sets the temperature of all DEPLA blocks."""
     blocks = find_blocks(model).values()
     before = [block.rpn.temperature for block in blocks]
     try:
@@ -89,7 +89,7 @@ def overlay(image: Tensor, values: Tensor) -> np.ndarray:
 
 
 def describe(block: BlockCapture, group: int) -> str:
-    """The numbers of a group."""
+    """Text with the measures of a group."""
     found = {key: value[0] for key, value in measure(block).items()}
     rank = int((found['strength'] > found['strength'][group]).sum()) + 1
     entropy, coverage, strength = (found[key][group] for key in ('entropy', 'coverage', 'strength'))
@@ -100,7 +100,7 @@ def describe(block: BlockCapture, group: int) -> str:
 
 
 def pixels_of(drawing: Optional[Dict[str, Any]]) -> Optional[Tensor]:
-    """A drawing as the data set has its digits, white on black, its box 8 x 8 pixels; None if nothing is drawn.
+    """Convert a drawing to the data set's format, white on black, its box 8 x 8 pixels; None if nothing is drawn.
 
     Returns:
         uint8 (3, 8, 8).
@@ -120,10 +120,10 @@ def pixels_of(drawing: Optional[Dict[str, Any]]) -> Optional[Tensor]:
 
 @lru_cache(maxsize=4)
 def open_model(target: str) -> nn.Module:
-    """A classifier with DEPLA, kept.
+    """Load a classifier with DEPLA, and cache it.
 
     Raises:
-        ConfigError: If it does not load, or is no classifier, or has no DEPLA block.
+        ConfigError: If it does not load, is no classifier, or has no DEPLA block.
     """
     model = load_any(target)
     if not hasattr(model, 'pretrained_cfg'):
@@ -136,7 +136,7 @@ def open_model(target: str) -> nn.Module:
 
 
 def examples() -> List[str]:
-    """Files of digits, one of each class, where they can be made."""
+    """Files of digits, one of each class; empty if the digits cannot be written."""
     try:
         folder = digits_folder() / 'validation'
     except (ModuleNotFoundError, OSError, RuntimeError):
@@ -145,10 +145,10 @@ def examples() -> List[str]:
 
 
 def check_upload(path: str, shown: Sequence[str]) -> Path:
-    """The file of a request: one that was uploaded to this page, or of the examples that it shows.
+    """Return the file of a request if it was uploaded to this page or is one of its examples.
 
     Raises:
-        ConfigError: If it is any other, whether there is one or not, or too large.
+        ConfigError: If it is any other file, whether it exists or not, or too large.
     """
     from gradio.utils import get_upload_folder
 
@@ -175,7 +175,7 @@ def read_upload(path: str, shown: Sequence[str]) -> Tensor:
 
 
 def guard(component: Any) -> None:
-    """Have a component of gradio open uploads alone: a request can name any file of this machine."""
+    """Make a gradio component open only uploads, since a request can name any file of this machine."""
     import gradio as gr
 
     preprocess = component.preprocess
@@ -202,17 +202,17 @@ def answer(
     temperature: float,
     shown: Sequence[str] = (),
 ) -> Tuple[Any, Any, Any, str]:
-    """Prediction, ROI map, heatmap and measures for what the controls of the page say.
+    """Prediction, ROI map, heatmap and measures for the values of the page's controls.
 
     Args:
         target: What `open_model` takes.
         image: The path of an upload, if any.
         drawing: The sketch pad's value.
-        source: Which of the two counts: 'image' or 'drawing'.
-        block: The block to look into; the last one where the model has no such.
-        group: The group of channels.
-        temperature: T of the block's softmax.
-        shown: Paths that the page itself offers.
+        source: Which of the two to use: 'image' or 'drawing'.
+        block: The name of the block; the last block if the model has none of this name.
+        group: The index of the ROI group.
+        temperature: T of all blocks.
+        shown: Paths of the page's examples.
 
     Raises:
         ConfigError: If the image is no upload, or cannot be read.
@@ -227,12 +227,12 @@ def answer(
 
 
 def create_inputs(files: List[str]) -> Tuple[Any, Any]:
-    """The tabs in which an image is uploaded, or picked from `files`, and drawn; returns the two components."""
+    """Create the tabs to upload an image, or pick one of `files`, and to draw; returns the two components."""
     import gradio as gr
 
     with gr.Tab('Image'):
         image = gr.Image(type='filepath', sources=['upload', 'clipboard'], label='Image', height=240, elem_id='picture')
-        # gr.Image would open the file and fail in terms of its own: take its path, and open it here
+        # gr.Image would open the file and raise its own errors: take the path, and open it in `read_upload`
         image.preprocess = lambda payload: None if payload is None else payload.path
         if files:
             gr.Examples(files, image, label='Digits that it was not trained on')
@@ -308,7 +308,7 @@ def main() -> None:
 
 
 def find_models(targets: List[str]) -> Dict[str, str]:
-    """What the page offers, by name: the targets, or the shipped weights.
+    """The models of the page, by name: the targets, or the shipped weights.
 
     Raises:
         ConfigError: If there are none, or one does not load.

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, Iterable, Optional
+from typing import Any, Dict, Iterable, Optional, Sequence
 
 import numpy as np
 import safetensors.torch
@@ -29,12 +29,19 @@ def list_sums(files: Dict[str, bytes]) -> bytes:
     return (json.dumps(sums, indent=2) + '\n').encode()
 
 
-def find_change(folder: Path) -> Optional[str]:
-    """Describe the first file that differs from the folder's checksums.json; None without one or a difference."""
+def find_change(folder: Path, names: Sequence[str] = ()) -> Optional[str]:
+    """Describe the first file that differs from the folder's checksums.json; None without one or a difference.
+
+    Args:
+        folder: The folder.
+        names: The files to check; all that are listed if empty.
+    """
     if not (folder / SUMS).exists():
         return None
     try:
         for name, expected in read_mapping(folder / SUMS).items():
+            if names and name not in names:
+                continue
             data = _read(folder / name)
             if len(data) != expected['bytes']:
                 return f'{name} has {len(data)} bytes, not {expected["bytes"]}'

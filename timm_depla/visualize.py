@@ -28,22 +28,22 @@ from timm_depla.layers.depla import match_size
 
 __all__ = ['BlockCapture', 'capture', 'capturing', 'draw_block', 'measure', 'strength', 'summarize']
 
-UNIFORM = 0.99  # entropy above which a group's maps tell nothing
-PLACED = 1.5  # times uniform, strongest position from which on a map points somewhere
-DEAD = 0.01  # of the strongest group's strength, below which a group does nothing
+UNIFORM = 0.99  # a group of higher entropy counts as uniform
+PLACED = 1.5  # times uniform: a group whose peak is at least this places
+DEAD = 0.01  # of the strongest group's strength: a weaker group counts as dead
 _MIN_SIDE = 8  # pixels
 _SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.webp'}
 
 
 @dataclass
 class BlockCapture:
-    """What went through a DEPLA block, without gradients, on the model's device.
+    """Tensors of a DEPLA block's forward pass, without gradients, on the model's device.
 
     Attributes:
         identity: X (B, C1, H, W), or smaller if the candidate is the larger map.
         candidate: Y (B, C2, h, w).
         maps: ROI maps M (B, L, D, H, W), each a distribution over its positions.
-        features: What each group puts back, (B, L, C1): pooled, transformed and projected, before the norm.
+        features: Back-filled vector of each group, (B, L, C1): pooled, transformed and projected, before the norm.
         heatmaps: Back-filling heatmaps B (B, L, H, W), each a distribution over its positions.
         output: (B, C1, H, W).
     """
@@ -60,7 +60,7 @@ def find_blocks(model: nn.Module) -> Dict[str, Depla]:
     """The DEPLA blocks of a model by their module names.
 
     Raises:
-        ValueError: If it has none, or is compiled or scripted, so that hooks would change or miss what runs.
+        ValueError: If it has none, or is compiled or scripted: hooks would change or miss what runs.
     """
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -75,9 +75,9 @@ def find_blocks(model: nn.Module) -> Dict[str, Depla]:
 
 @contextmanager
 def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
-    """Within it, each call of the model fills the dictionary that it gives, by the blocks' module names.
+    """Context manager whose dictionary each call of the model fills, by the blocks' module names.
 
-    Hooks read what passes and change nothing; they are removed at the end, also after an error.
+    Its hooks change no result; they are removed at the end, also after an error.
 
     Raises:
         ValueError: If the model has no DEPLA block, or is compiled or scripted.
@@ -97,7 +97,7 @@ def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
         def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
             parts, size = seen[name], output.shape[2:]
             found[name] = BlockCapture(
-                identity=inputs[0].detach().clone(),  # an activation in place may follow
+                identity=inputs[0].detach().clone(),  # an in-place activation may follow
                 candidate=inputs[1].detach().clone(),
                 maps=parts['maps'].detach().unflatten(3, size),
                 features=parts['features'].detach(),
@@ -120,15 +120,15 @@ def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
 
 
 def capture(model: nn.Module, images: Union[Tensor, List[Tensor]]) -> Dict[str, BlockCapture]:
-    """Run a model in evaluation mode and return what went through its DEPLA blocks, by their module names.
+    """Run a model in evaluation mode and return the tensors of its DEPLA blocks, by their module names.
 
     Example:
         blocks = capture(model, images)
         blocks['layer3.5.depla'].maps  # (B, L, D, H, W)
 
     Args:
-        model: A classifier, backbone or detector; its mode is what it was afterwards.
-        images: What it takes: (B, C, H, W), or a list of (C, H, W) for a detector.
+        model: A classifier, backbone or detector; its mode is restored afterwards.
+        images: Its input: (B, C, H, W), or a list of (C, H, W) for a detector.
 
     Raises:
         ValueError: If the model has no DEPLA block, or is compiled or scripted.
@@ -145,7 +145,7 @@ def capture(model: nn.Module, images: Union[Tensor, List[Tensor]]) -> Dict[str, 
 
 
 def strength(block: BlockCapture) -> Tensor:
-    """How much each group changes the output, (B, L): what it puts back times how unevenly it puts it."""
+    """How much each group changes the output, (B, L): norm of its vector times the contrast of its heatmap."""
     heatmaps = block.heatmaps.flatten(2)
     contrast = (heatmaps * heatmaps.shape[-1]).std(dim=2)  # (B, L)
     return block.features.norm(dim=2) * contrast
@@ -157,7 +157,7 @@ def measure(block: BlockCapture) -> Dict[str, Tensor]:
     Returns:
         `entropy` of its ROI maps, their mean over D, from 0 (one position) to 1 (uniform); `coverage`, the share of
         positions where the mean of its maps is above the uniform one; `map_peak` and `heatmap_peak`, the strongest
-        position of its ROI maps (their mean over D) and of its heatmap, 1 where uniform; `strength`, as the function.
+        position of its ROI maps (their mean over D) and of its heatmap, 1 if uniform; `strength`, see the function.
     """
     maps = block.maps.flatten(3).double()  # (B, L, D, N)
     count = maps.shape[-1]
@@ -173,16 +173,16 @@ def measure(block: BlockCapture) -> Dict[str, Tensor]:
 
 
 def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: int = 5) -> Any:
-    """A figure of one image in one block: features, the strongest groups' ROI maps, and where they are put.
+    """Draw one image in one block: features, and ROI maps and heatmaps of the strongest groups.
 
     Args:
         image: (3, H, W) from 0 to 1.
-        block: Of one image.
-        title: Above the figure.
+        block: Capture of this image.
+        title: Title of the figure.
         num_groups: Groups to show, the strongest first.
 
     Returns:
-        A figure of matplotlib, without a window.
+        A matplotlib figure, without a window.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -227,7 +227,7 @@ def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: 
 
 
 def load_any(target: str) -> nn.Module:
-    """A classifier or a detector: a run, a checkpoint, a published folder, or a model with pretrained weights.
+    """Load a classifier or detector from a run, checkpoint or published folder, or a model with pretrained weights.
 
     Raises:
         ConfigError: If it does not load.
@@ -242,7 +242,7 @@ def load_any(target: str) -> nn.Module:
 
 
 def prepare(model: nn.Module, pixels: Tensor, name: str = 'the image') -> Tuple[Tensor, Any]:
-    """An image, uint8 (3, H, W), as it is shown, (3, H, W) from 0 to 1, and as the model takes it.
+    """Convert an image, uint8 (3, H, W), to the one to show, (3, H, W) from 0 to 1, and to the model's input.
 
     Raises:
         ConfigError: If it is too small.
@@ -260,7 +260,7 @@ def prepare(model: nn.Module, pixels: Tensor, name: str = 'the image') -> Tuple[
 
 
 def read_pixels(file: Path) -> Tensor:
-    """An image file as uint8 (3, H, W).
+    """Read an image file as uint8 (3, H, W).
 
     Raises:
         ConfigError: If it is no image.
@@ -272,7 +272,7 @@ def read_pixels(file: Path) -> Tensor:
 
 
 def read_input(model: nn.Module, file: Path) -> Tuple[Tensor, Any]:
-    """As `prepare`, of an image file.
+    """Read an image file and `prepare` it.
 
     Raises:
         ConfigError: If it is no image, or too small.
@@ -281,10 +281,10 @@ def read_input(model: nn.Module, file: Path) -> Tuple[Tensor, Any]:
 
 
 def pick_block(blocks: Dict[str, Any], name: str) -> str:
-    """The block of this name, the last one if empty.
+    """Check the name of a block and return it; the name of the last block if empty.
 
     Raises:
-        ConfigError: If there is none, with those there are.
+        ConfigError: If there is no such block; the message lists all.
     """
     if name and name not in blocks:
         raise ConfigError(f"no block '{name}'; there are {', '.join(blocks)}")
@@ -333,10 +333,10 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """What the command does.
+    """Run the command.
 
     Raises:
-        ConfigError: If the model, the image or the block is not to be had.
+        ConfigError: If the model or the image does not load, or there is no such block.
     """
     model = load_any(args.model)
     try:

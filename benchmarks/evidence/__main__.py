@@ -35,7 +35,7 @@ def main() -> None:
         if is_classifier and rate is None:
             parser.error(f"no learning rate is chosen yet for '{args.arm}': give --lr")
         torch.set_num_threads(1)
-        torch.set_flush_denormal(True)  # sharp maps have gradients that a processor is slow with
+        torch.set_flush_denormal(True)  # sharp maps have denormal gradients, which are slow
         for key, values in study.train((args.arm, args.seed, rate))['results'].items():
             print(key, values[-1])
     else:

@@ -1,4 +1,4 @@
-"""The networks that are compared: each is a model of timm and its arguments, or a detector and its."""
+"""The networks that are compared: timm models or detectors, with their arguments."""
 
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional
@@ -29,8 +29,8 @@ class Arm:
         kwargs: Its arguments.
         base: The arm that it is compared with; a base is compared with itself.
         task: 'classification' or 'detection'.
-        epochs: How long it trains; as long as its recipe says when None.
-        rate_of: The arm whose learning rate it takes, if it is not tuned itself.
+        epochs: Training epochs; those of the recipe if None.
+        rate_of: The arm whose learning rate it uses, if it is not tuned itself.
     """
 
     label: str
@@ -43,7 +43,7 @@ class Arm:
 
 
 class PooledBottleneck(nn.Module):
-    """Adds to a map (B, C, H, W) what a bottleneck of two 1x1 convolutions makes of its average over the positions."""
+    """Adds to a map (B, C, H, W) the output of a bottleneck of two 1x1 convolutions for its global average."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
@@ -75,7 +75,7 @@ def narrow_resnet_depla(pretrained: bool = False, **kwargs: Any) -> ResNet:
 
 @register_model
 def narrow_resnet_pooled(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """The control: where the base has DEPLA, a sum with as many more parameters, to one in a hundred."""
+    """The control: in place of DEPLA, a sum with as many additional parameters, within 1%."""
     model = narrow_resnet(**kwargs)
     for block, like in zip(model.layer3, narrow_resnet_depla(**{**kwargs, 'device': 'meta'}).layer3, strict=True):
         if hasattr(like, 'depla'):
@@ -86,7 +86,7 @@ def narrow_resnet_pooled(pretrained: bool = False, **kwargs: Any) -> ResNet:
 
 
 def _narrow_fishnet(name: str, kwargs: Dict[str, Any]) -> FishNet:
-    """The tiny FishNet, without the max-pooling of its stem too."""
+    """The tiny FishNet, also without the max-pooling of its stem."""
     model = create_model(name, **kwargs)
     model.pool = nn.Identity()
     return model

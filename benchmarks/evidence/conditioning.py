@@ -1,4 +1,4 @@
-"""Does DEPLA train at its host's learning rate? The block as it is beside its first version, which had one norm."""
+"""Does DEPLA train at its host's learning rate? The block against its first version, which had one norm."""
 
 import json
 import statistics
@@ -16,7 +16,7 @@ HOSTS = ('base', 'fishnet')
 
 
 def _mean(arm: str, rate: float, is_first: bool) -> Optional[str]:
-    """Mean top-1 over the seeds, and each; None without runs."""
+    """Mean top-1 over the seeds, and the top-1 of each; None without runs."""
     found = [study.load((arm, seed, rate), FIRST if is_first else study.RECORDS) for seed in SEEDS]
     tops = [run['results']['eval_top1'][-1] for run in found if run]
     return f'{statistics.mean(tops):.2f} ({" ".join(f"{top:.2f}" for top in tops)})' if tops else None
@@ -34,7 +34,7 @@ def conditioning() -> str:
 
 
 def search() -> str:
-    """The runs that the block was chosen by; what was not chosen is no longer in the code."""
+    """The runs by which the form of the block was chosen; rejected forms are no longer in the code."""
     lines = Path(__file__).with_name('search.jsonl').read_text().splitlines()
     rows = []
     for run in map(json.loads, lines):

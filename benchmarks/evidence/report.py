@@ -21,7 +21,7 @@ TOP1 = 'eval_top1'
 LOSS = 'train_loss'
 DETECTION = ('AP', 'AP50', 'AP_S', 'AP_M', 'AP_L')
 
-# What the paper claims or a reader would ask, as a difference of two arms in a metric, and the paper's own rows of it.
+# Claims of the paper or questions of a reader, as a difference of two arms in a metric, and the paper's rows for it.
 _STANDARD, _FPN, _COCO = 'imagenet_standard_training', 'fpn_temperature', 'coco_backbones'
 CLAIMS = (
     ('DEPLA is better than the base', 'depla', 'base', TOP1, (_STANDARD, 'resnet50_depla', 'resnet50', 'top1')),
@@ -70,14 +70,14 @@ def _half_width(test: Any) -> float:
 
 
 def final(arm: str, metric: str) -> Optional[List[float]]:
-    """A metric at the end of each run that counts, in the order of the seeds; None until all are on record.
+    """A metric at the end of each final run, in the order of the seeds; None until all are on record.
 
     Accuracies and average precisions are in percent.
     """
     runs = [load(job) for job in final_jobs(arm)]
     if not runs or None in runs:
         return None
-    scale = 100 if '_AP' in metric else 1  # which is on record as a fraction
+    scale = 100 if '_AP' in metric else 1  # recorded as a fraction
     return [scale * run['results'][metric][-1] for run in runs]
 
 
@@ -87,9 +87,9 @@ def average(values: Sequence[float]) -> Tuple[float, float]:
 
 
 def difference(arm: str, other: str, metric: str) -> Optional[Tuple[float, float]]:
-    """Mean of an arm's metric less another's and half its 95% confidence interval.
+    """Mean of an arm's metric minus another's, and half its 95% confidence interval.
 
-    By Welch's t, the arms as independent samples: two networks share little of a seed but the order of the data.
+    By Welch's t test for independent samples: two networks with the same seed share little but the data order.
     """
     values, others = final(arm, metric), final(other, metric)
     if values is None or others is None:
@@ -149,7 +149,7 @@ def detection() -> str:
 
 
 def verdict(found: Optional[Tuple[float, float]]) -> str:
-    """Confirmed or refuted where the interval is on one side of zero."""
+    """'confirmed' or 'refuted' if the interval excludes zero, else 'undecided'; 'not run' without runs."""
     if found is None:
         return 'not run'
     mean, half = found
@@ -157,14 +157,14 @@ def verdict(found: Optional[Tuple[float, float]]) -> str:
 
 
 def _paper_difference(name: str, better: Sequence[Any], worse: Sequence[Any], column: str) -> float:
-    """What the paper prints for a row of one of its tables, less another row; rows by their first columns."""
+    """Difference of two rows of one of the paper's tables; rows are named by their first columns."""
     printed = json.loads(PAPER.read_text())[name]
     found = []
     for key in (better, worse):
         key = [key] if isinstance(key, str) else key
         row = next(row for row in printed['rows'] if row[: len(key)] == key)
         value = row[printed['columns'].index(column)]
-        found.append(value[0] if isinstance(value, list) else value)  # of AP and AP by size, the first
+        found.append(value[0] if isinstance(value, list) else value)  # AP, before AP by size
     return found[0] - found[1]
 
 
@@ -185,14 +185,14 @@ def claims() -> str:
 
 
 def plot() -> None:
-    """What each arm that has run gains over its base, with its interval: in top-1, or in AP of boxes over each base.
+    """Plot the gain of each finished arm over its base, with its interval: in top-1, or in box AP.
 
-    The bases of detection have a panel each, for their intervals are of different sizes.
+    Each base of detection has its own panel, since their intervals differ in size.
     """
     import matplotlib
     from matplotlib import pyplot as plt
 
-    matplotlib.rcParams.update({'svg.hashsalt': '', 'svg.fonttype': 'none'})  # the same file of the same records
+    matplotlib.rcParams.update({'svg.hashsalt': '', 'svg.fonttype': 'none'})  # same records, same file
     panels: Dict[str, Dict[str, Tuple[float, float]]] = {}
     for name, arm in ARMS.items():
         base = ARMS[arm.base].label
@@ -217,7 +217,7 @@ def plot() -> None:
 
 
 def write() -> None:
-    """Put each table between its marks in docs/evidence.md, where it has them, and draw the plot beside it."""
+    """Write each table between its markers in docs/evidence.md, if there are any, and draw the plot."""
     text = DOCS.read_text()
     for make in (conditioning, search, claims, classification, detection, tuning):
         start, end = f'<!-- {make.__name__} -->\n', '\n<!-- end -->'

@@ -23,10 +23,10 @@ from .arms import ARMS
 
 RECIPE = Path(__file__).with_name('scattered.yaml')
 RECORDS = Path(__file__).with_name('records.jsonl')  # a line a run
-# Learning rates of the classifiers, of which each arm takes its best.
+# Learning rates of the classifiers; each arm uses its best.
 RATES = (0.001, 0.003, 0.009, 0.027, 0.081, 0.243)
-FIRST_RATES = (1, 4)  # slice that every arm tries; it goes on beyond until the best is inside
-TUNING_SEED = 100  # to choose it by
+FIRST_RATES = (1, 4)  # slice that every arm tries; extended while the best is at its end
+TUNING_SEED = 100  # to choose the learning rate
 SEEDS = {'classification': (0, 1, 2, 3, 4), 'detection': (0, 1, 2)}
 
 Job = Tuple[str, int, Optional[float]]  # arm, seed, learning rate
@@ -69,14 +69,14 @@ def best_rate(arm: str) -> Optional[float]:
 
 
 def final_jobs(arm: str) -> List[Job]:
-    """The runs that count, of an arm whose learning rate is chosen."""
+    """The final runs of an arm; empty until its learning rate is chosen."""
     task = ARMS[arm].task
     rate = best_rate(arm) if task == 'classification' else None
     return [] if task == 'classification' and rate is None else [(arm, seed, rate) for seed in SEEDS[task]]
 
 
 def train(job: Job) -> Dict[str, Any]:
-    """Train an arm and record it; on how many threads, the caller says: the number decides how sums are rounded."""
+    """Train an arm and record it. The caller sets the number of threads, which changes the rounding of sums."""
     name, seed, rate = job
     arm = ARMS[name]
     flags = ['--model', arm.model, '--seed', str(seed), '--device', 'cpu', '--workers', '0']
@@ -105,7 +105,7 @@ def train(job: Job) -> Dict[str, Any]:
 
 
 def _run(job: Job) -> None:
-    """Train in a process of its own, unless there is a record; what it says goes nowhere unless it fails."""
+    """Train in a new process, unless there is a record; its output is shown only if it fails."""
     arm, seed, rate = job
     if load(job) is not None:
         return
@@ -122,7 +122,7 @@ def _run(job: Job) -> None:
 
 
 def run(arms: Iterable[str], jobs: int) -> None:
-    """Train arms, so many networks at a time: the classifiers' tuning runs first, then the runs that count."""
+    """Train arms, `jobs` networks at a time: first the classifiers' tuning runs, then the final runs."""
     arms = list(arms)
     tuned = dict.fromkeys(ARMS[arm].rate_of or arm for arm in arms if ARMS[arm].task == 'classification')
     with ThreadPoolExecutor(jobs) as pool:

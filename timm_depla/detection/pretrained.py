@@ -16,12 +16,8 @@ from .rcnn import create_detector
 __all__ = ['detector_config', 'from_pretrained', 'is_detector']
 
 _LIBRARY = 'timm_depla'
-FETCHING = {
-    'cache_dir',
-    'checkpoint_path',
-    'weights',
-    'weights_backbone',
-}  # arguments that load files, as pretrained* do
+_FILES = ('config.json', 'model.safetensors')
+FETCHING = {'cache_dir', 'checkpoint_path', 'weights', 'weights_backbone'}  # arguments that load, as pretrained* do
 _KEYS = {'architecture', 'num_classes', 'model_args', 'class_names', 'category_ids'}
 
 
@@ -45,8 +41,7 @@ def _pull(source: str) -> Path:
     """Download a Hub repository's config, weights and checksums, but no pickles; return the cached folder."""
     repository, _, revision = source.removeprefix('hf-hub:').partition('@')
     try:
-        files = ['config.json', 'model.safetensors', SUMS]
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*_FILES, SUMS]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(f"cannot pull '{source}': {error}") from error
 
@@ -100,12 +95,12 @@ def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
     folder = _pull(str(source)) if str(source).startswith('hf-hub:') else Path(source)
     if not (folder / 'config.json').is_file():
         folder = folder / 'best'
-    if change := find_change(folder):
-        raise ValueError(f"'{source}' is damaged: {change}")
     if not ((folder / 'config.json').is_file() and (folder / 'model.safetensors').is_file()):
         raise ValueError(
             f"'{source}' has no checkpoint: expected config.json and model.safetensors in it or in its folder best"
         )
+    if change := find_change(folder, _FILES):
+        raise ValueError(f"'{source}' is damaged: {change}")
     try:
         config, weights = read_mapping(folder / 'config.json'), read_tensors(folder / 'model.safetensors')
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Batches of a map-style data set from any position on, in worker processes that live as long as the run."""
+"""Batches of a map-style data set from any position on, loaded by persistent workers."""
 
 from argparse import Namespace
 from functools import partial
@@ -14,21 +14,21 @@ __all__ = ['ResumableLoader', 'loader_kwargs']
 
 
 def loader_kwargs(args: Namespace, world: World) -> Dict[str, Any]:
-    """What the arguments say of any `DataLoader`."""
+    """Keyword arguments of every `DataLoader`."""
     init = partial(shield_worker, world.busy)
     return dict(num_workers=args.workers, pin_memory=args.pin_mem, worker_init_fn=init)
 
 
 class ResumableLoader:
-    """The batches of an epoch from a step on, which `seek` sets; the next pass can be started early.
+    """Loader of an epoch's batches from the step set by `seek` on; `prepare` starts loading the next epoch early.
 
     Args:
         args: The run's arguments: `batch_size`, `seed`, `workers`, `pin_mem`.
         dataset: A map-style data set with its transform.
         sampler: Draws an epoch's indices; see `PositionedBatches`.
-        collate: Makes a batch of a list of samples; may draw.
+        collate: Collates a list of samples into a batch; may draw random numbers.
         world: The processes that share the samples.
-        mix_epochs: Epochs in which a `collate` that mixes does so; all when None.
+        mix_epochs: The first epochs, in which `collate` mixes; all if None.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ResumableLoader:
         self.batches.set_position(epoch, step)
 
     def prepare(self, epoch: int) -> None:
-        """Let the workers begin to load an epoch, while something else goes on."""
+        """Let the workers start to load an epoch in the background."""
         self.seek(epoch, 0)
         self._started = iter(self.loader)
 
@@ -70,7 +70,7 @@ class ResumableLoader:
         return iter(self.loader) if started is None else started
 
     def indices(self, epoch: int, step: int) -> List[int]:
-        """The samples of a batch."""
+        """The sample indices of a batch."""
         self.batches.set_position(epoch, step)
         return [index for _, _, index in next(iter(self.batches))]
 

@@ -1,9 +1,9 @@
-"""Checkpoints that survive: written whole or not at all, checked byte by byte, never replaced before the next is whole.
+"""Crash-safe checkpoints: written atomically, verified by checksums, never removed before the next one is complete.
 
-A run folder keeps them as `checkpoints/EPOCH-STEP`, the position where training goes on, each with the weights
-(`model.safetensors` and timm's `config.json`, so that timm itself loads the folder), the training state (`state.json`
-and `state.safetensors`), the metrics (`record.json`) and `checksums.json` over them all. `best` and `last` are links
-to two of them.
+They are the folders `checkpoints/EPOCH-STEP` of a run, named by the position where training resumes. Each has the
+weights (`model.safetensors` and timm's `config.json`, so that timm itself loads the folder), the training state
+(`state.json` and `state.safetensors`), the metrics (`record.json`) and `checksums.json` over them all. `best` and
+`last` are links to two of them.
 """
 
 import logging
@@ -44,7 +44,7 @@ _NAME = re.compile(r'(\d{4,})-(\d{6,})')
 
 
 def checkpoint_name(epoch: int, step: int) -> str:
-    """The folder's name."""
+    """Folder name of the checkpoint at this position."""
     return f'{epoch:04d}-{step:06d}'
 
 
@@ -61,7 +61,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _sync(folder: Path) -> None:
-    """Flush a folder's entries to the disk, where the system can."""
+    """Flush a folder's entries to the disk, on POSIX systems."""
     if os.name == 'posix':
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -71,7 +71,7 @@ def _sync(folder: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file atomically.
 
     Raises:
         TrainingError: If it cannot be written, as on a full disk.
@@ -81,7 +81,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_checkpoint(folder: Path, contents: Dict[str, bytes]) -> None:
-    """Write a folder of files whole or not at all; one that is there and whole already stays.
+    """Write a folder of files atomically; an intact one that exists already is kept.
 
     Raises:
         TrainingError: If it cannot be written.
@@ -107,7 +107,7 @@ def write_checkpoint(folder: Path, contents: Dict[str, bytes]) -> None:
 
 
 def find_damage(folder: Path) -> Optional[str]:
-    """Say what is wrong with a checkpoint, or None if every byte is as it was written, at this position."""
+    """Say what is wrong with a checkpoint; None if its checksums are right and its name is its position."""
     change = find_change(folder)
     if change is not None:
         return change
@@ -143,7 +143,7 @@ def list_checkpoints(run: Path) -> List[Path]:
 
 
 def set_aside(run: Path, epoch: int, step: int) -> Optional[Path]:
-    """Move a run's checkpoints after a position out of the way of a training that goes on otherwise; returns where to.
+    """Move a run's checkpoints after a position to a new folder, before a changed training resumes; return the folder.
 
     Raises:
         TrainingError: If they cannot be moved.
@@ -161,9 +161,10 @@ def set_aside(run: Path, epoch: int, step: int) -> Optional[Path]:
 
 
 def newest_checkpoint(run: Path, diverged: Optional[int] = None) -> Optional[Path]:
-    """The newest whole checkpoint of a run, if any; damaged ones are passed over with a warning.
+    """The newest intact checkpoint of a run, if any; damaged ones are skipped with a warning.
 
-    So are those from inside the epoch in which the loss was not finite, where that is given and there are older ones.
+    Checkpoints after the start of epoch `diverged`, in which the loss was not finite, are skipped if there are older
+    ones.
     """
     found = list_checkpoints(run)
     if diverged is not None:
@@ -178,7 +179,7 @@ def newest_checkpoint(run: Path, diverged: Optional[int] = None) -> Optional[Pat
 
 
 def link(path: Path, target: Path) -> None:
-    """Point a symbolic link at a sibling or a folder below one, at once.
+    """Atomically point a symbolic link at a sibling or a folder below one.
 
     Raises:
         TrainingError: If it cannot be made.
@@ -191,7 +192,7 @@ def link(path: Path, target: Path) -> None:
 
 
 def prune(run: Path, keep: Iterable[str]) -> None:
-    """Remove a run's checkpoints but the two newest and those named, and what an interrupted write left."""
+    """Remove a run's checkpoints except the two newest and those in `keep`, and the rest of an interrupted write."""
     kept = set(keep)
     for folder in list_checkpoints(run)[2:]:
         if folder.name not in kept:
@@ -212,7 +213,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def differences(run: Path, reference: Path) -> List[str]:
-    """What differs between the ends of two runs."""
+    """Names of what differs between the final states of two runs."""
     found = [str(folder) for folder in (run / 'last').resolve().parent.iterdir() if find_damage(folder)]
     for name in ('summary.csv', 'last/model.safetensors', 'best/model.safetensors'):
         if (run / name).read_bytes() != (reference / name).read_bytes():

@@ -1,4 +1,4 @@
-"""Command line and recipes: flags under timm's names, defaults from a recipe, the command line above both."""
+"""Command line and recipes: a recipe overrides the defaults, and the command line overrides the recipe."""
 
 import argparse
 import difflib
@@ -23,7 +23,7 @@ def closest(name: str, names: Sequence[str]) -> str:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An argument parser that answers a mistake with a ConfigError, and a flag that it lacks with the reason.
+    """Argument parser that raises ConfigError for mistakes, with the reason if a flag of timm is left out.
 
     Args:
         left_out: Reasons by flag, for flags that a user may expect.
@@ -49,7 +49,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 class KeyValues(ParseKwargs):
-    """timm's KEY=VALUE arguments; what is none is named."""
+    """timm's KEY=VALUE arguments, with an error message for malformed ones."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         try:
@@ -81,7 +81,7 @@ def list_recipes(folder: Path = RECIPES) -> List[str]:
 def load_recipe(name: str, folder: Path = RECIPES) -> Dict[str, Any]:
     """Read a recipe, a flat mapping of flags to values, by its name in a folder of the package or its file name.
 
-    Its key `base` names the recipe, of the package or beside it, whose values it changes.
+    Its key `base` names another recipe, in the package or in the same folder, whose values it overrides.
 
     Raises:
         ConfigError: If there is no such recipe, or it is no mapping.
@@ -105,18 +105,18 @@ def load_recipe(name: str, folder: Path = RECIPES) -> Dict[str, Any]:
 def parse_args(
     parser: FlagParser, argv: Optional[Sequence[str]] = None, default_recipe: Optional[str] = None
 ) -> argparse.Namespace:
-    """Parse a command line whose `--recipe` sets the defaults; unknown or mistyped keys of the recipe raise.
+    """Parse a command line whose `--recipe` sets the defaults.
 
-    A recipe is turned into flags and parsed ahead of the command line, so that its values are checked like the user's
-    and the user's win.
+    The recipe is turned into flags and parsed before the command line, so its values are checked like the user's, and
+    the user's take precedence.
 
     Args:
-        parser: The parser; without a `--recipe` option nothing but the command line is read.
+        parser: The parser; without a `--recipe` option, only the command line is read.
         argv: Arguments; those of the process when None.
         default_recipe: The recipe to use when none is named.
 
     Raises:
-        ConfigError: If the recipe does not exist or has a key that the parser has not.
+        ConfigError: If the recipe does not exist, or has an unknown key or an invalid value.
     """
     name = getattr(parser.parse_args(argv), 'recipe', None) or default_recipe
     if name is not None:

@@ -6,15 +6,15 @@ __all__ = ['ConfigError', 'DivergedError', 'TrainingError', 'UserError', 'requir
 
 
 class UserError(Exception):
-    """Something that its reader can mend: the message says what is wrong and the way out."""
+    """An error that the user can fix: the message says what is wrong and how to fix it."""
 
 
 class ConfigError(UserError, ValueError):
-    """A mistake in what was asked for."""
+    """An argument, or a file that it names, is invalid."""
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training, or writing what it made, cannot go on."""
+    """Training, or writing its output, cannot continue."""
 
 
 class DivergedError(TrainingError):
@@ -22,7 +22,7 @@ class DivergedError(TrainingError):
 
 
 def require(module: str, extra: str) -> None:
-    """Raise a ConfigError that says what to install if a module is not there.
+    """Raise a ConfigError that says what to install if a module is missing.
 
     Args:
         module: The module's name.

@@ -1,4 +1,4 @@
-"""Flags that scripts share: timm's, under timm's names and with timm's meaning, and a few of our own."""
+"""Flags that the scripts share: timm's, with timm's names and meanings, and a few of our own."""
 
 import argparse
 import os
@@ -30,9 +30,9 @@ OWN_FLAGS = {
 
 
 def group(parser: FlagParser, title: str) -> Callable[..., Any]:
-    """A group's `add_argument`; without a `type` it adds a switch, off, whose --no- form overrides a recipe.
+    """Create an argument group and return its `add_argument`, which skips the flags in `parser.left_out`.
 
-    Flags that the parser leaves out are not added.
+    Without a `type`, it adds a switch that is off by default and has a --no- form to override a recipe.
     """
     group = parser.add_argument_group(title)
 

@@ -1,4 +1,4 @@
-"""Models by name, and from what training left."""
+"""Models by name, or from runs and checkpoints."""
 
 import json
 import tempfile
@@ -26,7 +26,7 @@ DATA = (
     'target_key',
     'input_img_mode',
     'in_chans',
-)  # arguments that tell the data
+)  # arguments that identify the data
 _SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # timm's prefixes of a model's name
 
 
@@ -43,7 +43,7 @@ def model_config(model: nn.Module, model_args: Dict[str, Any], label_names: Sequ
         labels = dict(label_names=list(label_names)) if label_names else None
         save_config_for_hf(model, path, model_config=labels, model_args=model_args)
         config = json.loads(path.read_text())
-    config.get('model_args', {}).pop('num_classes', None)  # it stands above them, and transformers wants it there alone
+    config.get('model_args', {}).pop('num_classes', None)  # a top-level key already; transformers wants it only there
     return (json.dumps(config, indent=2) + '\n').encode()
 
 
@@ -101,7 +101,7 @@ def load_weights(model: nn.Module, path: str, heads: Optional[Sequence[str]] = N
     Args:
         model: The model.
         path: The file.
-        heads: The modules that may be of another number of classes, the classifier by default.
+        heads: The modules that may have another number of classes; the classifier by default.
 
     Raises:
         ConfigError: If the file is missing, no checkpoint, or one of another architecture.
@@ -113,7 +113,7 @@ def load_weights(model: nn.Module, path: str, heads: Optional[Sequence[str]] = N
 
 
 def run_arguments(target: str) -> Dict[str, Any]:
-    """The arguments of the run that a target is, or that a checkpoint or its file is of; none for other targets.
+    """The arguments of the run that a run folder, checkpoint or weights file belongs to; empty for other targets.
 
     Raises:
         ConfigError: If its args.yaml cannot be read.
@@ -130,12 +130,12 @@ def run_arguments(target: str) -> Dict[str, Any]:
 
 
 def trained_data(target: str) -> Dict[str, str]:
-    """The data of the target's run, as arguments; none for other targets.
+    """The data of the target's run, as arguments; empty for other targets.
 
-    A run can come from anybody: who shares one cannot choose what is fetched, so this is a local folder or nothing.
+    A run can come from an untrusted source, so its data must be a local folder: nothing is downloaded.
 
     Raises:
-        ConfigError: If the run had other data, or its folder is not here.
+        ConfigError: If the run's data is no local folder, or the folder does not exist.
     """
     found = run_arguments(target)
     found = {key: found[key] for key in DATA if found.get(key)}

@@ -1,4 +1,4 @@
-"""What a training run is going to do, in words."""
+"""The plan of a training run as text, and the cost of networks."""
 
 import copy
 import textwrap
@@ -14,16 +14,16 @@ __all__ = ['count_cost', 'count_macs', 'describe', 'learning_rates']
 
 
 def count_cost(model: nn.Module, size: Sequence[int]) -> Dict[str, int]:
-    """What a network costs for one image of this size (C, H, W), by the layers that it is made of.
+    """Cost of a network for one image of this size (C, H, W), with every layer counted.
 
     Returns:
-        `macs`, multiply-adds of convolutions and matrix products; `activations`, elements that convolutions and linear
-        layers put out; `parameters`.
+        `macs`, multiply-adds of convolutions and matrix products; `activations`, output elements of convolutions and
+        linear layers; `parameters`.
     """
     model = copy.deepcopy(model).to('meta').eval()
     sizes = []
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):  # hooks also have each layer run that could be folded away
+        if isinstance(module, (nn.Conv2d, nn.Linear)):  # the hooks also disable folding, so every layer runs
             module.register_forward_hook(lambda _, __, output: sizes.append(output.numel()))
     macs = count_macs(model, size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -33,7 +33,7 @@ def count_cost(model: nn.Module, size: Sequence[int]) -> Dict[str, int]:
 def count_macs(model: nn.Module, size: Sequence[int]) -> int:
     """Multiply-adds of the convolutions and matrix products that run for one image of this size (C, H, W).
 
-    The model is on the meta device and in evaluation mode.
+    The model must be on the meta device and in evaluation mode.
     """
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -42,7 +42,7 @@ def count_macs(model: nn.Module, size: Sequence[int]) -> int:
 
 
 def learning_rates(args: Namespace, updates_per_epoch: int, epochs: Sequence[float]) -> List[float]:
-    """The learning rate at these epochs, before the update there."""
+    """The learning rate of the next update at each of these epochs, which may be fractional."""
     optimizer = torch.optim.SGD([torch.zeros(())], lr=args.lr)
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
     rates = []

@@ -1,4 +1,4 @@
-"""Types of flags that are numbers: what is out of range is refused where it is read."""
+"""Types of numeric flags: values out of range are refused when they are parsed."""
 
 import math
 from argparse import ArgumentTypeError
@@ -11,7 +11,7 @@ __all__ = [
 
 
 def _number(kind: type, says: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """A flag's type: a finite number for which `holds` is true; `says` tells in words what that is."""
+    """A flag's type: a finite number for which `holds` is true; `says` describes it in the error message."""
 
     def parse(text: str) -> float:
         try:

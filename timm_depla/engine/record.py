@@ -1,4 +1,4 @@
-"""Where a number comes from: the command, commit, versions and hardware that it was measured with."""
+"""Records of measurements: results with the command, commit, versions and hardware."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ __all__ = ['create_record']
 
 
 def _commit() -> str:
-    """The commit of the code, marked where the working tree differs from it; empty where it is no working tree."""
+    """The commit of the code, with '-modified' if the working tree differs; empty outside of a repository."""
 
     def git(*args: str) -> str:
         command = ['git', '-C', str(Path(__file__).parent.parent.parent), *args]
@@ -25,11 +25,11 @@ def _commit() -> str:
     return git('rev-parse', 'HEAD') + ('-modified' if git('status', '--porcelain', '-uno', '--', *written) else '')
 
 
-COMMIT = _commit()  # on import: the code that runs, whatever is committed meanwhile
+COMMIT = _commit()  # on import: later commits do not change the code that runs
 
 
 def _processor() -> str:
-    """The processor's name, as Linux tells it where it does."""
+    """The processor's name from /proc/cpuinfo, else the machine type."""
     cpuinfo = Path('/proc/cpuinfo')
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     return next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.machine())

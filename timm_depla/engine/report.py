@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or plain lines, curves.png, TensorBoard, Weights & Biases, unreadable images."""
+"""Reports of a run: progress bar or log lines, curves.png, TensorBoard, Weights & Biases, unreadable images."""
 
 import io
 import logging
@@ -26,13 +26,13 @@ _MAX_UNREADABLE = 0.01  # of the images
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that validation gives, the column eval_NAME of summary.csv.
+    """A metric of validation, the column eval_NAME of summary.csv.
 
     Attributes:
-        name: Its name, as `--eval-metric` has it; the lower the better for 'loss', else the higher.
+        name: Its name for `--eval-metric`; lower is better for 'loss', higher for all others.
         label: Its name in logs and curves.
         panel: The title of its curves.
-        digits: Decimals in the log, where it is left out if None.
+        digits: Decimals in the log; None leaves it out of the log.
     """
 
     name: str
@@ -55,10 +55,10 @@ def progress(description: str, unit: str, **kwargs: Any) -> tqdm:
 
 
 def check_results(path: str) -> None:
-    """Refuse a `--results-file` that could not be written once the work is done.
+    """Check that `--results-file` can be written, before the work is done.
 
     Raises:
-        ConfigError: If its folder is not there, or cannot be written to.
+        ConfigError: If its folder is missing or not writable.
     """
     try:
         if path:
@@ -83,7 +83,7 @@ class UnreadableImages:
     """Names and counts the images that were skipped.
 
     Args:
-        names: The queue of (file, cause), or None where the data does not tell.
+        names: The queue of (file, cause), or None if the data set reports none.
         num_images: Images of the split.
         split: Its name.
     """
@@ -117,13 +117,13 @@ class UnreadableImages:
 
 
 class Report:
-    """Tells how a run goes; silent but for warnings in all processes but the primary one.
+    """Reports the progress of a run; processes other than the primary one only log warnings.
 
     Args:
-        run: The run to tell of.
+        run: The run to report.
 
     Raises:
-        ConfigError: If a logger that was asked for is not installed.
+        ConfigError: If a requested logger is not installed.
     """
 
     def __init__(self, run: Any):
@@ -136,7 +136,7 @@ class Report:
         self._loggers = _create_loggers(run.args, run.folder) if self.is_primary else []
 
     def start(self, epoch: int, step: int) -> None:
-        """Begin to train at this position."""
+        """Training starts at this position."""
         self.epoch, self.first, self.start_time = epoch, step, time.perf_counter()
         total, done = self.steps * self.images_per_step, step * self.images_per_step
         self.bar = progress(f'epoch {epoch}', 'images', total=total, initial=done) if self.is_primary else None
@@ -176,7 +176,7 @@ class Report:
 
 
 def draw_curves(history: List[Dict[str, Any]], metrics: Sequence[Metric]) -> bytes:
-    """Loss, metrics and learning rate by epoch, as a PNG file; nothing without matplotlib."""
+    """Loss, metrics and learning rate by epoch, as a PNG file; empty without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""A training run: what it is made of, what a checkpoint remembers of it, and how it goes on from one."""
+"""A training run: its parts, its state in a checkpoint, and resuming from one."""
 
 import csv
 import io
@@ -35,12 +35,12 @@ CHANGE_NOTHING = {
     'resume_with_changes', 'save_epochs', 'stop_epoch', 'validation_batch_size', 'wandb_project', 'wandb_resume_id',
     'wandb_tags', 'workers',
 }  # fmt: skip
-"""Arguments that a resumed run may change and stay the training that it was."""
+"""Arguments that a resumed run may change without changing the training."""
 
 
 @dataclass
 class Losses:
-    """The mean loss of an epoch in this process, read one step late so that the device need not wait.
+    """The mean loss of an epoch in this process, read one step late so that the device does not wait.
 
     Raises:
         DivergedError: From `add` and `settle`, if a loss is not finite.
@@ -51,7 +51,7 @@ class Losses:
     _pending: Any = None
 
     def add(self, loss: torch.Tensor, count: int, where: Any) -> None:
-        """Remember a step's loss, and read the one before.
+        """Store a step's loss, and read the previous one.
 
         Args:
             loss: The mean over the step's images, a scalar.
@@ -62,7 +62,7 @@ class Losses:
         self._pending = (loss.detach(), count, where)
 
     def settle(self) -> None:
-        """Read the loss that is still out."""
+        """Read the loss that is still pending."""
         if self._pending is None:
             return
         loss, count, where = self._pending
@@ -80,22 +80,22 @@ class Losses:
 
 @dataclass
 class Run:
-    """A run between two steps; a kind of training is a subclass.
+    """A run between two steps; classification and detection are subclasses.
 
     Attributes:
         metrics: What validation measures.
         script: The command that validates.
-        model: The network itself, not wrapped, with the data configuration of its training in its `pretrained_cfg`.
+        model: The unwrapped network, with the data configuration of its training in `pretrained_cfg`.
         trainable: What the optimizer trains: the model, or with feature distillation a module around it.
-        task: timm's training task, with the modules that are called: distributed, compiled.
+        task: timm's training task, with the modules that it calls: distributed, compiled.
         config: The config.json that rebuilds the model beside its weights.
-        loader: The training batches of any epoch from any step on, on the device.
+        loader: The training batches, on the device, from any step of any epoch on.
         val_loader: The validation batches.
         num_epochs: Epochs of the schedule.
-        epoch, step: The position: the next step to take. At `step` = steps an epoch, validation is next.
+        epoch, step: The position: the next step to take. If `step` is the number of steps, validation is next.
         history: A row of summary.csv for each epoch.
-        data: What tells the data apart: `classes`, by name and in order, and `files`, a digest of the names in order.
-        eval_model: What validation calls: the network that is kept, or its compiled form.
+        data: What identifies the data: `classes`, their names in order, and `files`, a digest of the file names.
+        eval_model: What validation calls: `evaluated`, or its compiled form.
     """
 
     metrics: ClassVar[Sequence[Metric]]
@@ -136,17 +136,17 @@ class Run:
 
     @property
     def end(self) -> int:
-        """The epoch before which training ends."""
+        """The epoch at which training ends, exclusive."""
         return self.args.stop_epoch or self.num_epochs
 
     @property
     def updates_per_epoch(self) -> int:
-        """Updates of the weights an epoch."""
+        """Updates of the weights per epoch."""
         return math.ceil(len(self.loader) / self.args.grad_accum_steps)
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is validated and kept: the average of the weights where there is one."""
+        """The network that is validated and saved: the weight average if there is one."""
         return self.model if self.ema is None else self.ema.module
 
     @property
@@ -162,7 +162,7 @@ class Run:
         return sorted(rows, key=lambda row: sign * row[key] if math.isfinite(row[key]) else math.inf)
 
     def arguments(self) -> Dict[str, Any]:
-        """What makes this training and no other."""
+        """The arguments and data that determine this training."""
         kept = {key: value for key, value in vars(self.args).items() if key not in CHANGE_NOTHING}
         return {
             **kept,
@@ -185,7 +185,7 @@ class Run:
         """Write a checkpoint at this position in the background. Every process must call this.
 
         Raises:
-            TrainingError: If the loss is not finite, or the checkpoint before could not be written.
+            TrainingError: If the loss is not finite, or the previous checkpoint could not be written.
         """
         ranks = self.world.gather(self._rank_state())
         if not self.world.is_primary:
@@ -217,7 +217,7 @@ class Run:
         self.publish(name, history)
 
     def publish(self, name: str, history: List[Dict[str, Any]]) -> None:
-        """Make summary, curves and links agree with the newest checkpoint, and drop those not needed any more."""
+        """Update summary, curves and links to the newest checkpoint, and remove checkpoints no longer needed."""
         folder = self.folder / 'checkpoints'
         text = io.StringIO()
         columns = ['epoch', 'train_loss', *(metric.column for metric in self.metrics), 'lr']
@@ -236,10 +236,10 @@ class Run:
         prune(self.folder, [*kept, *(checkpoint_name(epoch, 0) for epoch in self.args.save_epochs)])
 
     def load(self, checkpoint: Path) -> bool:
-        """Go on from a checkpoint that is whole; returns whether as another training than the one that wrote it.
+        """Resume from an intact checkpoint; returns whether the training differs from the one that wrote it.
 
         Raises:
-            ConfigError: If the run differs from the one that wrote it and changes were not asked for.
+            ConfigError: If the training differs and `--resume-with-changes` is not given.
         """
         try:
             state = read_state(checkpoint)
@@ -290,7 +290,7 @@ class Run:
         return [_describe_change(key, old.get(key), new.get(key)) for key in differing]
 
     def _adapt(self, old: Dict[str, Any]) -> None:
-        """Move the position and the schedule to where the images seen so far are under the new arguments."""
+        """Move position and schedule to the same number of seen images under the new arguments."""
         new = self.arguments()
         self.step = self.step * old['batch_size'] * old['world_size'] // (new['batch_size'] * new['world_size'])
         self.step -= self.step % self.args.grad_accum_steps
@@ -308,7 +308,7 @@ def _describe_change(key: str, old: Any, new: Any) -> str:
 
 
 def _copy(value: Any, memory_format: torch.memory_format = torch.preserve_format) -> Any:
-    """A copy of a state on the CPU, which training can no longer change."""
+    """Copy a state to the CPU, so that training cannot change it."""
     if isinstance(value, torch.Tensor):
         copy = value.detach().to('cpu', copy=True, memory_format=memory_format)
         return copy.contiguous() if memory_format == torch.contiguous_format else copy
@@ -320,7 +320,7 @@ def _copy(value: Any, memory_format: torch.memory_format = torch.preserve_format
 
 
 def scheduler_state(scheduler: Any) -> Dict[str, Any]:
-    """timm's schedules follow from the position, but for plateau, which remembers the metric."""
+    """State of the plateau schedule; timm's other schedules depend on the position alone."""
     if not hasattr(scheduler, 'lr_scheduler'):
         return {}
     plain = (bool, float, int, list, str, type(None))
@@ -329,7 +329,7 @@ def scheduler_state(scheduler: Any) -> Dict[str, Any]:
 
 
 def load_scheduler_state(scheduler: Any, state: Dict[str, Any]) -> None:
-    """Undo `scheduler_state`."""
+    """Restore a schedule from its `scheduler_state`."""
     if state:
         scheduler.lr_scheduler.load_state_dict(state['plateau'])
         scheduler.restore_lr = state['restore_lr']

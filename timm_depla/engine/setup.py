@@ -1,4 +1,4 @@
-"""What a training starts with: device, optimizer, run, and its folder or the checkpoint that it goes on from."""
+"""Setup of a training: device, optimizer, run, run folder, and the checkpoint to resume from."""
 
 import math
 import os
@@ -41,15 +41,15 @@ __all__ = [
     'share_batch_norm',
 ]
 
-DIVERGED = 'diverged.json'  # in a run's folder, from a loss that is not finite until training goes on
-LOCK_SECONDS = 20.0  # to wait for a run's folder: the workers of a killed process hold its lock for some more
+DIVERGED = 'diverged.json'  # in a run folder, from a loss that is not finite until training resumes
+LOCK_SECONDS = 20.0  # to wait for a run folder's lock, which the workers of a killed process hold a while longer
 
 
 def group_parameters(trainable: nn.Module, args: Namespace) -> List[Dict[str, Any]]:
-    """Parameter groups with the rate of the trunk, all but DEPLA and the classifier, scaled by `args.trunk_lr_scale`.
+    """Parameter groups in which `args.trunk_lr_scale` scales the rate of all but DEPLA and the classifier.
 
     Raises:
-        ValueError: If the rates differ by layer already.
+        ValueError: If `args.layer_decay` is set too.
     """
     if args.layer_decay is not None:
         raise ValueError('--trunk-lr-scale and --layer-decay both scale the rate: give one of them')
@@ -67,7 +67,7 @@ def group_parameters(trainable: nn.Module, args: Namespace) -> List[Dict[str, An
 
 
 def learning_rate(args: Namespace, processes: int) -> float:
-    """The learning rate: `args.lr`, or `args.lr_base` scaled to the images of an update, as timm's train.py does."""
+    """The learning rate: `args.lr`, or `args.lr_base` scaled to the global batch as in timm's train.py."""
     if args.lr is not None:
         return args.lr
     ratio = args.batch_size * processes * args.grad_accum_steps / args.lr_base_size
@@ -99,12 +99,12 @@ def create_optimizer(args: Namespace, trainable: nn.Module, num_updates: int) ->
 
 
 def autocast(args: Namespace) -> torch.autocast:
-    """The precision that the arguments ask for."""
+    """Autocast context with the precision of the arguments."""
     return torch.autocast(torch.device(args.device).type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
 
 
 def check_compile(args: Namespace) -> Dict[str, Any]:
-    """Arguments of `torch.compile`; none where nothing is to be compiled.
+    """Arguments of `torch.compile`; empty if nothing is compiled.
 
     Raises:
         ConfigError: If torch has no such backend or mode.
@@ -122,7 +122,7 @@ def check_compile(args: Namespace) -> Dict[str, Any]:
 def assemble(
     kind: Type[Run], args: Namespace, world: World, task: nn.Module, model: nn.Module, config: bytes, loaders: Tuple
 ) -> Run:
-    """A run at its start: adds optimizer, schedule and average, and joins the processes.
+    """Build a run: create optimizer, schedule and weight average, and make the task distributed.
 
     Args:
         kind: The run's class.
@@ -156,7 +156,7 @@ def assemble(
 
 
 def share_batch_norm(args: Namespace, model: nn.Module, world: World) -> nn.Module:
-    """The model with norms over all processes' batches, if `args.sync_bn` asks for it.
+    """Convert the model's BatchNorms to SyncBatchNorm if `args.sync_bn` is set.
 
     Raises:
         ConfigError: If several processes train on CPUs.
@@ -169,7 +169,7 @@ def share_batch_norm(args: Namespace, model: nn.Module, world: World) -> nn.Modu
 
 
 def set_up_device(args: Namespace, world: World) -> None:
-    """Deterministic kernels, or the fastest ones; a CPU is faster keeping its memory."""
+    """Select deterministic or the fastest kernels; on a CPU, keep freed memory, which is faster."""
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     if world.device.type == 'cpu':
@@ -181,10 +181,10 @@ def set_up_device(args: Namespace, world: World) -> None:
 
 
 def find_resume(args: Namespace, world: World) -> Tuple[Namespace, Optional[Path]]:
-    """The checkpoint to go on from, if any, and the arguments with its run's folder as output and experiment.
+    """Return the arguments, with output and experiment of the resumed run, and the checkpoint to resume from, if any.
 
     Raises:
-        ConfigError: If there is none where one was named, or 'auto' does not know the run.
+        ConfigError: If a named checkpoint is missing or damaged, or 'auto' is given without an experiment.
     """
     if not args.resume:
         return args, None
@@ -210,7 +210,7 @@ def find_resume(args: Namespace, world: World) -> Tuple[Namespace, Optional[Path
 
 
 def diverged_epoch(run: Path) -> Optional[int]:
-    """The epoch in which a run's loss was not finite, if that is how it ended: its weights may be of no use since."""
+    """The epoch in which the loss was not finite, if the run ended so: weights of that epoch may be useless."""
     file = run / DIVERGED
     try:
         return int(read_mapping(file)['epoch']) if file.exists() else None
@@ -220,10 +220,10 @@ def diverged_epoch(run: Path) -> Optional[int]:
 
 @contextmanager
 def open_folder(run: Run, resumed: bool) -> Iterator[None]:
-    """Make the run's folder, keep other processes out of it, and write its configuration, args.yaml.
+    """Create and lock the run folder, and write its configuration, args.yaml.
 
     Raises:
-        ConfigError: If it holds another run already, another process has it, or it cannot be written.
+        ConfigError: If it already holds another run, another process locks it, or it cannot be written.
     """
     args, folder = run.args, run.folder
     if not run.world.is_primary:

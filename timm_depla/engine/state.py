@@ -1,4 +1,4 @@
-"""The state of a training as files without a pickle: its tensors as safetensors, and the rest as JSON."""
+"""Files of a training's state without pickles: tensors as safetensors, the rest as JSON."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,14 @@ FILES = ('state.json', 'state.safetensors')
 
 
 def pack_state(state: Dict[str, Any]) -> Dict[str, bytes]:
-    """The files of a state of dictionaries, lists, tuples, tensors, numbers, strings and None."""
+    """Encode a state of dictionaries, lists, tuples, tensors, numbers, strings and None as files."""
     tensors: Dict[str, torch.Tensor] = {}
 
     def encode(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             tensors[str(len(tensors))] = value.contiguous()
             return {'tensor': str(len(tensors) - 1)}
-        if isinstance(value, dict):  # JSON has keys of strings alone
+        if isinstance(value, dict):  # JSON keys are only strings
             return {'dict': [[encode(key), encode(item)] for key, item in value.items()]}
         if isinstance(value, (list, tuple)):
             return {type(value).__name__: [encode(item) for item in value]}
@@ -35,10 +35,10 @@ def pack_state(state: Dict[str, Any]) -> Dict[str, bytes]:
 
 
 def read_state(folder: Path) -> Dict[str, Any]:
-    """The state in a folder.
+    """Read the state in a folder.
 
     Raises:
-        ValueError: If a file is missing or is none of a state.
+        ValueError: If a file is missing or does not hold a state.
     """
     text, weights = (folder / name for name in FILES)
     kinds = {'dict': dict, 'list': list, 'tuple': tuple}

@@ -1,4 +1,4 @@
-"""The loop of every kind of training: epochs, steps, checkpoints, signals, and going on."""
+"""The training loop of classifiers and detectors: epochs, steps, checkpoints, signals, and resuming."""
 
 import json
 import logging
@@ -104,7 +104,7 @@ def train_one_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
 
 
 def end_epoch(run: Run, metrics: Dict[str, float]) -> None:
-    """Add the epoch's row to the history, set the schedule for the next epoch and move there."""
+    """Add the epoch's row to the history, and move the schedule and the position to the next epoch."""
     total, count = run.world.sum(run.losses.total, run.losses.count)
     row = {'epoch': run.epoch, 'train_loss': total / max(count, 1)}
     row.update({f'eval_{key}': value for key, value in metrics.items() if key != 'count'})
@@ -114,7 +114,7 @@ def end_epoch(run: Run, metrics: Dict[str, float]) -> None:
 
 
 def run_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
-    """Train to the end of the epoch, validate and save; returns the signal that ended it before, 0 for none."""
+    """Train to the end of the epoch, validate and save; returns the signal that interrupted it, 0 for none."""
     args, done = run.args, run.epoch + 1
     is_last = done == run.end
     report.start(run.epoch, run.step)
@@ -136,7 +136,7 @@ def run_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
 
 
 def rejoin(run: Run, is_changed: bool) -> None:
-    """Make the run's folder agree with the position it goes on from; another training does not mix with the old one.
+    """Make the run folder agree with the resumed position; if the training has changed, move later checkpoints away.
 
     Raises:
         TrainingError: If the folder cannot be written.
@@ -163,7 +163,7 @@ def train_epochs(run: Run, report: Report) -> int:
     """Train until the end or a signal; returns the signal, 0 for none.
 
     Raises:
-        TrainingError: If training cannot go on.
+        TrainingError: If training cannot continue.
     """
     signal = 0
     with Interrupt(run.world) as interrupt:
@@ -190,14 +190,14 @@ def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> in
 
     Args:
         args: The run's arguments.
-        build: Makes the run at its start, of arguments, processes, and whether it loads weights to start from.
+        build: Builds the run from the arguments, the processes, and whether to load initial weights.
 
     Writes to `args.output`/`args.experiment`: args.yaml (the effective configuration), checkpoints/ with the links best
     and last, summary.csv (a row an epoch) and curves.png.
 
     Raises:
-        ConfigError: If something asked for cannot be had.
-        TrainingError: If training cannot go on.
+        ConfigError: If an argument, or a file that it names, is invalid.
+        TrainingError: If training cannot continue.
     """
     world = setup_world(args.device)
     set_up_device(args, world)
@@ -226,7 +226,7 @@ def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> in
 
 
 def explain_worker(error: Exception) -> str:
-    """What ended data loading, in a sentence."""
+    """Say in a sentence why data loading failed."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     cause = lines[-1] if isinstance(error, UnreadableError) or 'Traceback' in str(error) else lines[0]
     died = 'killed' in cause or 'exited unexpectedly' in cause

@@ -27,14 +27,14 @@ _WARNINGS = [getattr(signal, name) for name in ('SIGUSR1', 'SIGUSR2') if hasattr
 
 @dataclass
 class World:
-    """This process among those that train together.
+    """This process and its place among the processes that train together.
 
     Attributes:
         device: Its device.
-        rank: Its number, 0 to size - 1; the process of rank 0 writes and reports.
-        size: How many there are.
+        rank: Its rank, 0 to size - 1; the process of rank 0 writes and reports.
+        size: Number of processes.
         control: A process group for small objects, on CPUs; None for a single process.
-        busy: Shared with the data loading workers: set while this process answers signals to the whole process group.
+        busy: Flag shared with the data loading workers: set while this process handles signals.
     """
 
     device: torch.device
@@ -80,7 +80,7 @@ class World:
         return values[0]
 
     def find_lost(self) -> List[int]:
-        """The ranks whose connection is broken. All ranks that are left must call this."""
+        """The ranks whose connection is broken. All remaining ranks must call this."""
         messages, lost = [], set()
         for peer in set(range(self.size)) - {self.rank}:
             try:
@@ -99,10 +99,10 @@ class World:
 
 @contextmanager
 def explain_lost_peers(world: World) -> Iterator[None]:
-    """Name the process that has gone when communication fails.
+    """Context manager that names the lost process if communication fails.
 
     Raises:
-        TrainingError: In place of the error of the communication.
+        TrainingError: Instead of the communication error.
     """
     try:
         yield
@@ -121,10 +121,10 @@ def setup_world(device: str) -> World:
     """Join the processes that torchrun or Slurm started together, if any, and set up this one's device and log.
 
     Raises:
-        ConfigError: If the device is not there.
+        ConfigError: If the device is not available.
     """
     try:
-        torch.zeros((), device=device).item()  # which the meta device cannot
+        torch.zeros((), device=device).item()  # fails on the meta device
         found = init_distributed_device_so(device)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"cannot use device '{device}': {str(error).splitlines()[0]}") from error
@@ -136,9 +136,9 @@ def setup_world(device: str) -> World:
 
 
 def keep_memory() -> None:
-    """Have the C library keep what training on a CPU frees, instead of asking the system for it at every step anew.
+    """Make glibc keep freed memory, which makes training on a CPU faster; other C libraries are left alone.
 
-    Its large blocks otherwise come as fresh pages each time, which the system has to clear; nothing but glibc does so.
+    Otherwise glibc requests large blocks from the system at every step, and the system has to clear their pages.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -154,10 +154,10 @@ class Interrupt:
     The signals are SIGTERM, SIGINT, and SIGUSR1 and SIGUSR2, which Slurm sends before a time limit.
 
     Args:
-        world: This process and its workers, which leave those signals to it.
+        world: This process; its data loading workers leave those signals to it.
 
     Attributes:
-        signal: The signal received, 0 for none. A process that ends for it exits with 128 + signal, as shells do.
+        signal: The received signal, 0 for none. The process then exits with 128 + signal, as shells do.
     """
 
     def __init__(self, world: World):
@@ -184,15 +184,15 @@ class Interrupt:
 
 
 def shield_worker(busy: Any, _: int) -> None:
-    """Set up a data loading worker, as its `worker_init_fn` after `partial(shield_worker, world.busy)`.
+    """Make a data loading worker ignore signals; `partial(shield_worker, world.busy)` is its `worker_init_fn`.
 
-    A signal to the whole process group is the main process's to answer, which needs its workers meanwhile; afterwards
-    SIGTERM is the main process's way to end them.
+    Workers ignore Ctrl-C so that the main process can finish its step. SIGTERM, by which the main process ends its
+    workers, ends them only while `busy` is not set.
     """
 
     def end(_: int, __: Any) -> None:
         if not busy.value:
-            os._exit(0)  # or the main process would take it for a failure
+            os._exit(0)  # another code would look like a failure
 
     for number in (signal.SIGINT, *_WARNINGS):
         signal.signal(number, signal.SIG_IGN)
@@ -200,9 +200,9 @@ def shield_worker(busy: Any, _: int) -> None:
 
 
 def run_command(name: str, main: Any) -> None:
-    """Run a command's main function; a UserError ends it with its message, an interrupt with 128 + signal."""
+    """Run a command's main function; exit with the message of a UserError, or with 128 + signal if interrupted."""
     setup_default_logging()
-    for library in ('httpx', 'httpx2'):  # a line for each request to the Hub
+    for library in ('httpx', 'httpx2'):  # they log each request to the Hub
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         code = main()

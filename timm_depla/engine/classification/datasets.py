@@ -1,4 +1,4 @@
-"""The data sets of classification: folders, tar files, streams and what else timm names, opened and counted."""
+"""The data sets of classification: open and count folders, tar files, streams and timm's other data sets."""
 
 import logging
 import re
@@ -20,7 +20,7 @@ __all__ = ['class_names', 'count_classes', 'count_streams', 'file_names', 'find_
 _logger = logging.getLogger(__name__)
 
 _STREAMS = ('wds/', 'hfids/')
-SCHEMES = ('https', 'http', 'hf', 's3', 'gs')  # of streams; webdataset knows more, one of which runs any command
+SCHEMES = ('https', 'http', 'hf', 's3', 'gs')  # of streams; webdataset has more, one of which runs any command
 
 
 def find_data(args: Namespace) -> str:
@@ -39,10 +39,10 @@ def find_data(args: Namespace) -> str:
 
 
 def check_source(source: str) -> None:
-    """Refuse a stream whose address webdataset would run as a command, or hand to a shell.
+    """Refuse a stream address that webdataset would run as a command or pass to a shell.
 
     Raises:
-        ConfigError: If its scheme is not one of `SCHEMES`, or it has characters that a shell reads.
+        ConfigError: If its scheme is not one of `SCHEMES`, or it has characters that a shell interprets.
     """
     scheme = re.match(r'\s*([A-Za-z][\w+.-]+):', source)
     if scheme and scheme[1].lower() not in SCHEMES:
@@ -62,7 +62,7 @@ def open_split(args: Namespace, split: str, is_training: bool = False, epoch: in
         epoch: The epoch of a stream.
 
     Raises:
-        ConfigError: If it cannot be opened, or is nothing that may be.
+        ConfigError: If it cannot be opened, or its source is not allowed.
     """
     kind = args.dataset.partition('/')[0].lower()
     if kind == 'tfds':
@@ -103,7 +103,7 @@ def open_split(args: Namespace, split: str, is_training: bool = False, epoch: in
 
 
 def count_samples(args: Namespace, split: str) -> int:
-    """Count the images of a stream that does not tell: of local shards by their names, else by reading the stream.
+    """Count the images of a stream of unknown length: by file names in local shards, else by reading the stream.
 
     Raises:
         ConfigError: If its shards are not local files.
@@ -126,11 +126,11 @@ def count_samples(args: Namespace, split: str) -> int:
 
 
 def count_streams(args: Namespace, *splits: str) -> Namespace:
-    """The arguments with the lengths of the streams that do not tell theirs, counted.
+    """Return the arguments with the counted lengths of streams of unknown length.
 
     Args:
         args: The run's arguments.
-        *splits: What is read: 'train', 'val' or both.
+        *splits: The splits to count: 'train', 'val' or both.
 
     Raises:
         ConfigError: If a stream cannot be opened or counted.
@@ -149,14 +149,14 @@ def count_streams(args: Namespace, *splits: str) -> Namespace:
 
 
 def class_names(dataset: Any) -> Any:
-    """The classes of a data set, by name or index; empty where it does not tell."""
+    """The classes of a data set, by name or index; empty if unknown."""
     reader = getattr(dataset, 'reader', None)
     known = (getattr(reader, name, None) for name in ('class_to_idx', 'class_name_to_idx'))
     return next(filter(None, known), None) or getattr(dataset, 'classes', ())
 
 
 def file_names(dataset: Any) -> List[str]:
-    """The names of a data set's images in their order; empty where it does not tell."""
+    """The file names of a data set's images in their order; empty if unknown."""
     has_files = isinstance(dataset, ImageDataset) and hasattr(dataset.reader, 'samples')  # of a folder or a tar file
     return dataset.filenames() if has_files else []
 
@@ -185,7 +185,7 @@ def count_classes(args: Namespace, dataset: Any) -> int:
     """The number of classes of a data set.
 
     Raises:
-        ConfigError: If neither the data nor `args.num_classes` tells.
+        ConfigError: If neither the data nor `args.num_classes` tells it, or `args.num_classes` is too small.
     """
     known = class_names(dataset)
     if not (args.num_classes or known):

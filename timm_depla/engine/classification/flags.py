@@ -160,7 +160,7 @@ def _add_distillation_args(parser: FlagParser) -> None:
 def _create_parser(
     script: str, arguments: str, description: str, default_model: str, left_out: Dict[str, str]
 ) -> FlagParser:
-    """What train.py and validate.py share."""
+    """The part that the command lines of train.py and validate.py share."""
     usage = f'{script} {arguments} [--FLAG VALUE ...]'
     parser = FlagParser(script, usage, description, left_out=left_out)
     parser.add_argument('-m', '--model', default=default_model, metavar='NAME', help='any model of timm or timm_depla')

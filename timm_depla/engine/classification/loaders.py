@@ -40,10 +40,10 @@ def mixes(args: Namespace) -> bool:
 
 
 def check_channels(args: Namespace, data_config: Dict[str, Any]) -> None:
-    """Refuse images of another number of channels than the model's.
+    """Check that the images have as many channels as the model takes.
 
     Raises:
-        ConfigError: If the image mode has another number.
+        ConfigError: If the image mode has another number of channels.
     """
     channels = data_config['input_size'][0]
     mode = args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB')
@@ -86,7 +86,7 @@ def _collate(args: Namespace) -> Any:
     if args.aug_splits and not mixes(args):
         return fast_collate
     if not mixes(args):
-        return default_collate  # as fast_collate, straight into shared memory
+        return default_collate  # like fast_collate, but directly into shared memory
     if args.batch_size % 2:
         raise ConfigError(f'mixing takes an even batch, not {args.batch_size}: change --batch-size')
     if args.aug_splits:
@@ -110,7 +110,7 @@ def _prefetch(loader: Any, data_config: Dict[str, Any], device: torch.device) ->
 
 
 class TrainLoader:
-    """The training batches of any epoch from any step on, on the run's device.
+    """The training batches, on the run's device, from any step of any epoch on.
 
     Args:
         args: The run's arguments.
@@ -123,7 +123,7 @@ class TrainLoader:
         unreadable: Collects the images that cannot be read.
 
     Raises:
-        ConfigError: If the batch does not suit the data or the mixing, or timm does not know an augmentation.
+        ConfigError: If the batch size does not fit the data or the mixing, or timm does not know an augmentation.
     """
 
     def __init__(self, args: Namespace, dataset: Any, data_config: Dict[str, Any], world: World):
@@ -160,7 +160,7 @@ class TrainLoader:
             self.erasing = RandomErasing(args.reprob, **kwargs)
 
     def __len__(self) -> int:
-        """Steps an epoch."""
+        """Steps per epoch."""
         return self._steps
 
     def _open_map(self) -> None:
@@ -178,7 +178,7 @@ class TrainLoader:
         self.loader = _prefetch(self.ahead, self.data_config, world.device)
 
     def _open_stream(self, epoch: int, start: int) -> Iterator[Any]:
-        """A reader's shuffling has a state of its own, so each epoch gets a new one, seeded by the epoch."""
+        """Open a new stream for the epoch, seeded by the epoch, since a reader's shuffling keeps state."""
         args, world = self.args, self.world
         dataset = open_split(args, args.train_split, is_training=True, epoch=epoch)
         dataset.transform = self.transform
@@ -199,7 +199,7 @@ class TrainLoader:
         return islice(_prefetch(loader, self.data_config, world.device), start, self._steps)
 
     def prepare(self, epoch: int) -> None:
-        """Let the workers begin to load an epoch, while something else goes on."""
+        """Let the workers start to load an epoch in the background."""
         if not self.is_stream:
             self.ahead.prepare(epoch)
 
@@ -221,7 +221,7 @@ class TrainLoader:
             yield images, targets
 
     def files(self, epoch: int, step: int) -> List[str]:
-        """The files of a batch, where the data set knows them."""
+        """The files of a batch; empty if the data set does not know them."""
         if self.is_stream or not hasattr(self.dataset, 'filename'):
             return []
         return [str(self.dataset.filename(index)) for index in self.ahead.indices(epoch, step)]
@@ -230,7 +230,7 @@ class TrainLoader:
 def create_val_loader(
     args: Namespace, dataset: Any, data_config: Dict[str, Any], world: Optional[World] = None
 ) -> PrefetchLoader:
-    """The loader that validation reads, here and in validate.py: each image once, over all processes together.
+    """Create the validation loader of train.py and validate.py: each image once over all processes.
 
     Its attribute `unreadable` collects the images that cannot be read.
 
@@ -250,7 +250,7 @@ def create_val_loader(
         dataset.transform = transform
         reader = dataset.reader
         reader.dist_rank, reader.dist_num_replicas = world.rank, world.size
-        if args.dataset.lower().startswith('wds/'):  # timm's split repeats and misses samples; each shard once does not
+        if args.dataset.lower().startswith('wds/'):  # timm's split repeats and misses samples: split by shard instead
             shards = tuple(reader.split_info.filenames)[world.rank :: world.size]
             reader.split_info = dataclasses.replace(reader.split_info, filenames=shards)
             reader.dist_rank, reader.dist_num_replicas = 0, 1

@@ -33,12 +33,12 @@ _logger = logging.getLogger(__name__)
 
 
 def rebuild_args(args: Namespace) -> Dict[str, Any]:
-    """Model arguments that a checkpoint must remember to be loaded as it was trained."""
+    """Model arguments that a checkpoint stores, to rebuild the trained model."""
     return {**({'global_pool': args.gp} if args.gp else {}), **args.model_kwargs}
 
 
 def build_model(args: Namespace, world: World, is_fresh: bool) -> Tuple[nn.Module, Dict[str, Any]]:
-    """The model, on its device, with the run's data configuration in its `pretrained_cfg`; and that configuration."""
+    """Build the model, on its device, and the data configuration, which its `pretrained_cfg` holds too."""
     seed_position(args.seed, Draw.INIT)
     kwargs = dict(pretrained=args.pretrained and is_fresh, num_classes=args.num_classes, drop_rate=args.drop)
     kwargs.update(drop_path_rate=args.drop_path, in_chans=args.in_chans or (args.input_size or [None])[0])
@@ -69,7 +69,7 @@ def build_model(args: Namespace, world: World, is_fresh: bool) -> Tuple[nn.Modul
 
 
 def create_loss(args: Namespace) -> nn.Module:
-    """The training loss: with mixing, the targets are soft and smoothed already."""
+    """Create the training loss; with mixing, the targets are already soft and smoothed."""
     if args.jsd_loss:
         if args.aug_splits < 2:
             raise ConfigError('--jsd-loss compares augmentation splits: give --aug-splits 2 or more')
@@ -87,7 +87,7 @@ def create_task(args: Namespace, model: nn.Module, world: World) -> nn.Module:
     """timm's task: classification, or distillation from a teacher.
 
     Raises:
-        ConfigError: If the teacher does not load, or does not suit the model.
+        ConfigError: If the teacher does not load, or has another number of classes.
     """
     kwargs: Dict[str, Any] = dict(criterion=create_loss(args).to(world.device), device=world.device, verbose=False)
     if args.kd_model_name is None:
@@ -129,10 +129,10 @@ class ClassificationRun(Run):
 
 
 def build(args: Namespace, world: World, is_fresh: bool = True) -> ClassificationRun:
-    """The run at its start; only a fresh one loads weights to start from.
+    """Build the run; only a fresh one loads initial weights.
 
     Raises:
-        ConfigError: If something asked for cannot be had.
+        ConfigError: If an argument, or a file that it names, is invalid.
     """
     args = count_streams(updated(args, data_dir=find_data(args)), 'train', 'val')
     train_set, val_set = open_splits(args)

@@ -1,4 +1,4 @@
-"""Validate classifiers: what `validate.py` does, for one model or a table of many."""
+"""Validate one classifier or a table of many; implements `validate.py`."""
 
 import csv
 import io
@@ -52,10 +52,10 @@ def evaluate(
 
     Args:
         model: The classifier, on the run's device.
-        loader: Of `create_val_loader`: batches of images (B, C, H, W) and targets (B,); -1 leaves an image out.
+        loader: From `create_val_loader`: batches of images (B, C, H, W) and targets (B,); -1 leaves an image out.
         args: Arguments: `device`, `amp`, `amp_dtype`, `channels_last`.
         world: The processes that share the images.
-        interrupt: Ends the evaluation early, with what it has.
+        interrupt: Ends the evaluation early, with the metrics of the images so far.
         observe: Maps each batch's logits to those to be scored.
 
     Returns:
@@ -105,10 +105,10 @@ def trained_on_digits(target: str) -> bool:
 
 
 def find_targets(args: Namespace) -> Tuple[List[str], Optional[str]]:
-    """What to validate, wildcards spelt out, and the data folder.
+    """The targets to validate, with wildcards expanded, and the data folder.
 
     Raises:
-        ConfigError: If nothing is named, or a wildcard fits no model with pretrained weights.
+        ConfigError: If nothing is named, or a wildcard matches no model with pretrained weights.
     """
     targets, data_dir = [*args.targets, *([args.checkpoint] if args.checkpoint else [])], args.data_dir
     is_data = args.model and len(targets) == 1 and Path(targets[0]).is_dir() and not run_arguments(targets[0])
@@ -129,7 +129,7 @@ def find_targets(args: Namespace) -> Tuple[List[str], Optional[str]]:
 
 
 def _scoring(args: Namespace, dataset: Any) -> Tuple[Optional[Callable], Optional[RealLabelsImagenet]]:
-    """What to do with each batch's logits before they are scored; and what scores by the reassessed labels."""
+    """The `observe` function of `evaluate`, and the scorer by ImageNet's reassessed labels; None if not needed."""
     if args.valid_labels:
         try:
             valid = [int(line) for line in Path(args.valid_labels).read_text().split()]
@@ -152,7 +152,7 @@ def _scoring(args: Namespace, dataset: Any) -> Tuple[Optional[Callable], Optiona
 
 
 def _find_data(args: Namespace, target: str) -> Namespace:
-    """The arguments with the data of the target's run where they name none."""
+    """The arguments, with the data of the target's run if they name none."""
     if args.data_dir is not None or args.dataset:
         return args
     trained = trained_data(target)
@@ -166,7 +166,7 @@ def _find_data(args: Namespace, target: str) -> Namespace:
 
 
 def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
-    """The data set and the model."""
+    """Open the data set and the model."""
     dataset = open_split(args, args.val_split)
     options = dict(num_classes=args.num_classes, in_chans=args.in_chans, global_pool=args.gp)
     options = {key: value for key, value in options.items() if value is not None}
@@ -222,7 +222,7 @@ def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
 
 
 def _validate_target(args: Namespace, target: str, world: World) -> Dict[str, Any]:
-    """A target's row, with a smaller batch where memory runs out and `args.retry` allows."""
+    """A target's row; tries a smaller batch if memory runs out and `args.retry` is set."""
     batch_size = args.batch_size
     while True:
         try:
@@ -238,16 +238,15 @@ def _validate_target(args: Namespace, target: str, world: World) -> Dict[str, An
 
 
 def validate(args: Namespace) -> List[Dict[str, Any]]:
-    """Validate every target; several make a table, best first, in which one's failure does not stop the others.
+    """Validate every target and print a table, best first, if there are several; a failed one does not stop the rest.
 
-    Without `args.data_dir` each is validated on the data that its run was trained with.
+    Without `args.data_dir`, each is validated on the data that its run was trained with.
 
     Returns:
         A row of timm's table of results for each (percent, millions of parameters), and `loss` and `images`.
 
     Raises:
-        ConfigError: If a single target fails, or all do: it does not load, the data is not to be found, or their
-            classes do not match.
+        ConfigError: If all targets fail: one does not load, its data is missing, or their classes do not match.
     """
     (targets, data_dir), world, rows = find_targets(args), setup_world(args.device), []
     args = updated(args, data_dir=data_dir)

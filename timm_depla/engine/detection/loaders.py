@@ -75,7 +75,7 @@ def open_splits(args: Namespace) -> Tuple[CocoDetection, CocoDetection]:
 
 
 class _Checked(Dataset):
-    """A data set that reports the images that it cannot read, and goes on with the next; in validation it stops."""
+    """Data set that reports unreadable images and takes the next; in validation it raises UnreadableError."""
 
     def __init__(self, dataset: CocoDetection, is_training: bool):
         self.dataset = dataset
@@ -107,7 +107,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 class DetectionLoader:
-    """The training batches of any epoch from any step on, on the run's device.
+    """The training batches, on the run's device, from any step of any epoch on.
 
     Args:
         args: The run's arguments.
@@ -133,11 +133,11 @@ class DetectionLoader:
             )
 
     def __len__(self) -> int:
-        """Steps an epoch."""
+        """Steps per epoch."""
         return len(self.batches)
 
     def prepare(self, epoch: int) -> None:
-        """Let the workers begin to load an epoch, while something else goes on."""
+        """Let the workers start to load an epoch in the background."""
         self.batches.prepare(epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -154,13 +154,13 @@ class DetectionLoader:
 
 
 class ValidationLoader:
-    """Each image once, over all processes together, one at a time: what pads it then does not depend on the others.
+    """Each image once over all processes, in batches of one, so that its padding does not depend on other images.
 
     Args:
         args: The arguments.
         dataset: The validation split.
         world: The processes that share the images.
-        category_ids: The detector's categories, by label from 1 on; those of the data if None.
+        category_ids: The detector's category id of each label, from label 1 on; those of the data if None.
     """
 
     def __init__(self, args: Namespace, dataset: CocoDetection, world: World, category_ids: Optional[List[int]] = None):

@@ -34,11 +34,11 @@ __all__ = ['build', 'train']
 
 _logger = logging.getLogger(__name__)
 
-_HEADS = ('roi_heads.box_predictor', 'roi_heads.mask_predictor')  # what depends on the classes
+_HEADS = ('roi_heads.box_predictor', 'roi_heads.mask_predictor')  # modules that depend on the classes
 
 
 class DetectionTask(TrainingTask):
-    """timm's task around a detector of torchvision: the sum of its losses."""
+    """timm's training task for a torchvision detector, with the sum of its losses."""
 
     def __init__(self, model: FasterRCNN, **kwargs):
         super().__init__(**kwargs)
@@ -49,7 +49,7 @@ class DetectionTask(TrainingTask):
         return self
 
     def forward(self, images: List[Tensor], targets: List[Dict[str, Any]]) -> Dict[str, Tensor]:
-        """Images (3, H, W) and targets to torchvision's losses and their sum, `loss`."""
+        """Map images (3, H, W) and targets to torchvision's losses and their sum, `loss`."""
         losses = self.trainable_module(images, targets)
         return {'loss': sum(losses.values()), **losses}
 
@@ -93,7 +93,7 @@ def pretrained_weights(args: Namespace) -> Dict[str, Any]:
     """Arguments of the backbone that load the file `args.pretrained_path` as if it were published.
 
     Raises:
-        ConfigError: If it is not of this backbone.
+        ConfigError: If the weights do not fit this backbone.
     """
     path = Path(args.pretrained_path)
     if path.is_dir():
@@ -107,7 +107,7 @@ def build_model(args: Namespace, dataset: CocoDetection, world: World, is_fresh:
     """The detector, on its device.
 
     Raises:
-        ConfigError: If there is no such detector, or weights to start from do not fit.
+        ConfigError: If there is no such detector, or initial weights do not fit.
     """
     seed_position(args.seed, Draw.INIT)
     is_pretrained = bool(args.pretrained_backbone or args.pretrained_path)
@@ -139,10 +139,10 @@ def build_model(args: Namespace, dataset: CocoDetection, world: World, is_fresh:
 
 
 def build(args: Namespace, world: World, is_fresh: bool = True) -> DetectionRun:
-    """The run at its start; only a fresh one loads weights to start from.
+    """Build the run; only a fresh one loads initial weights.
 
     Raises:
-        ConfigError: If something asked for cannot be had.
+        ConfigError: If an argument, or a file that it names, is invalid.
     """
     norm = args.backbone_norm or ('frozen' if args.pretrained_backbone or args.pretrained_path else 'batch')
     args = updated(args, data_dir=find_data(args), backbone_norm=norm)

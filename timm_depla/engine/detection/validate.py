@@ -1,4 +1,4 @@
-"""Average precision of a detector over a loader, by one process or many; what `validate_detection.py` does."""
+"""Average precision of a detector, by one process or many; implements `validate_detection.py`."""
 
 import json
 import logging
@@ -29,14 +29,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Evaluation:
-    """What evaluation found.
+    """Result of an evaluation.
 
     Attributes:
-        scores: COCO's metrics of boxes, 'AP' to 'AR_L', and of masks, 'mask_AP' to 'mask_AR_L', from 0 to 1; none if
+        scores: COCO's metrics of boxes, 'AP' to 'AR_L', and of masks, 'mask_AP' to 'mask_AR_L', from 0 to 1; empty if
             it was interrupted.
         tables: COCO's tables, by kind: 'bbox' and 'segm'. In the primary process only.
         results: The detections in COCO's format. In the primary process only.
-        images: How many were validated.
+        images: Number of validated images.
     """
 
     scores: Dict[str, float] = field(default_factory=dict)
@@ -84,7 +84,7 @@ def evaluate(
 
 
 def _open(args: Namespace) -> Tuple[FasterRCNN, CocoDetection]:
-    """The detector of a run or checkpoint, or of a file of weights and `args.model`; and the data."""
+    """Open the detector (a run, a checkpoint, or a weights file with `args.model`) and the data."""
     path = Path(args.target)
     is_weights = path.is_file() and bool(args.model)
     try:
@@ -109,8 +109,7 @@ def validate(args: Namespace) -> Evaluation:
     Prints COCO's tables, and writes the detections if `args.results_file` asks for them.
 
     Raises:
-        ConfigError: If the target does not load, the data is not to be found or cannot be read, or their categories
-            do not match.
+        ConfigError: If the target does not load, the data is missing or unreadable, or their categories do not match.
     """
     split = args.val_split or run_arguments(args.target).get('val_split', 'val')
     args = updated(args, data_dir=args.data_dir or trained_data(args.target).get('data_dir'), val_split=split)
