@@ -159,7 +159,10 @@ def test_faults(published, tmp_path):
         assert 'dept' in found['argument']
         assert 'user/nowhere' in found['nowhere']
         assert "ValueError: 'hf-hub:user/detector-pickle' has no checkpoint" in found['detector-pickle']
-        assert "ValueError: 'hf-hub:user/detector-truncated' is damaged: model.safetensors has 9999 bytes" in found['detector-truncated']
+        assert (
+            "ValueError: 'hf-hub:user/detector-truncated' is damaged: model.safetensors has 9999 bytes"
+            in found['detector-truncated']
+        )
         assert "ValueError: cannot pull 'hf-hub:user/detector-nowhere'" in found['detector-nowhere']
         assert not any('pytorch_model' in request for request in hub.requests)
     assert not (tmp_path / 'executed').exists()
