@@ -191,8 +191,9 @@ def attack_image(draw: random.Random, scratch: Path, folder: Path) -> bool:
         buffer, kind
     )
     data = bytearray(buffer.getvalue())
-    for _ in range(draw.randint(1, 20)):
-        data[draw.randrange(min(len(data), draw.choice([40, len(data)])))] = draw.randrange(256)
+    start, end = draw.choice([(0, 40), (0, len(data)), (40, len(data))])  # the header, anywhere, or what follows it
+    for _ in range(draw.choice([1, 2, 20])):
+        data[draw.randrange(min(start, len(data) - 1), min(end, len(data)))] = draw.randrange(256)
     if draw.random() < 0.3:
         del data[draw.randrange(len(data)) :]
     (scratch / 'image.jpg').write_bytes(draw.choice([bytes(data), bytes(data), b'%!PS-Adobe-3.0 EPSF-3.0', b'']))

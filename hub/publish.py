@@ -167,7 +167,9 @@ def check_output(folder: Path) -> None:
     own = {*FILES, *(f'.{name}.part' for name in FILES)}
     try:
         others = sorted(path.name for path in folder.iterdir() if path.name not in own) if folder.is_dir() else []
-        if others or (folder.exists() and not folder.is_dir()):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--output '{folder}' is no folder")
+        if others:
             raise ConfigError(f"'{folder}' holds something else ({', '.join(others[:3])}): give another --output")
         folder.mkdir(parents=True, exist_ok=True)
         check_writable(folder / SUMS)

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import crash
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('processes,seed', [(1, 2), (2, 4)])  # in validation, during a write
 def test_kills(processes, seed):
     """One kill each, of training with one and with two processes; `python -m benchmarks crash` has many."""

@@ -141,6 +141,21 @@ def test_bad_option(error, images, tmp_path):
     assert not list((tmp_path / 'out' / 'run').iterdir())
 
 
+def test_bad_image_arguments(error, digits_run, images):
+    model = ['--model', 'test_resnet_depla', '--batch-size', 2]
+    message = error('train.py', images, *model, '--mean', 0.5, 0.5)
+    assert '--mean and --std each take one value, or one for each channel' in message
+    assert "argument --interpolation: invalid choice: 'cubic'" in error('train.py', images, '--interpolation', 'cubic')
+    message = error('validate.py', digits_run, '--in-chans', 5)
+    assert 'the model takes 5 channels, images of the mode RGB have 3: give --in-chans 3' in message
+
+
+def test_results_that_could_not_be_written_are_refused_at_once(error, digits_run, tmp_path):
+    message = error('validate.py', digits_run, '--results-file', tmp_path / 'nowhere' / 'table.csv')
+    assert 'is no folder that can be written to' in message
+    assert 'it is a folder' in error('validate.py', digits_run, '--results-file', tmp_path)
+
+
 def test_digits_without_scikit_learn(error, monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)

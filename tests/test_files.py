@@ -66,6 +66,13 @@ def test_changed_file_is_named(tmp_path):
         assert find_change(tmp_path)
 
 
+def test_checkpoint_of_training_has_sums(tmp_path):
+    (tmp_path / 'config.json').write_text('{}')
+    assert find_change(tmp_path) is None
+    (tmp_path / 'state.json').write_text('{}')
+    assert find_change(tmp_path) == 'checksums.json is missing'
+
+
 @pytest.mark.parametrize('name', ['a', 'checksums.json'])
 def test_pipe_in_place_of_a_file_does_not_block(name, tmp_path):
     (tmp_path / 'checksums.json').write_bytes(list_sums({'a': b'1234'}))

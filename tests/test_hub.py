@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+import hub.publish as publish_module
 from hub.card import create_card
 from hub.publish import FILES, publish
 from timm_depla.data import digits_folder, scenes
@@ -25,7 +27,7 @@ from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection import train as detection
 from timm_depla.engine.detection.flags import create_detection_parser
 from timm_depla.engine.errors import ConfigError
-from timm_depla.files import SUMS, find_change
+from timm_depla.files import SUMS, find_change, write_file
 
 WEIGHTS = sorted(path for path in (ROOT / 'hub' / 'weights').iterdir())
 SCRIPT = """
@@ -257,10 +259,36 @@ def test_bad_publishing(runs, published, tmp_path):
     (tmp_path / 'used' / 'thesis.tex').touch()
     with pytest.raises(ConfigError, match=r"used' holds something else \(thesis.tex\)"):
         publish(Namespace(source=str(runs / 'classifier'), **{**arguments, 'output': str(tmp_path / 'used')}))
+    for output, message in (('/dev/null', 'is no folder'), ('/proc/nowhere', 'cannot write --output')):
+        with pytest.raises(ConfigError, match=message):
+            publish(Namespace(source=str(runs / 'classifier'), **{**arguments, 'output': output}))
+    planted = tmp_path / 'planted'
+    shutil.copytree(runs / 'classifier', planted, symlinks=True)
+    (planted / 'args.yaml').write_text('eval_metric: 3')
+    with pytest.raises(ConfigError, match=r"args.yaml' is no run's: it has no text for val_split, eval_metric, recipe"):
+        publish(Namespace(source=str(planted), **arguments))
     with serve() as hub:
         result = run_publish(runs / 'classifier', tmp_path / 'out', '--push', 'a/b/c', HF_ENDPOINT=hub.url, fails=True)
     assert re.search(r"hub.publish: error: cannot push to 'a/b/c': Repo id must", result.stderr)
     assert 'Traceback' not in result.stderr
+
+
+def test_a_killed_publication_is_told_and_mended(runs, published, tmp_path, monkeypatch):
+    """The sums are written first: half of a new folder over an old one is damaged, until it is published again."""
+    arguments = dict(push='', dataset_name='', dataset_hub_id='', licence='mit', output=str(tmp_path / 'out'))
+    shutil.copytree(published / 'classifier', tmp_path / 'out')
+
+    def die(path, data):
+        write_file(path, data)
+        if path.name == 'config.json':
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(publish_module, 'write_file', die)
+        publish(Namespace(source=str(runs / 'detector'), **arguments))
+    assert find_change(tmp_path / 'out').startswith('model.safetensors has ')
+    publish(Namespace(source=str(runs / 'detector'), **arguments))
+    assert find_change(tmp_path / 'out') is None
 
 
 def test_changes_of_a_published_model(published):

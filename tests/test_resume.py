@@ -12,6 +12,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,6 +330,14 @@ def test_diverged_run_goes_back_to_before(images, tmp_path, caplog):
     assert not (tmp_path / 'run' / 'diverged.json').exists()
     rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
     assert len(rows) == 3 and all(math.isfinite(float(row['train_loss'])) for row in rows)
+
+
+@pytest.mark.parametrize('metric,values,best', [('top1', [1, 3, 2], 1), ('loss', [2, 1, 3], 1)])
+def test_metrics_that_are_not_finite_rank_last(metric, values, best):
+    rows = [{f'eval_{metric}': value} for value in [math.nan, *values, math.inf, -math.inf]]
+    ranked = run.Run.ranked(SimpleNamespace(args=SimpleNamespace(eval_metric=metric)), [*rows, {}])
+    assert ranked[0] is rows[1 + best]
+    assert [math.isfinite(row[f'eval_{metric}']) for row in ranked] == [True] * 3 + [False] * 3
 
 
 def test_run_folder_has_one_process_at_a_time(images, tmp_path, monkeypatch):

@@ -36,8 +36,8 @@ def find_change(folder: Path, names: Sequence[str] = ()) -> Optional[str]:
         folder: The folder.
         names: The files to check; all that are listed if empty.
     """
-    if not (folder / SUMS).exists():
-        return None
+    if not (folder / SUMS).exists():  # only a checkpoint of training always has it
+        return f'{SUMS} is missing' if (folder / 'state.json').exists() else None
     try:
         for name, expected in read_mapping(folder / SUMS).items():
             if names and name not in names:

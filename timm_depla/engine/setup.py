@@ -1,5 +1,6 @@
 """Setup of a training: device, optimizer, run, run folder, and the checkpoint to resume from."""
 
+import logging
 import math
 import os
 import platform
@@ -40,6 +41,8 @@ __all__ = [
     'set_up_device',
     'share_batch_norm',
 ]
+
+_logger = logging.getLogger(__name__)
 
 DIVERGED = 'diverged.json'  # in a run folder, from a loss that is not finite until training resumes
 LOCK_SECONDS = 20.0  # to wait for a run folder's lock, which the workers of a killed process hold a while longer
@@ -90,7 +93,11 @@ def create_optimizer(args: Namespace, trainable: nn.Module, num_updates: int) ->
     try:
         scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=num_updates)
     except (AssertionError, ValueError) as error:
-        raise ConfigError(f"cannot create schedule '{args.sched}': {error}") from error
+        hint = '; give --no-sched-on-updates' if args.sched == 'plateau' and args.sched_on_updates else ''
+        raise ConfigError(f"cannot create schedule '{args.sched}': {error}{hint}") from error
+    if args.warmup_epochs > num_epochs:
+        message = 'the warm-up of %s epochs is longer than the %d epochs: the learning rate never reaches %.4g'
+        _logger.warning(message, args.warmup_epochs, num_epochs, args.lr)
     if scheduler is None:
         raise ConfigError(f"cannot create schedule '{args.sched}': use one of timm's, such as cosine or constant")
     if args.stop_epoch is not None and not 0 < args.stop_epoch <= num_epochs:

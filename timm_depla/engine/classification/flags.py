@@ -17,6 +17,7 @@ from ..flags import (
 
 __all__ = ['LEFT_OUT', 'LEFT_OUT_OF_VALIDATION', 'create_train_parser', 'create_validate_parser']
 
+_INTERPOLATIONS = ['', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos']
 _JIT = 'TorchScript is deprecated: use --torchcompile'
 _LEFT_OUT_OF_BOTH = {
     '--amp-impl': 'Apex is no longer kept up: --amp is torch.amp',
@@ -85,7 +86,7 @@ def _add_data_args(parser: FlagParser) -> None:
     add('--crop-mode', type=str, metavar='MODE', help='crop for validation: center, squash or border')
     add('--mean', type=ranges.finite, nargs='+', metavar='X', help="pixel mean (default: the model's)")
     add('--std', type=ranges.positive, nargs='+', metavar='X', help="pixel deviation (default: the model's)")
-    text('--interpolation', metavar='NAME', help="resizing (default: the model's)")
+    text('--interpolation', type=None, choices=_INTERPOLATIONS, help="resizing (default: the model's)")
 
 
 def _add_augmentation_args(parser: FlagParser) -> None:
@@ -115,7 +116,8 @@ def _add_augmentation_args(parser: FlagParser) -> None:
         metavar='N',
         help='a clean and N - 1 augmented copies of each batch',
     )
-    add('--train-interpolation', type=str, default='random', metavar='NAME', help='resizing in training')
+    names = [*_INTERPOLATIONS, 'random']
+    add('--train-interpolation', default='random', choices=names, help='resizing in training')
     add('--resize-backend', default='pil', choices=['pil', 'torch'], help='torch is faster and rounds differently')
     number('--reprob', type=ranges.share, default=0.0, help='probability of random erasing')
     add('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='what fills an erased box')

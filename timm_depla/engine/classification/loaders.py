@@ -7,8 +7,9 @@ from itertools import islice
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
+import torch.nn as nn
 from PIL import Image
-from timm.data import AugMixDataset, FastCollateMixup, IterableImageDataset, create_transform
+from timm.data import AugMixDataset, FastCollateMixup, IterableImageDataset, create_transform, resolve_data_config
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
@@ -31,12 +32,27 @@ from ..report import UnreadableImages
 from ..world import World
 from .datasets import open_split
 
-__all__ = ['TrainLoader', 'create_val_loader', 'mixes']
+__all__ = ['TrainLoader', 'create_val_loader', 'mixes', 'resolve_data']
 
 
 def mixes(args: Namespace) -> bool:
     """Whether training mixes images, by mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def resolve_data(args: Namespace, model: nn.Module, use_test_size: bool = False) -> Dict[str, Any]:
+    """timm's data configuration: the model's, with what the arguments change.
+
+    Raises:
+        ConfigError: If `--mean` or `--std` does not fit the channels.
+    """
+    try:
+        config = resolve_data_config(vars(args), model=model, use_test_size=use_test_size)
+    except AssertionError as error:
+        raise ConfigError('--mean and --std each take one value, or one for each channel') from error
+    if args.in_chans:
+        config['input_size'] = (args.in_chans, *config['input_size'][1:])
+    return config
 
 
 def check_channels(args: Namespace, data_config: Dict[str, Any]) -> None:

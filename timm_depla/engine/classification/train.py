@@ -7,7 +7,6 @@ from typing import Any, Dict, Tuple
 
 import torch
 import torch.nn as nn
-from timm.data import resolve_data_config
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
 
@@ -24,7 +23,7 @@ from ..run import Run
 from ..setup import assemble, check_compile, share_batch_norm
 from ..world import Interrupt, World
 from .datasets import class_names, count_classes, count_streams, file_names, find_data, open_splits
-from .loaders import TrainLoader, create_val_loader, mixes
+from .loaders import TrainLoader, create_val_loader, mixes, resolve_data
 from .validate import evaluate
 
 __all__ = ['build', 'train']
@@ -58,7 +57,7 @@ def build_model(args: Namespace, world: World, is_fresh: bool) -> Tuple[nn.Modul
             model.get_classifier().bias.fill_(args.head_init_bias)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
-    data_config = resolve_data_config(vars(args), model=model)
+    data_config = resolve_data(args, model)
     changes = dict(data_config, pool_size=None, test_input_size=None, test_crop_pct=None)
     if getattr(model, 'feature_info', None):
         reduction = model.feature_info[-1]['reduction']

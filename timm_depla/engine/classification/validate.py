@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import timm
 import torch
 import torch.nn as nn
-from timm.data import RealLabelsImagenet, resolve_data_config
+from timm.data import RealLabelsImagenet
 from timm.layers import apply_test_time_pool
 from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 
@@ -26,7 +26,7 @@ from ..report import check_results, progress, write_results
 from ..setup import autocast, check_compile
 from ..world import Interrupt, World, explain_lost_peers, setup_world
 from .datasets import class_names, count_classes, count_streams, open_split
-from .loaders import create_val_loader
+from .loaders import create_val_loader, resolve_data
 
 __all__ = ['evaluate', 'validate']
 
@@ -185,7 +185,7 @@ def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
     """A target's row of `validate`."""
     args = count_streams(_find_data(args, target), 'val')
     dataset, model = _open(args, target)
-    data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size)
+    data_config = resolve_data(args, model, use_test_size=not args.use_train_size)
     parameters = sum(p.numel() for p in model.parameters())
     if args.test_pool:
         model, pools = apply_test_time_pool(model, data_config)
