@@ -5,6 +5,7 @@ import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args
+from timm_depla.engine.models import resumed_recipe
 from timm_depla.engine.world import run_command
 
 
@@ -12,7 +13,8 @@ def main() -> int:
     parser = create_train_parser()
     args = parse_args(parser)
     if not args.recipe:
-        args = parse_args(parser, default_recipe='better' if args.data_dir or args.dataset else 'digits')
+        default = 'better' if args.data_dir or args.dataset else 'digits'
+        args = parse_args(parser, default_recipe=resumed_recipe(args) or default)
     return train(args)
 
 

@@ -11,11 +11,13 @@ def main() -> int:
     require('pycocotools', 'detection')
     from timm_depla.engine.detection.flags import create_detection_parser
     from timm_depla.engine.detection.train import train
+    from timm_depla.engine.models import resumed_recipe
 
     parser = create_detection_parser()
     args = parse_args(parser)
     if not args.recipe:
-        args = parse_args(parser, default_recipe='coco_1x' if args.data_dir else 'scenes')
+        default = 'coco_1x' if args.data_dir else 'scenes'
+        args = parse_args(parser, default_recipe=resumed_recipe(args) or default)
     return train(args)
 
 

@@ -153,6 +153,12 @@ def serve_ours(train_args: argparse.Namespace, pipe: Any) -> None:
     pipe.send((sum(images), rates))
 
 
+def _serve(serve: Callable, train_args: argparse.Namespace, pipe: Any) -> None:
+    """Call an arm in its process, whose loading processes are forked, as those of training are."""
+    multiprocessing.set_start_method('fork', force=True)
+    serve(train_args, pipe)
+
+
 def race(arms: Dict[str, Tuple[Callable, argparse.Namespace]], rounds: int) -> Dict[str, Any]:
     """Run the arms, each in its own process, alternately round by round.
 
@@ -170,7 +176,7 @@ def race(arms: Dict[str, Tuple[Callable, argparse.Namespace]], rounds: int) -> D
     results['top1'] = {}
     for name, (serve, train_args) in arms.items():
         pipes[name], end = spawn.Pipe()
-        processes.append(spawn.Process(target=serve, args=(train_args, end)))
+        processes.append(spawn.Process(target=_serve, args=(serve, train_args, end)))
         processes[-1].start()
         end.close()  # so that recv raises if the process ends
     for number in range(rounds):

@@ -304,7 +304,8 @@ def test_checkpoint_of_something_else(trained, folder, tmp_path):
     (tmp_path / 'changed' / 'config.json').write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"changed' is damaged: config.json has"):
         from_pretrained(tmp_path / 'changed')
-    (tmp_path / 'changed' / 'checksums.json').unlink()
+    for name in ('checksums.json', 'state.json'):
+        (tmp_path / 'changed' / name).unlink()
     with pytest.raises(ValueError, match=r"the weights in '.*changed' are of another detector .*backbone.fpn"):
         from_pretrained(tmp_path / 'changed')
     (tmp_path / 'changed' / 'config.json').write_text(json.dumps(dict(architecture='resnet18', num_classes=10)))

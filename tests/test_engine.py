@@ -107,8 +107,21 @@ def test_bad_data(error, images, tmp_path):
     assert error('train.py', tmp_path / 'nowhere') == f"train.py: error: no data folder '{tmp_path / 'nowhere'}'"
     assert 'a batch of 32 is larger than the training set of 4 images' in error('train.py', images, *model)
     (tmp_path / 'empty').mkdir()
+    assert "no folder or tar file 'train' in" in error('train.py', tmp_path / 'empty', *model)
+    (tmp_path / 'empty' / 'train').mkdir()
     assert "no classes with images for the split 'train'" in error('train.py', tmp_path / 'empty', *model)
-    assert 'would both read' in error('train.py', images / 'train', *model)
+    assert "'train' in '" in error('train.py', images / 'train', *model)
+    fast = [images, *model, '--batch-size', 2, '--img-size', 32, '--output', tmp_path / 'out']
+    assert 'would both read' in error('train.py', *fast, '--val-split', 'train')
+    message = error('train.py', *fast, '--train-split', 'trian')
+    assert re.search(r"no folder or tar file 'trian' in '.*', which has .*train, validation", message)
+    (images / 'validation').rename(images / 'unseen')  # with train/ alone, all of it would be read as validation
+    assert "no folder or tar file 'validation'" in error('train.py', *fast)
+    (images / 'unseen').rename(images / 'test')
+    assert (
+        "4 training images of 'train', 4 validation images of 'test', 2" in run('train.py', *fast, '--dry-run').stdout
+    )
+    (images / 'test').rename(images / 'validation')
     (images / 'train' / 'dog').rename(images / 'train' / 'wolf')
     assert 'differ in the classes dog, wolf' in error('train.py', images, *model)
 
@@ -189,4 +202,4 @@ def test_bad_checkpoint(error, folder, images, tmp_path):
     assert 'has 10 classes' in error('validate.py', folder, '--data-dir', images)
     named = ['--data-dir', images, '--model', 'test_resnet_depla']
     assert 'has 10 classes' in error('validate.py', folder, *named)
-    assert 'timm cannot prepare the images' in error('validate.py', folder, '--interpolation', 'cubical')
+    assert "invalid choice: 'square'" in error('validate.py', folder, '--crop-mode', 'square')

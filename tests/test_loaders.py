@@ -143,8 +143,10 @@ def test_tar(data):
     folder, _ = load(arguments('--data-dir', data / 'folder', '--workers', 2))
     assert equal(list(loader.epoch(1, 7)), list(folder.epoch(1, 7)))
     assert sum(len(targets) for _, targets in val_loader) == 40
-    with pytest.raises(ConfigError, match='would both read'):
+    with pytest.raises(ConfigError, match=r"no folder or tar file 'train' in '.*train.tar'"):
         load(arguments('--data-dir', data / 'tars' / 'train.tar'))
+    with pytest.raises(ConfigError, match='would both read'):
+        load(arguments('--data-dir', data / 'tars' / 'train.tar', '--train-split', '.', '--val-split', '.'))
 
 
 @pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic', 'random'])

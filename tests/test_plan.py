@@ -39,7 +39,7 @@ def test_plan_of_the_better_strategy(capsys, tmp_path):
     text = plan(capsys, '--recipe', 'better', '--batch-size', 256, '--output', tmp_path / 'out')
     for part in (
         'resnet50_depla, 23.98 M parameters, 4.18 G multiply-adds at 224 x 224',
-        '1,438 training and 359 validation images of 10 classes',
+        "1,438 training images of 'train', 359 validation images of 'validation', 10 classes",
         '1 process x 256 images = 256 images an update',
         '400 epochs x 5 steps = 2,000 steps',
         'rate    0 at epoch 0, ', '0.1999 at epoch 5, 0.1707 at epoch 100, 0.1 at epoch 200, 0.02929 at epoch 300',

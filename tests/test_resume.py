@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT, fit, validate
+from helpers import run as execute
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -225,13 +226,13 @@ def test_signals(number, images, tmp_path):
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 128 + number, ''.join(lines) + rest
     assert f'{number.name}: finishing the step and saving' in rest
-    saved = re.search(r'saved (\d+)-(\d+); go on with --resume', rest)
+    saved = re.search(r'saved (\d+)-(\d+); go on with: python (.*)', rest)
     steps = 6 * int(saved[1]) + int(saved[2])
     before = ''.join(lines) + rest.split('finishing')[0]
     epoch, step = re.findall(r'epoch (\d+)  step (\d)/6', before)[-1]
     assert steps - (6 * int(epoch) + int(step)) <= 2  # the step under way; the last one of an epoch is not logged
     stop = int(saved[1]) + 1
-    fit(*args, '--experiment', 'run', '--resume', 'auto', '--stop-epoch', stop)
+    execute(*saved[3].split(), '--stop-epoch', stop)  # recipe, data and all else from the run
     fit(*args, '--experiment', 'whole', '--stop-epoch', stop)
     assert differences(tmp_path / 'run', tmp_path / 'whole') == []
 
@@ -314,8 +315,26 @@ def test_other_data_of_the_same_size_is_another_training(images, tmp_path):
     names = sorted(path.name for path in (data / 'train').iterdir())
     for split in ('train', 'validation'):
         (data / split / names[0]).rename(data / split / 'zebra')
-    with pytest.raises(ConfigError, match=f"with other arguments: classes '{names[0]}' -> '{names[1]}'"):
-        fit(*args)
+    for more in ([], ['--resume-with-changes']):
+        with pytest.raises(ConfigError, match=f"to a training on other data: classes '{names[0]}' -> '{names[1]}'"):
+            fit(*args, *more)
+
+
+def test_another_data_folder_is_not_gone_on_with(images, tmp_path):
+    """Of the same classes and size; images may be mended in the run's own folder, by --resume-with-changes."""
+    data = tmp_path / 'data'
+    shutil.copytree(images, data)
+    args = [*FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--resume-with-changes']
+    fit('--data-dir', data, *args, '--stop-epoch', 1)
+    data.rename(tmp_path / 'moved')
+    fit('--data-dir', tmp_path / 'moved', *args, '--stop-epoch', 1)  # the same names: the same data
+    first = sorted((tmp_path / 'moved' / 'train').rglob('*.png'))[0]
+    first.rename(first.with_name(f'z{first.name}'))
+    shutil.copytree(tmp_path / 'moved', tmp_path / 'other')
+    with pytest.raises(ConfigError, match=r'a training on other data: the names of the training images'):
+        fit('--data-dir', tmp_path / 'other', *args)
+    (tmp_path / 'moved').rename(data)
+    assert fit('--data-dir', data, *args) == 0
 
 
 def test_diverged_run_goes_back_to_before(images, tmp_path, caplog):

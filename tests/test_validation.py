@@ -46,6 +46,30 @@ def test_targets(digits_run, tmp_path):
         assert scores(row) == scores(expected), argv
 
 
+def test_timm_form_validates_the_data_that_it_names(digits_run, tmp_path):
+    """`validate.py DIR --model NAME --checkpoint FILE`, where DIR is not what the run was trained on."""
+    few = tmp_path / 'data' / 'validation'
+    for label in range(10):
+        (few / str(label)).mkdir(parents=True)
+        shutil.copy(sorted((digits_folder() / 'validation' / str(label)).iterdir())[0], few / str(label))
+    weights = digits_run / 'best' / 'model.safetensors'
+    (row,) = validate(few.parent, '--model', MODEL, '--checkpoint', weights, '--num-classes', 10, '--img-size', 32)
+    assert row['images'] == 10
+
+
+@pytest.mark.parametrize('split', ['tset', 'train2'])
+def test_split_that_is_not_there(split, digits_run):
+    with pytest.raises(ConfigError, match=rf"no folder or tar file '{split}' in .*, which has train, validation: name"):
+        validate(digits_run, '--split', split)
+
+
+def test_other_classes_of_the_same_number_are_told(digits_run, tmp_path, caplog):
+    shutil.copytree(digits_folder() / 'validation', tmp_path / 'val')
+    (tmp_path / 'val' / '3').rename(tmp_path / 'val' / 'three')
+    validate(digits_run, '--data-dir', tmp_path, '--split', 'val')
+    assert "was trained on other classes, or in another order: '3' is '4' here" in caplog.text
+
+
 def test_is_the_same_each_time(digits_run):
     rows = [validate(digits_run, '--batch-size', 50, *extra)[0] for extra in ([], [], ['--workers', 2])]
     assert scores(rows[0]) == scores(rows[1]) == scores(rows[2])
@@ -64,13 +88,13 @@ def test_options_run(digits_run):
 def test_table_of_several(digits_run, tmp_path, capsys, caplog):
     first = sorted((digits_run / 'checkpoints').iterdir())[0]
     file = tmp_path / 'table'
-    rows = validate(first, tmp_path, digits_run, '--results-file', file)
-    assert len(rows) == 2
-    assert rows[0]['top1'] >= rows[1]['top1']
+    with pytest.raises(ConfigError, match='1 of the 3 models could not be validated'):
+        validate(first, tmp_path, digits_run, '--results-file', file)
     assert 'is no run folder' in caplog.text  # one that fails does not stop the others
     assert capsys.readouterr().out == file.read_text()
     table = list(csv.DictReader(file.open()))
-    assert [float(row['top1']) for row in table] == [row['top1'] for row in rows]
+    assert [row['model'] for row in table] == [str(digits_run), str(first)]
+    assert float(table[0]['top1']) > float(table[1]['top1'])
     validate(digits_run, '--results-file', file, '--results-format', 'json')
     assert json.loads(file.read_text())[0]['model'] == str(digits_run)
 
@@ -138,7 +162,7 @@ def test_memory_runs_out(digits_run, monkeypatch, caplog):
 def test_bad_arguments(digits_run, tmp_path):
     with pytest.raises(ConfigError, match='name what to validate'):
         validate()
-    with pytest.raises(ConfigError, match='none of the 2 models'):
+    with pytest.raises(ConfigError, match='2 of the 2 models'):
         validate(tmp_path, tmp_path / 'nowhere', '--data-dir', digits_folder())
     with pytest.raises(ConfigError, match="'--tf-preprocessing' of timm is not here"):
         validate(digits_run, '--tf-preprocessing')

@@ -129,6 +129,7 @@ def parse_args(
             raise ConfigError(f"recipe '{name}' would run a data set's code: give --dataset-trust-remote-code yourself")
         flags = [flag for key, value in recipe.items() for flag in _as_flags(actions[key], value)]
         checked = vars(parser.parse_args(flags))
+        name = recipe.get('recipe') or name  # of the run whose args.yaml this is
         parser.set_defaults(**{**{key: checked[key] for key in recipe}, 'recipe': name})
     return parser.parse_args(argv)
 

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
@@ -16,7 +17,15 @@ from timm_depla.models import load_trunk
 from .config import closest
 from .errors import ConfigError
 
-__all__ = ['create_model', 'load_model', 'load_weights', 'model_config', 'run_arguments', 'trained_data']
+__all__ = [
+    'create_model',
+    'load_model',
+    'load_weights',
+    'model_config',
+    'resumed_recipe',
+    'run_arguments',
+    'trained_data',
+]
 
 DATA = (
     'dataset',
@@ -118,15 +127,37 @@ def run_arguments(target: str) -> Dict[str, Any]:
     Raises:
         ConfigError: If its args.yaml cannot be read.
     """
-    path = Path(target.removeprefix('local-dir:')).resolve()
-    folder = path.parent if path.is_file() else path
-    file = (folder.parent.parent if folder.parent.name == 'checkpoints' else folder) / 'args.yaml'
+    file = _arguments_file(target)
     if not file.is_file():
         return {}
     try:
         return read_mapping(file)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _arguments_file(target: str) -> Path:
+    path = Path(target.removeprefix('local-dir:')).resolve()
+    folder = path.parent if path.is_file() else path
+    return (folder.parent.parent if folder.parent.name == 'checkpoints' else folder) / 'args.yaml'
+
+
+def resumed_recipe(args: Namespace) -> Optional[str]:
+    """The args.yaml of the run that `--resume` names: a recipe with all that the command line need not repeat.
+
+    Raises:
+        ConfigError: If it names data or a teacher that is not local, and the command line does not.
+    """
+    target = str(Path(args.output, args.experiment)) if args.resume == 'auto' and args.experiment else args.resume
+    found = run_arguments(target) if target and target != 'auto' else {}
+    if not found:
+        return None
+    if not (args.data_dir or getattr(args, 'dataset', '')):
+        trained_data(target)
+    teacher = str(found.get('kd_model_name') or '')
+    if teacher and not timm.is_model(teacher) and not args.kd_model_name:
+        raise ConfigError(f"'{target}' was trained with the teacher '{teacher}': name it again with --kd-model-name")
+    return str(_arguments_file(target))
 
 
 def trained_data(target: str) -> Dict[str, str]:
@@ -144,7 +175,7 @@ def trained_data(target: str) -> Dict[str, str]:
     kind, folder = str(found.get('dataset', '')), str(found.get('data_dir', ''))
     if kind.partition('/')[0].lower() not in ('', 'torch', 'wds') or not Path(folder).is_dir():
         raise ConfigError(
-            f"'{target}' was trained on '{f'{kind} {folder}'.strip()}', which is no folder here: name the data to "
-            'validate it on with --data-dir and --dataset'
+            f"'{target}' was trained on '{f'{kind} {folder}'.strip()}', which is no folder here: name the data with "
+            '--data-dir and --dataset'
         )
     return found

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import os
 from argparse import Namespace
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -84,7 +85,7 @@ class Run:
 
     Attributes:
         metrics: What validation measures.
-        script: The command that validates.
+        train_script, validate_script: The commands.
         model: The unwrapped network, with the data configuration of its training in `pretrained_cfg`.
         trainable: What the optimizer trains: the model, or with feature distillation a module around it.
         task: timm's training task, with the modules that it calls: distributed, compiled.
@@ -99,7 +100,8 @@ class Run:
     """
 
     metrics: ClassVar[Sequence[Metric]]
-    script: ClassVar[str]
+    train_script: ClassVar[str]
+    validate_script: ClassVar[str]
 
     args: Namespace
     world: World
@@ -193,6 +195,7 @@ class Run:
         state = {
             'position': (self.epoch, self.step),
             'arguments': self.arguments(),
+            'data_dir': self._data_dir(),
             'history': [dict(row) for row in self.history],
             'ranks': ranks,
             'optimizer': _copy(self.optimizer.state_dict()),
@@ -248,6 +251,12 @@ class Run:
         changes = self._changes(state['arguments'])
         if self.args.no_resume_opt:
             changes.append('without the state of the optimizer')
+        if not self._is_same_data(state):
+            changes = [change for change in changes if change.startswith(_DATA)] or changes
+            raise ConfigError(
+                f"'{checkpoint}' belongs to a training on other data: {'; '.join(changes)}. Give its data, or start a "
+                f'training from its weights: --initial-checkpoint {checkpoint / "model.safetensors"}'
+            )
         if changes and not self.args.resume_with_changes:
             raise ConfigError(
                 f"'{checkpoint}' belongs to a training with other arguments: {'; '.join(changes)}. Give the old "
@@ -277,6 +286,16 @@ class Run:
             self._load_rank_state(state['ranks'][self.world.rank])
         return bool(changes)
 
+    def _is_same_data(self, state: Dict[str, Any]) -> bool:
+        """Whether a state is of the same classes, and of the same images or at least the same folder."""
+        old, new = state['arguments'], self.arguments()
+        if old.get('classes') != new.get('classes'):
+            return False
+        return old.get('files') == new.get('files') or state.get('data_dir') == self._data_dir()
+
+    def _data_dir(self) -> str:
+        return os.path.realpath(self.args.data_dir) if self.args.data_dir else ''
+
     def _load_rank_state(self, state: Dict[str, Any]) -> None:
         self.losses = Losses(*state['loss'])
         modules = [self.model] if self.ema is None else [self.model, self.ema.module]
@@ -296,6 +315,9 @@ class Run:
         self.step -= self.step % self.args.grad_accum_steps
         self.scheduler.step(self.epoch)
         self.scheduler.step_update(self.updates)
+
+
+_DATA = ('classes ', 'the names of the training images', 'training images', 'num classes')  # changes of the data
 
 
 def _describe_change(key: str, old: Any, new: Any) -> str:

@@ -217,11 +217,13 @@ def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> in
         signal = train_epochs(run, report)
     best = (run.ranked(run.history) or [{}])[0]
     if signal:
-        _logger.info('saved %s; go on with --resume %s', checkpoint_name(run.epoch, run.step), run.folder)
+        name = checkpoint_name(run.epoch, run.step)
+        _logger.info('saved %s; go on with: python %s --resume %s', name, run.train_script, run.folder)
         return 128 + signal
     if best:
         metric = next(metric for metric in run.metrics if metric.name == args.eval_metric)
-        _logger.info('best %s at epoch %d: python %s %s', metric.text(best), best['epoch'], run.script, run.folder)
+        command = f'python {run.validate_script} {run.folder}'
+        _logger.info('best %s at epoch %d: %s', metric.text(best), best['epoch'], command)
     return 0
 
 

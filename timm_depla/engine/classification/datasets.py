@@ -15,11 +15,21 @@ from timm_depla.data import digits_folder
 from ..config import updated
 from ..errors import ConfigError
 
-__all__ = ['class_names', 'count_classes', 'count_streams', 'file_names', 'find_data', 'open_split', 'open_splits']
+__all__ = [
+    'class_names',
+    'count_classes',
+    'count_streams',
+    'file_names',
+    'find_data',
+    'open_split',
+    'open_splits',
+    'split_name',
+]
 
 _logger = logging.getLogger(__name__)
 
 _STREAMS = ('wds/', 'hfids/')
+_VALIDATION = ('validation', 'val', 'valid', 'test')
 SCHEMES = ('https', 'http', 'hf', 's3', 'gs')  # of streams; webdataset has more, one of which runs any command
 
 
@@ -52,6 +62,36 @@ def check_source(source: str) -> None:
         raise ConfigError(f"'{source}' is not read: an address has letters, digits and ./:{{}}%,~@+=- alone")
 
 
+def find_split(args: Namespace, split: str) -> Path:
+    """The folder or tar file of a split in `args.data_dir`; 'validation' may also be called val, valid or test.
+
+    Raises:
+        ConfigError: If there is none: reading the whole folder instead would mix training and validation.
+    """
+    root = Path(args.data_dir)
+    for name in _VALIDATION if split == _VALIDATION[0] else (split,):
+        for path in (root / name, root / f'{name}.tar'):
+            if path.exists():
+                return path
+    children = sorted(root.iterdir()) if root.is_dir() else []
+    found = [path.name for path in children if path.is_dir() or path.suffix == '.tar']
+    raise ConfigError(
+        f"no folder or tar file '{split}' in '{root}', which has {', '.join(found[:8]) or 'none'}"
+        f'{", ..." if len(found) > 8 else ""}: name the split with --train-split, --val-split or --split '
+        "('.' is the folder itself)"
+    )
+
+
+def has_folders(args: Namespace) -> bool:
+    """Whether the splits are folders or tar files of `args.data_dir`."""
+    return args.dataset.lower() in ('', 'torch/image_folder', 'torch/folder')
+
+
+def split_name(args: Namespace, split: str) -> str:
+    """The name of what is read for a split: of its folder or tar file where it has one."""
+    return find_split(args, split).name if has_folders(args) else split
+
+
 def open_split(args: Namespace, split: str, is_training: bool = False, epoch: int = 0) -> Any:
     """One split of the data: a folder or SPLIT.tar of images, or a data set that timm names.
 
@@ -70,6 +110,8 @@ def open_split(args: Namespace, split: str, is_training: bool = False, epoch: in
     if kind == 'wds':
         check_source(str(args.data_dir or ''))
         check_source(split)
+    if Path(args.class_map).suffix == '.pkl':
+        raise ConfigError(f"--class-map '{args.class_map}' is a pickle, which is not read: write it as a text file")
     if kind in ('', 'wds') and not Path(args.data_dir or '').exists() and '://' not in str(args.data_dir):
         raise ConfigError(f"no data folder '{args.data_dir}'")
     number = args.train_num_samples if is_training else args.val_num_samples
@@ -88,11 +130,12 @@ def open_split(args: Namespace, split: str, is_training: bool = False, epoch: in
         options['class_map'] = args.class_map
     try:
         options.update({'download': True} if args.dataset_download else {})
-        tar = Path(args.data_dir or '', f'{split}.tar')
-        root = str(tar) if not kind and tar.is_file() else args.data_dir
-        return create_dataset(args.dataset, root=root, split=split, **options)
+        root = str(find_split(args, split)) if has_folders(args) else args.data_dir
+        return create_dataset(args.dataset, root=root, split=split, search_split=not has_folders(args), **options)
     except ModuleNotFoundError as error:
         raise ConfigError(f'data set \'{args.dataset}\': {error}; pip install "timm-depla[stream]"') from error
+    except ConfigError:
+        raise
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         if kind:
             raise ConfigError(f"cannot open the split '{split}' of '{args.dataset}': {error}") from error
@@ -168,10 +211,9 @@ def open_splits(args: Namespace) -> Tuple[Any, Any]:
         ConfigError: If one cannot be opened, both are the same folder, or their classes differ.
     """
     train_set, val_set = open_split(args, args.train_split, is_training=True), open_split(args, args.val_split)
-    train_reader, val_reader = getattr(train_set, 'reader', None), getattr(val_set, 'reader', None)
-    if not args.dataset and getattr(train_reader, 'root', 0) == getattr(val_reader, 'root', 1):
+    if has_folders(args) and find_split(args, args.train_split) == find_split(args, args.val_split):
         raise ConfigError(
-            f"training and validation would both read '{val_reader.root}': expected the folders "
+            f"training and validation would both read '{find_split(args, args.val_split)}': expected the folders "
             f"'{args.train_split}' and '{args.val_split}' in '{args.data_dir}'"
         )
     classes = [set(class_names(dataset)) for dataset in (train_set, val_set)]
@@ -192,4 +234,6 @@ def count_classes(args: Namespace, dataset: Any) -> int:
         raise ConfigError(f"'{args.dataset}' does not say how many classes it has: give --num-classes")
     if args.num_classes and args.num_classes < len(known):
         raise ConfigError(f"--num-classes {args.num_classes} is too few: '{args.data_dir}' has {len(known)} classes")
+    if (args.num_classes or len(known)) < 2:
+        raise ConfigError(f"'{args.data_dir}' has one class: a classifier needs two to tell apart")
     return args.num_classes or len(known)

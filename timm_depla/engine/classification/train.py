@@ -22,7 +22,7 @@ from ..report import Metric
 from ..run import Run
 from ..setup import assemble, check_compile, share_batch_norm
 from ..world import Interrupt, World
-from .datasets import class_names, count_classes, count_streams, file_names, find_data, open_splits
+from .datasets import class_names, count_classes, count_streams, file_names, find_data, open_splits, split_name
 from .loaders import TrainLoader, create_val_loader, mixes, resolve_data
 from .validate import evaluate
 
@@ -109,7 +109,7 @@ class ClassificationRun(Run):
         Metric('top1', 'top-1', 'accuracy (%)', 2),
         Metric('top5', 'top-5', 'accuracy (%)'),
     )
-    script = 'validate.py'
+    train_script, validate_script = 'train.py', 'validate.py'
 
     def evaluate(self, interrupt: Interrupt) -> Dict[str, float]:
         return evaluate(self.eval_model, self.val_loader, self.args, self.world, interrupt)
@@ -118,12 +118,14 @@ class ClassificationRun(Run):
         args, size = self.args, self.model.pretrained_cfg['input_size']
         cost = count_cost(self.model, size)
         parameters, macs = cost['parameters'] / 1e6, cost['macs'] / 1e9
-        images, val_images = self.loader.num_images, self.val_loader.unreadable.num_images
+        images, val_images = f'{self.loader.num_images:,}', f'{self.val_loader.unreadable.num_images:,}'
+        splits = [split_name(args, split) for split in (args.train_split, args.val_split)]
+        data = f'{args.dataset} {args.data_dir or ""}'.strip()
         return {
             'model': f'{args.model}, {parameters:.2f} M parameters, '
             f'{macs:.2f} G multiply-adds at {size[1]} x {size[2]}',
-            'data': f'{args.dataset} {args.data_dir or ""}'.strip() + f': {images:,} training and {val_images:,} '
-            f'validation images of {args.num_classes:,} classes',
+            'data': f"{data}: {images} training images of '{splits[0]}', {val_images} validation images of "
+            f"'{splits[1]}', {args.num_classes:,} classes",
         }
 
 

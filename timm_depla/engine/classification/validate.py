@@ -25,7 +25,7 @@ from ..models import load_model, run_arguments, trained_data
 from ..report import check_results, progress, write_results
 from ..setup import autocast, check_compile
 from ..world import Interrupt, World, explain_lost_peers, setup_world
-from .datasets import class_names, count_classes, count_streams, open_split
+from .datasets import class_names, count_classes, count_streams, open_split, split_name
 from .loaders import create_val_loader, resolve_data
 
 __all__ = ['evaluate', 'validate']
@@ -104,16 +104,22 @@ def trained_on_digits(target: str) -> bool:
         return False
 
 
+def is_data(target: str) -> bool:
+    """Whether a target is a folder that holds neither a run nor a model."""
+    path = Path(target)
+    return path.is_dir() and not run_arguments(target) and not (path / 'config.json').is_file()
+
+
 def find_targets(args: Namespace) -> Tuple[List[str], Optional[str]]:
     """The targets to validate, with wildcards expanded, and the data folder.
 
     Raises:
         ConfigError: If nothing is named, or a wildcard matches no model with pretrained weights.
     """
-    targets, data_dir = [*args.targets, *([args.checkpoint] if args.checkpoint else [])], args.data_dir
-    is_data = args.model and len(targets) == 1 and Path(targets[0]).is_dir() and not run_arguments(targets[0])
-    if is_data and not data_dir and not (Path(targets[0]) / 'config.json').is_file():
-        data_dir = targets.pop()  # timm's `validate.py DIR --model NAME`
+    targets, data_dir = list(args.targets), args.data_dir
+    if (args.model or args.checkpoint) and len(targets) == 1 and not data_dir and is_data(targets[0]):
+        data_dir = targets.pop()  # timm's `validate.py DIR --model NAME --checkpoint FILE`
+    targets += [args.checkpoint] if args.checkpoint else []
     if not targets and args.model:
         targets = [args.model]
     if not targets:
@@ -178,6 +184,14 @@ def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
         raise ConfigError(
             f"'{target}' has {model.num_classes} classes, '{args.data_dir or args.dataset}' has {len(classes)}"
         )
+    trained = list(model.pretrained_cfg.get('label_names') or ())
+    if (
+        trained
+        and classes
+        and (changed := [pair for pair in zip(trained, map(str, classes), strict=False) if pair[0] != pair[1]])
+    ):
+        pairs = ', '.join(f'{old!r} is {new!r} here' for old, new in changed[:3])
+        _logger.warning("'%s' was trained on other classes, or in another order: %s", target, pairs)
     return dataset, model
 
 
@@ -203,7 +217,7 @@ def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
         metrics.update(top1=real.get_accuracy(k=1), top5=real.get_accuracy(k=5))
     top1, top5, loss, images = (metrics[key] for key in ('top1', 'top5', 'loss', 'count'))
     scores = f'top-1 {top1:.2f}  top-5 {top5:.2f}  loss {loss:.3f}'
-    data = args.data_dir or args.dataset
+    data = f'{args.data_dir or args.dataset} {split_name(args, args.val_split)}'
     _logger.info('%s on %s, %d images: %s  %.0f images/s', target, data, images, scores, rate)
     return dict(
         model=target,
@@ -246,7 +260,7 @@ def validate(args: Namespace) -> List[Dict[str, Any]]:
         A row of timm's table of results for each (percent, millions of parameters), and `loss` and `images`.
 
     Raises:
-        ConfigError: If all targets fail: one does not load, its data is missing, or their classes do not match.
+        ConfigError: At the end, if a target failed: it does not load, its data is missing, or the classes differ.
     """
     (targets, data_dir), world, rows = find_targets(args), setup_world(args.device), []
     args = updated(args, data_dir=data_dir)
@@ -259,8 +273,6 @@ def validate(args: Namespace) -> List[Dict[str, Any]]:
             if len(targets) == 1:
                 raise
             _logger.error('%s: %s', target, error)
-    if not rows:
-        raise ConfigError(f'none of the {len(targets)} models could be validated')
     rows.sort(key=lambda row: row['top1'], reverse=True)
     table = [{key: row[key] for key in TABLE} for row in rows]
     text = io.StringIO()
@@ -272,4 +284,6 @@ def validate(args: Namespace) -> List[Dict[str, Any]]:
     if args.results_file:
         content = text.getvalue() if args.results_format == 'csv' else json.dumps(table, indent=4) + '\n'
         write_results(args.results_file, content)
+    if len(rows) < len(targets):
+        raise ConfigError(f'{len(targets) - len(rows)} of the {len(targets)} models could not be validated')
     return rows

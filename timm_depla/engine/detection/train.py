@@ -57,7 +57,7 @@ class DetectionTask(TrainingTask):
 class DetectionRun(Run):
     """The training of a detector."""
 
-    script = 'validate_detection.py'
+    train_script, validate_script = 'train_detection.py', 'validate_detection.py'
 
     @property
     def metrics(self) -> Tuple[Metric, ...]:
