@@ -138,3 +138,36 @@ def test_number_out_of_range_is_named(argv):
 def test_model_arguments_are_pairs():
     with pytest.raises(ConfigError, match="argument --model-kwargs: expected KEY=VALUE, not 'x'"):
         parse('--model-kwargs', 'x')
+
+
+def test_recipe_of_its_own_base(tmp_path):
+    (tmp_path / 'a.yaml').write_text('base: b.yaml')
+    (tmp_path / 'b.yaml').write_text('base: a.yaml')
+    with pytest.raises(ConfigError, match=r'is its own base: .*a.yaml -> .*b.yaml -> .*a.yaml'):
+        parse('--recipe', tmp_path / 'a.yaml')
+
+
+def test_bad_value_of_a_recipe_names_it(recipe):
+    path = recipe('hflip: 5')
+    with pytest.raises(ConfigError, match=rf"^recipe '{path}': argument --hflip: it must be from 0 to 1, not '5'"):
+        parse('--recipe', path)
+    Path(path).write_bytes(bytes(range(256)))
+    with pytest.raises(ConfigError, match='must map flags to values'):
+        parse('--recipe', path)
+
+
+def test_other_names_lead_to_flags():
+    with pytest.raises(ConfigError, match=r"unknown argument '--learning-rate'; did you mean '--lr'\?"):
+        parse('--learning-rate', 0.1)
+
+
+def test_help_tells_defaults():
+    text = ' '.join(create_train_parser().format_help().split())
+    assert 'learning rate for a global batch of --lr-base-size (default: 0.1)' in text
+    assert 'probability of a horizontal flip (default: 0.5)' in text
+    assert text.count("image size in pixels (default: the model's)") == 1 and '(default: None)' not in text
+
+
+def test_recipe_of_timms_defaults():
+    args = vars(parse('--recipe', 'timm'))
+    assert {**vars(parse()), 'model': 'resnet50', 'recipe': 'timm'} == args

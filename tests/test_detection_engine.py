@@ -268,7 +268,7 @@ def test_bad_arguments(argv, message, folder, recipe, tmp_path):
         fit(folder, '-c', recipe, '--output', tmp_path, *argv)
 
 
-def test_bad_data(folder, recipe, tmp_path):
+def test_bad_data(trained, folder, recipe, tmp_path):
     with pytest.raises(ConfigError, match=r"no annotation file '.*nowhere.annotations.instances_train.json'"):
         fit(tmp_path / 'nowhere', '-c', recipe)
     shutil.copytree(folder, tmp_path / 'data')
@@ -278,6 +278,15 @@ def test_bad_data(folder, recipe, tmp_path):
     annotations.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r'differ in the categories \[99\]'):
         fit(tmp_path / 'data', '-c', recipe)
+    content['categories'].pop()
+    for annotation in content['annotations']:
+        annotation.pop('segmentation')
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(
+        ConfigError, match=r'learns masks, which the annotations have not: give --model fasterrcnn_test'
+    ):
+        fit(tmp_path / 'data', '-c', recipe)
+    assert set(score(trained, '--data-dir', tmp_path / 'data')) == set(METRICS)  # of boxes alone
     annotations.unlink()
     with pytest.raises(ConfigError, match=r'no annotation file .*there are the splits train: name them'):
         fit(tmp_path / 'data', '-c', recipe)

@@ -136,6 +136,13 @@ def test_bad_model(error, images):
     assert "cannot create model 'test_resnet_depla': temperature must be positive and finite, got -1" in message
     message = error('train.py', *fast, *model, '--model-kwargs', 'drop_path_rate=high')
     assert "cannot create model 'test_resnet_depla'" in message
+    for name, hint in (
+        ('resnet50_depla', 'start from those of the network without DEPLA, --initial-checkpoint resnet50'),
+        ('resnet50.nope', 'there are resnet50.'),
+        ('fishnet99_depla', 'leave out --pretrained'),
+    ):
+        message = error('train.py', *fast, '--model', name, '--pretrained')
+        assert f"no weights are published for '{name}': {hint}" in message
     message = error('train.py', *fast, *model, '--model-kwargs', 'typo=1')
     assert "cannot create model 'test_resnet_depla'" in message
     assert "'typo'" in message

@@ -89,3 +89,16 @@ def test_kept_candidate_in_the_basic_block(model):
         load_trunk(network, trunk.state_dict())
     with torch.no_grad():
         assert torch.equal(kept(x), trunk.eval()(x)) and not torch.allclose(model.eval()(x), trunk(x))
+
+
+def test_source_can_be_a_network_or_a_folder(model, trunk, tmp_path):
+    load_trunk(model, trunk)
+    assert torch.equal(model.conv1.weight, trunk.conv1.weight)
+    (tmp_path / 'best').mkdir()
+    save_file(model.state_dict(), tmp_path / 'best' / 'model.safetensors')
+    for folder in (tmp_path, tmp_path / 'best'):
+        again = timm.create_model('resnet18_depla', num_classes=10)
+        assert load_trunk(again, folder).new == []
+        assert torch.equal(again.layer3[0].conv1.weight, model.layer3[0].conv1.weight)
+    with pytest.raises(FileNotFoundError, match=r'has no model.safetensors, in it or in its folder best'):
+        load_trunk(model, tmp_path.parent)

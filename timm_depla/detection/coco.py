@@ -130,6 +130,11 @@ class CocoDetection(torch.utils.data.Dataset):
         annotations = self.coco.imgToAnns[image_id]
         return [a for a in annotations if not a.get('iscrowd') and self._box(a) is not None]
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether any object has a mask."""
+        return any(annotation.get('segmentation') for annotation in self.coco.anns.values())
+
     def __len__(self) -> int:
         return len(self.image_ids)
 

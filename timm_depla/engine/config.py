@@ -22,6 +22,28 @@ def closest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean '{matches[0]}'?" if matches else ''
 
 
+SYNONYMS = {
+    '--arch': '--model',
+    '--learning-rate': '--lr',
+    '--name': '--experiment',
+    '--num-epochs': '--epochs',
+    '--num-workers': '--workers',
+    '--optimizer': '--opt',
+    '--output-dir': '--output',
+    '--scheduler': '--sched',
+    '--wd': '--weight-decay',
+}
+"""Names that others have for flags."""
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds the default to a flag's help, where there is one and the help does not tell it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        is_told = action.default in (None, '', False, argparse.SUPPRESS) or action.default in ([], {})
+        return action.help if is_told or 'default' in action.help else f'{action.help} (default: %(default)s)'
+
+
 class FlagParser(argparse.ArgumentParser):
     """Argument parser that raises ConfigError for mistakes, with the reason if a flag of timm is left out.
 
@@ -31,7 +53,7 @@ class FlagParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args: Any, left_out: Dict[str, str], recipes: Path = RECIPES, **kwargs: Any):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
         self.left_out = left_out
         self.recipes = recipes
 
@@ -45,7 +67,9 @@ class FlagParser(argparse.ArgumentParser):
         flag = next((word.split('=')[0] for word in unknown if word.startswith('-')), unknown[0])
         if flag in self.left_out:
             raise ConfigError(f"'{flag}' of timm is not here: {self.left_out[flag]}")
-        raise ConfigError(f"unknown argument '{flag}'{closest(flag, list(self._option_string_actions))}")
+        known = [SYNONYMS[flag]] if flag in SYNONYMS else list(self._option_string_actions)
+        hint = f"; did you mean '{known[0]}'?" if flag in SYNONYMS else closest(flag, known)
+        raise ConfigError(f"unknown argument '{flag}'{hint}")
 
 
 class KeyValues(ParseKwargs):
@@ -78,13 +102,18 @@ def list_recipes(folder: Path = RECIPES) -> List[str]:
     return sorted(path.stem for path in folder.glob('*.yaml'))
 
 
-def load_recipe(name: str, folder: Path = RECIPES) -> Dict[str, Any]:
+def load_recipe(name: str, folder: Path = RECIPES, derived: Sequence[str] = ()) -> Dict[str, Any]:
     """Read a recipe, a flat mapping of flags to values, by its name in a folder of the package or its file name.
 
     Its key `base` names another recipe, in the package or in the same folder, whose values it overrides.
 
+    Args:
+        name: The recipe.
+        folder: The folder of the recipes that have names.
+        derived: The recipes that this one is the base of.
+
     Raises:
-        ConfigError: If there is no such recipe, or it is no mapping.
+        ConfigError: If there is no such recipe, it is no mapping, or it is its own base.
     """
     path, known = Path(name), list_recipes(folder)
     if name in known:
@@ -99,7 +128,10 @@ def load_recipe(name: str, folder: Path = RECIPES) -> Dict[str, Any]:
     base = recipe.pop('base', None)
     if base is None:
         return recipe
-    return {**load_recipe(base if base in known else str(path.parent / base), folder), **recipe}
+    base = str(base) if base in known else str(path.parent / str(base))
+    if base in (names := (*derived, name)):
+        raise ConfigError(f"recipe '{name}' is its own base: {' -> '.join((*names, base))}")
+    return {**load_recipe(base, folder, names), **recipe}
 
 
 def parse_args(
@@ -128,7 +160,10 @@ def parse_args(
         if recipe.get('dataset_trust_remote_code'):
             raise ConfigError(f"recipe '{name}' would run a data set's code: give --dataset-trust-remote-code yourself")
         flags = [flag for key, value in recipe.items() for flag in _as_flags(actions[key], value)]
-        checked = vars(parser.parse_args(flags))
+        try:
+            checked = vars(parser.parse_args(flags))
+        except ConfigError as error:
+            raise ConfigError(f"recipe '{name}': {error}") from error
         name = recipe.get('recipe') or name  # of the run whose args.yaml this is
         parser.set_defaults(**{**{key: checked[key] for key in recipe}, 'recipe': name})
     return parser.parse_args(argv)

@@ -76,7 +76,7 @@ def add_model_args(parser: FlagParser) -> None:
         '--initial-checkpoint',
         type=str,
         default='',
-        metavar='FILE|MODEL',
+        metavar='FILE|RUN|MODEL',
         help="start from these weights, or the trunk's",
     )
     add('--num-classes', type=ranges.count, metavar='N', help='number of classes (default: those of the data)')

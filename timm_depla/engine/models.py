@@ -64,10 +64,33 @@ def create_model(name: str, **kwargs) -> nn.Module:
     """
     if not name.startswith(_SOURCES) and not timm.is_model(name):
         raise ConfigError(f"no model '{name}'{closest(name, timm.list_models())}")
+    elsewhere = kwargs.keys() & {'host', 'pretrained_cfg_overlay'}  # that tell where the weights come from
+    if kwargs.get('pretrained') and timm.is_model(name) and not elsewhere:
+        check_pretrained(name)
     try:
         return timm.create_model(name, **kwargs)
     except (AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"cannot create model '{name}': {error}") from error
+
+
+def check_pretrained(name: str) -> None:
+    """Refuse a name of timm without published weights.
+
+    Raises:
+        ConfigError: If it has none; names those of the same network, or of the network without DEPLA.
+    """
+    base, _, tag = name.partition('.')
+    tags = [other for other in timm.list_models(f'{base}.*', pretrained=True) if other.partition('.')[0] == base]
+    if name in tags or (tags and not tag):
+        return
+    plain = base.partition('_depla')[0]
+    if tags:
+        hint = f'there are {", ".join(tags[:5])}'
+    elif plain != base and timm.list_models(f'{plain}.*', pretrained=True):
+        hint = f'start from those of the network without DEPLA, --initial-checkpoint {plain}'
+    else:
+        hint = 'leave out --pretrained'
+    raise ConfigError(f"no weights are published for '{name}': {hint}")
 
 
 def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:

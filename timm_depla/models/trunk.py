@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Union
 
 import timm
@@ -16,6 +17,7 @@ from .insertion import BlockWithDepla
 
 __all__ = ['TrunkReport', 'load_trunk']
 
+Source = Union[str, os.PathLike, nn.Module, Dict[str, torch.Tensor]]
 _COUNTER = '.num_batches_tracked'  # a frozen BatchNorm lacks it, and nothing reads it
 
 
@@ -38,9 +40,7 @@ class TrunkReport:
         return text + (f', head left as it was ({", ".join(self.skipped)})' if self.skipped else '')
 
 
-def load_trunk(
-    model: nn.Module, source: Union[str, os.PathLike, Dict[str, torch.Tensor]], heads: Optional[Sequence[str]] = None
-) -> TrunkReport:
+def load_trunk(model: nn.Module, source: Source, heads: Optional[Sequence[str]] = None) -> TrunkReport:
     """Load the weights of the original network, or of the whole DEPLA model, and report what was and was not loaded.
 
     Example:
@@ -49,12 +49,13 @@ def load_trunk(
 
     Args:
         model: A DEPLA model of this package.
-        source: A timm model with pretrained weights (pulled from the Hugging Face Hub), a checkpoint file that timm
-            can read (safetensors or PyTorch), or a state dict.
+        source: A network, a state dict, a timm model with pretrained weights (pulled from the Hugging Face Hub), a
+            checkpoint file that timm can read (safetensors or PyTorch), or the folder of a run (its best checkpoint),
+            of a checkpoint or of published weights.
         heads: Modules that keep their initial weights if the source's have other shapes; the classifier by default.
 
     Raises:
-        FileNotFoundError: If the source is neither a timm model nor a file.
+        FileNotFoundError: If the source is neither a timm model nor a file, or a folder without weights.
         ValueError: If the source does not fit: tensors of the trunk are missing, unknown or of another shape. The model
             is left as it was.
     """
@@ -85,8 +86,24 @@ def load_trunk(
     return TrunkReport(loaded=[k for k in state if k in own], new=new, skipped=skipped)
 
 
-def _read(source: Union[str, os.PathLike, Dict[str, torch.Tensor]], model: nn.Module) -> Dict[str, torch.Tensor]:
+def find_weights(folder: Path) -> Path:
+    """The weights of a run folder (its best checkpoint), a checkpoint or a published folder.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    for file in (folder / 'model.safetensors', folder / 'best' / 'model.safetensors'):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"'{folder}' has no model.safetensors, in it or in its folder best")
+
+
+def _read(source: Source, model: nn.Module) -> Dict[str, torch.Tensor]:
     """Read the source's state dict, with names translated by the model's `checkpoint_filter_fn`, if any."""
+    if isinstance(source, nn.Module):
+        source = source.state_dict()
+    if isinstance(source, (str, os.PathLike)) and os.path.isdir(source):
+        source = find_weights(Path(source))
     if isinstance(source, dict):
         state = clean_state_dict(source.get('state_dict', source))
     elif os.path.isfile(source):

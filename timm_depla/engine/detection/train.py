@@ -148,6 +148,9 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> DetectionRun:
     args = updated(args, data_dir=find_data(args), backbone_norm=norm)
     train_set, val_set = open_splits(args)
     model = build_model(args, train_set, world, is_fresh)
+    if model.roi_heads.has_mask() and not (train_set.has_masks and val_set.has_masks):
+        boxes = args.model.replace('maskrcnn', 'fasterrcnn', 1)
+        raise ConfigError(f"'{args.model}' learns masks, which the annotations have not: give --model {boxes}")
     rebuild = dict(args.model_kwargs, backbone_norm=args.backbone_norm)
     config = detector_config(args.model, train_set.class_names, train_set.category_ids, rebuild)
     model = share_batch_norm(args, model, world)

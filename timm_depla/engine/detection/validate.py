@@ -75,7 +75,7 @@ def evaluate(
         place = {image_id: i for i, image_id in enumerate(loader.dataset.image_ids)}
         evaluation.results = sorted((r for share in shares for r in share), key=lambda r: place[r['image_id']])
         for prefix, kind in {'': 'bbox', 'mask_': 'segm'}.items():
-            if kind == 'bbox' or model.roi_heads.has_mask():
+            if kind == 'bbox' or (model.roi_heads.has_mask() and loader.dataset.has_masks):
                 fast = args.evaluator == 'faster-coco-eval'
                 scores, evaluation.tables[kind] = evaluate_coco(loader.dataset.coco, evaluation.results, kind, fast)
                 evaluation.scores.update({f'{prefix}{name}': score for name, score in scores.items()})
