@@ -2,13 +2,14 @@
 
 import argparse
 import colorsys
+import io
 import os
 import sys
 from pathlib import Path
 from typing import Dict, Sequence
 
 import torch
-from PIL import ImageOps
+from PIL import ImageFont, ImageOps
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype, to_pil_image
@@ -67,11 +68,22 @@ def draw_detections(image: Tensor, detections: Dict[str, Tensor], class_names: S
         return image
     hues = [colorsys.hsv_to_rgb((label - 1) / len(class_names), 0.9, 1.0) for label in labels]
     colors = [tuple(round(255 * part) for part in hue) for hue in hues]
-    if 'masks' in detections:
-        image = draw_segmentation_masks(image, detections['masks'], alpha=0.5, colors=colors)
+    for mask, color in zip(detections.get('masks', ()), colors, strict=False):  # together, they would overlap in black
+        image = draw_segmentation_masks(image, mask, alpha=0.5, colors=[color])
     scores = detections['scores'].tolist()
     texts = [f'{class_names[label - 1]} {score:.2f}' for label, score in zip(labels, scores, strict=True)]
-    return draw_bounding_boxes(image, detections['boxes'], texts, colors=colors, width=2)
+    size = max(image.shape[1:])
+    return draw_bounding_boxes(
+        image,
+        detections['boxes'],
+        texts,
+        colors=colors,
+        width=max(2, round(size / 400)),
+        font=io.BytesIO(ImageFont.load_default(10).font_bytes),  # Pillow's own, in any size
+        font_size=max(10, round(size / 40)),
+        label_colors='black',
+        fill_labels=True,
+    )
 
 
 def main() -> None:

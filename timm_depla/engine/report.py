@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import queue
 import sys
 import time
@@ -180,6 +181,7 @@ def draw_curves(history: List[Dict[str, Any]], metrics: Sequence[Metric]) -> byt
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ModuleNotFoundError:
         return b''
     panels: Dict[str, Dict[str, Optional[str]]] = {'loss': {'train_loss': 'training'}}
@@ -190,11 +192,16 @@ def draw_curves(history: List[Dict[str, Any]], metrics: Sequence[Metric]) -> byt
     FigureCanvasAgg(figure)
     figure.subplots_adjust(left=0.05, right=0.99, bottom=0.14, top=0.91, wspace=0.2)
     for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        shown: List[float] = []
         for column, label in columns.items():
             rows = [row for row in history if column in row]
             axes.plot([row['epoch'] for row in rows], [row[column] for row in rows], '.-', label=label)
+            shown += [row[column] for row in rows[1:] if math.isfinite(row[column])]
         axes.set(xlabel='epoch', title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
+        if title == 'loss' and shown and axes.get_ylim()[1] > 3 * max(shown):  # the first epoch would flatten the rest
+            axes.set_ylim(min(shown) - 0.1 * max(shown), 1.3 * max(shown))
         if title != 'learning rate':
             axes.legend(frameon=False)
     data = io.BytesIO()

@@ -233,4 +233,6 @@ def explain_worker(error: Exception) -> str:
     cause = lines[-1] if isinstance(error, UnreadableError) or 'Traceback' in str(error) else lines[0]
     died = 'killed' in cause or 'exited unexpectedly' in cause
     hint = 'If it was killed, memory may have run out: lower --workers' if died else 'Mend the data'
+    if 'auto_augment.py' in str(error) or 'transforms.py' in str(error):
+        hint = 'The image was read, but its augmentation failed: choose another --aa, or leave it out'
     return f'loading data failed: {cause.rstrip(".")}. {hint}, and go on with --resume auto'
