@@ -72,9 +72,9 @@ def test_python_runs(block, monkeypatch):
         return
     if 'digits_folder' in block:
         pytest.importorskip('sklearn')
-    lines = [line if 'local-dir' in line else line.replace('=True', '=False') for line in block.splitlines()]
-    block = '\n'.join(lines).replace(
-        "load_trunk(model, 'resnet50.a1_in1k')", "load_trunk(model, timm.create_model('resnet50'))"
-    )
+    away = re.compile(r'(pretrained\w*)=True')
+    lines = [line if 'local-dir' in line else away.sub(r'\1=False', line) for line in block.splitlines()]
+    plain = "load_trunk(model, timm.create_model('resnet50'))"
+    block = '\n'.join(lines).replace("load_trunk(model, 'resnet50.a1_in1k')", plain)
     monkeypatch.chdir(ROOT)
     exec(compile(block, 'block', 'exec'), {})
