@@ -7,16 +7,17 @@ import tarfile
 
 import numpy as np
 import pytest
+import timm
 import torch
+from helpers import fit, validate
 from PIL import Image
-from timm.data import resolve_data_config
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla.data import TensorResizedCrop, read_image, read_pixels
 from timm_depla.engine.classification.datasets import check_source, count_classes, count_streams, open_splits
 from timm_depla.engine.classification.flags import create_train_parser
-from timm_depla.engine.classification.loaders import TrainLoader, create_val_loader
+from timm_depla.engine.classification.loaders import TrainLoader, create_val_loader, resolve_data
 from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.errors import ConfigError, TrainingError
@@ -86,7 +87,7 @@ def load(args, rank=0, size=1):
     args = count_streams(args, 'train', 'val')
     train_set, val_set = open_splits(args)
     args = updated(args, num_classes=count_classes(args, train_set))
-    config = resolve_data_config(vars(args))
+    config = resolve_data(args)
     return TrainLoader(args, train_set, config, world), create_val_loader(args, val_set, config, world)
 
 
@@ -234,6 +235,9 @@ def test_unreadable_validation_image_is_left_out(flags, data, tmp_path):
         (['--mixup', 0.2, '--aug-splits', 2], '--aug-splits does not go with mixup'),
         (['--resize-backend', 'torch', '--no-aug'], 'Resize is no random resized crop: leave out --resize-backend'),
         (['--resize-backend', 'torch', '--train-interpolation', 'lanczos'], 'not by lanczos: leave out --resize'),
+        (['--class-map', 'no.txt'], "no file 'no.txt': check --class-map"),
+        (['--class-map', 'map.pkl'], "no file 'map.pkl'"),
+        (['--in-chans', 4, '--aa', 'original'], "--aa 'original' takes grey and colour images, not those of 4"),
         (['-b', 41], 'a batch of 41 is larger than the training set of 40 images'),
     ],
 )
@@ -297,3 +301,33 @@ def test_unreadable_samples_of_a_stream_count(damaged, data, tmp_path):
     argv += ['--train-num-samples', 30, '--val-num-samples', 30, '--batch-size', 4, '--output', tmp_path]
     with pytest.raises(TrainingError, match=r'2 of the 3[02] images of the split .* cannot be read, more than 1%'):
         train(parse_args(create_train_parser(), [str(a) for a in argv]))
+
+
+def test_other_endings_are_images(tmp_path):
+    for split in ('train', 'val'):
+        for label in 'ab':
+            folder = tmp_path / split / label
+            folder.mkdir(parents=True)
+            for name in ('1.webp', '2.bmp', '3.tiff', '4.PNG', '5.JPG', '6.tif'):
+                Image.new('RGB', (8, 8), (9, 90, 200)).save(folder / name)
+    loader, val_loader = load(arguments('--data-dir', tmp_path))
+    assert len(loader.dataset) == len(val_loader.dataset) == 12
+
+
+@pytest.mark.parametrize('argv', [['--in-chans', 1], ['--input-size', 1, 32, 32]])
+@pytest.mark.parametrize('augmentation', ['original', 'rand-m9-mstd0.5', 'augmix-m5'])
+def test_grey_images(argv, augmentation, data, tmp_path):
+    """One channel decides the mode of the images and what augmentation fills with; the run tells it to validation."""
+    argv = ['--data-dir', data / 'folder', '--model', 'test_resnet_depla', '--epochs', 1, '--batch-size', 8, *argv]
+    argv += ['--aa', augmentation, '--color-jitter', 0.4, '--grayscale-prob', 0.5, '--workers', 0]
+    argv += [] if '--input-size' in argv else ['--img-size', 32]
+    assert fit(*argv, '--output', tmp_path, '--experiment', 'run') == 0
+    assert timm.create_model(f'local-dir:{tmp_path / "run" / "best"}').conv1[0].weight.shape[1] == 1
+    (row,) = validate(tmp_path / 'run')
+    assert row['images'] == 40
+
+
+def test_class_map_that_is_a_pickle_is_not_read(flags, tmp_path):
+    (tmp_path / 'map.pkl').write_bytes(b'')
+    with pytest.raises(ConfigError, match=r"map.pkl' is a pickle, which is not read: write it as a text file"):
+        load(arguments(*flags['folder'], '--class-map', tmp_path / 'map.pkl'))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from timm.data import ImageDataset, create_dataset
+from timm.data.readers import add_img_extensions
 
 from timm_depla.data import digits_folder
 
@@ -21,6 +22,7 @@ __all__ = [
     'count_streams',
     'file_names',
     'find_data',
+    'image_mode',
     'open_split',
     'open_splits',
     'split_name',
@@ -29,6 +31,8 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _STREAMS = ('wds/', 'hfids/')
+add_img_extensions(('.webp', '.bmp', '.tif', '.tiff'))
+_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 _VALIDATION = ('validation', 'val', 'valid', 'test')
 SCHEMES = ('https', 'http', 'hf', 's3', 'gs')  # of streams; webdataset has more, one of which runs any command
 
@@ -60,6 +64,11 @@ def check_source(source: str) -> None:
         raise ConfigError(f"'{source}' is not read: a stream is a local folder or one of {known}")
     if scheme and not re.fullmatch(r'[\w./:{}%,~@+=-]+', source):
         raise ConfigError(f"'{source}' is not read: an address has letters, digits and ./:{{}}%,~@+=- alone")
+
+
+def image_mode(args: Namespace) -> str:
+    """Pillow's mode of the images: the one asked for, or that of the model's channels."""
+    return args.input_img_mode or _MODES.get(args.in_chans, 'RGB')
 
 
 def find_split(args: Namespace, split: str) -> Path:
@@ -110,6 +119,8 @@ def open_split(args: Namespace, split: str, is_training: bool = False, epoch: in
     if kind == 'wds':
         check_source(str(args.data_dir or ''))
         check_source(split)
+    if args.class_map and not any(Path(place, args.class_map).is_file() for place in ('', args.data_dir or '')):
+        raise ConfigError(f"no file '{args.class_map}': check --class-map")
     if Path(args.class_map).suffix == '.pkl':
         raise ConfigError(f"--class-map '{args.class_map}' is a pickle, which is not read: write it as a text file")
     if kind in ('', 'wds') and not Path(args.data_dir or '').exists() and '://' not in str(args.data_dir):
@@ -125,7 +136,7 @@ def open_split(args: Namespace, split: str, is_training: bool = False, epoch: in
     if kind in ('hfds', 'hfids'):
         options['trust_remote_code'] = args.dataset_trust_remote_code
     if kind != 'torch':
-        options['input_img_mode'] = args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB')
+        options['input_img_mode'] = image_mode(args)
     if args.class_map:
         options['class_map'] = args.class_map
     try:

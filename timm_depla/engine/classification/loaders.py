@@ -30,7 +30,7 @@ from ..batches import ResumableLoader, loader_kwargs
 from ..errors import ConfigError, require
 from ..report import UnreadableImages
 from ..world import World
-from .datasets import open_split
+from .datasets import image_mode, open_split
 
 __all__ = ['TrainLoader', 'create_val_loader', 'mixes', 'resolve_data']
 
@@ -40,7 +40,7 @@ def mixes(args: Namespace) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-def resolve_data(args: Namespace, model: nn.Module, use_test_size: bool = False) -> Dict[str, Any]:
+def resolve_data(args: Namespace, model: Optional[nn.Module] = None, use_test_size: bool = False) -> Dict[str, Any]:
     """timm's data configuration: the model's, with what the arguments change.
 
     Raises:
@@ -50,8 +50,11 @@ def resolve_data(args: Namespace, model: nn.Module, use_test_size: bool = False)
         config = resolve_data_config(vars(args), model=model, use_test_size=use_test_size)
     except AssertionError as error:
         raise ConfigError('--mean and --std each take one value, or one for each channel') from error
-    if args.in_chans:
-        config['input_size'] = (args.in_chans, *config['input_size'][1:])
+    channels = args.in_chans or config['input_size'][0]
+    config['input_size'] = (channels, *config['input_size'][1:])
+    for key in ('mean', 'std'):
+        if len(config[key]) != channels:  # of weights for colour images, as timm's loader adapts them
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
     return config
 
 
@@ -62,13 +65,17 @@ def check_channels(args: Namespace, data_config: Dict[str, Any]) -> None:
         ConfigError: If the image mode has another number of channels.
     """
     channels = data_config['input_size'][0]
-    mode = args.input_img_mode or ('L' if args.in_chans == 1 else 'RGB')
+    if args.dataset.lower().startswith('torch/'):
+        return
+    mode = image_mode(args)
     bands = len(Image.new(mode, (1, 1)).getbands())
-    if bands != channels and not args.dataset.lower().startswith('torch/'):
+    if bands != channels:
         raise ConfigError(
             f'the model takes {channels} channels, images of the mode {mode} have {bands}: give --in-chans {bands} or '
             'another --input-img-mode'
         )
+    if bands not in (1, 3) and getattr(args, 'aa', None):
+        raise ConfigError(f"--aa '{args.aa}' takes grey and colour images, not those of {bands} channels: give --aa ''")
 
 
 def _train_transform(args: Namespace, data_config: Dict[str, Any]) -> Any:

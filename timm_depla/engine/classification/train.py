@@ -40,7 +40,7 @@ def build_model(args: Namespace, world: World, is_fresh: bool) -> Tuple[nn.Modul
     """Build the model, on its device, and the data configuration, which its `pretrained_cfg` holds too."""
     seed_position(args.seed, Draw.INIT)
     kwargs = dict(pretrained=args.pretrained and is_fresh, num_classes=args.num_classes, drop_rate=args.drop)
-    kwargs.update(drop_path_rate=args.drop_path, in_chans=args.in_chans or (args.input_size or [None])[0])
+    kwargs.update(drop_path_rate=args.drop_path, in_chans=args.in_chans)
     if args.drop_block:
         kwargs['drop_block_rate'] = args.drop_block
     if args.pretrained_path and is_fresh:
@@ -135,7 +135,8 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Classificatio
     Raises:
         ConfigError: If an argument, or a file that it names, is invalid.
     """
-    args = count_streams(updated(args, data_dir=find_data(args)), 'train', 'val')
+    in_chans = args.in_chans or (args.input_size or [None])[0]
+    args = count_streams(updated(args, data_dir=find_data(args), in_chans=in_chans), 'train', 'val')
     train_set, val_set = open_splits(args)
     args = updated(args, num_classes=count_classes(args, train_set))
     model, data_config = build_model(args, world, is_fresh)

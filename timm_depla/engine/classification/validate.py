@@ -197,7 +197,8 @@ def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
 
 def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
     """A target's row of `validate`."""
-    args = count_streams(_find_data(args, target), 'val')
+    args = _find_data(args, target)
+    args = count_streams(updated(args, in_chans=args.in_chans or (args.input_size or [None])[0]), 'val')
     dataset, model = _open(args, target)
     data_config = resolve_data(args, model, use_test_size=not args.use_train_size)
     parameters = sum(p.numel() for p in model.parameters())
