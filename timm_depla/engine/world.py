@@ -172,8 +172,8 @@ class Interrupt:
 
     def __exit__(self, *_: Any) -> None:
         self.world.busy.value = 0
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for number, handler in self._before.items():  # a warning of a time limit no longer matters to what has ended
+            signal.signal(number, signal.SIG_IGN if number in _WARNINGS else handler)
 
     def _handle(self, number: int, _: Any) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
