@@ -116,6 +116,8 @@ def kill(process: subprocess.Popen, count: int, run: Path, seed: int) -> str:
     log, ranks = run.with_suffix('.log'), trainers(process, count)
     hit = [ranks, ranks[:1], ranks[1:] or ranks][draw.randrange(3)]
     is_signal = moment == 'by SIGUSR1'
+    if moment == 'in validation' and 'step' not in log.read_text().strip().splitlines()[-1]:
+        moment = 'at any moment'  # validation has ended
     for pid in hit:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGUSR1 if is_signal else signal.SIGKILL)
@@ -127,8 +129,6 @@ def kill(process: subprocess.Popen, count: int, run: Path, seed: int) -> str:
             raise RuntimeError(f'SIGUSR1 was not answered: {log.read_text()}')
     else:
         time.sleep(0.2)  # what a surviving rank does meanwhile
-        if moment == 'in validation' and 'step' not in log.read_text().strip().splitlines()[-1]:
-            moment = 'at any moment'  # validation had ended
     end(process, ranks)
     name = f'rank {ranks.index(hit[0])}' if len(hit) < count else 'all ranks' if count > 1 else 'the process'
     return f'{name} {moment}'

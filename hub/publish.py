@@ -123,19 +123,20 @@ def evaluate(folder: Path, is_detector: bool) -> Dict[str, Any]:
 
 def candidates(checkpoint: Path, scratch: Path, uses_average: bool) -> Dict[str, Path]:
     """Write folders that can be validated; returns them by the kind of their weights."""
-    found = {'average of the weights' if uses_average else 'weights': scratch / 'kept'}
-    plain = read_state(checkpoint).get('trainable', {})
-    kept = read_tensors(checkpoint / 'model.safetensors')
-    if uses_average and plain.keys() == kept.keys():
-        found['weights without averaging'] = scratch / 'plain'
+    state, kept = read_state(checkpoint), read_tensors(checkpoint / 'model.safetensors')
+    kinds = ['average of the weights', 'weights without averaging'] if uses_average else ['weights']
+    if 'average' in state:  # the plain weights were better in training
+        kinds.reverse()
+    other = state.get('average', state.get('trainable', {}))
+    found = {kind: scratch / kind.split()[0] for kind in kinds[: 1 + (other.keys() == kept.keys())]}
     for folder in found.values():
         folder.mkdir()
         shutil.copy(checkpoint / 'config.json', folder)
         shutil.copy(checkpoint.parent.parent / 'args.yaml', folder)  # tells validation the data
         shutil.copy(checkpoint / 'model.safetensors', folder)
     if len(found) > 1:
-        plain = {name: value.contiguous() for name, value in plain.items()}
-        safetensors.torch.save_file(plain, scratch / 'plain' / 'model.safetensors', metadata={'format': 'pt'})
+        other = {name: value.contiguous() for name, value in other.items()}
+        safetensors.torch.save_file(other, found[kinds[1]] / 'model.safetensors', metadata={'format': 'pt'})
     return found
 
 

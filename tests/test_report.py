@@ -4,7 +4,7 @@ import csv
 import queue
 
 import pytest
-from helpers import fit
+from helpers import fit, validate
 from PIL import Image
 
 from timm_depla.engine.errors import ConfigError, TrainingError
@@ -67,3 +67,18 @@ def test_unreadable_images_are_counted_once(caplog):
     names.put(('c', 'cause'))
     with pytest.raises(TrainingError, match="3 of the 200 images of the split 'train' cannot be read, more than 1%"):
         images.collect()
+
+
+@pytest.mark.parametrize('decay,kept', [(0.9999, 'plain'), (0.0, 'average')])
+def test_average_and_plain_weights_are_both_told(decay, kept, tmp_path, caplog):
+    """The better ones are kept, and the run says which; an average that still holds the start says so."""
+    caplog.set_level('INFO')
+    folder = train(tmp_path, '--model-ema', '--model-ema-decay', decay)
+    rows = list(csv.DictReader((folder / 'summary.csv').open()))
+    values = {f'{name}eval_top1': float(rows[-1][f'eval_{name}top1']) for name in ('', 'plain_')}
+    assert (max(values, key=values.get) == 'plain_eval_top1') == (kept == 'plain')
+    (row,) = validate(folder / 'last')
+    assert row['top1'] == pytest.approx(max(values.values()), abs=1e-4)
+    assert 'top-1 without average' in caplog.text
+    assert ('still holds the start: it spans about 10000' in caplog.text) == (kept == 'plain')
+    assert (f'best top-1 without average {row["top1"]:.2f} at epoch 1' in caplog.text) == (kept == 'plain')

@@ -129,7 +129,6 @@ class Report:
 
     def __init__(self, run: Any):
         self.args = run.args
-        self.metrics = run.metrics
         self.steps = len(run.loader)
         self.num_epochs = run.end
         self.images_per_step = run.args.batch_size * run.world.size
@@ -160,17 +159,21 @@ class Report:
         if self.bar is not None:
             self.bar.close()
 
-    def epoch_ended(self, history: List[Dict[str, Any]], best: Dict[str, Any]) -> None:
+    def epoch_ended(self, run: Any) -> None:
         """Report the last row of the history."""
         if not self.is_primary:
             return
-        row = history[-1]
+        row, best = run.history[-1], (run.ranked(run.history) or [{}])[0]
+        best_column = run.choose(best)[1] if best else None
         text = f'epoch {row["epoch"]}/{self.num_epochs - 1}  train loss {row["train_loss"]:.3f}'
-        for metric in self.metrics:
+        for metric in run.all_metrics:
             if metric.column in row and metric.digits is not None:
                 text += f'  {metric.text(row)}'
-            if metric.column in row and metric.name == self.args.eval_metric:
+            if metric.column in row and metric.column == best_column:
                 text += f' (best {metric.text(best).split()[-1]})'
+        horizon = round(1 / max(1 - self.args.model_ema_decay, 1e-9)) if run.ema is not None else 0
+        if run.updates < horizon and not self.args.model_ema_warmup:
+            text += f'  (the average of {run.updates} updates still holds the start: it spans about {horizon})'
         _logger.info('%s  lr %.3g  %.1f s', text, row['lr'], time.perf_counter() - self.start_time)
         for log in self._loggers:
             log(row)

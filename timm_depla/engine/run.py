@@ -7,10 +7,10 @@ import logging
 import math
 import os
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar, Dict, List, Optional, Sequence
+from typing import Any, ClassVar, Dict, List, Optional, Sequence, Tuple
 
 import safetensors.torch
 import torch
@@ -84,7 +84,7 @@ class Run:
     """A run between two steps; classification and detection are subclasses.
 
     Attributes:
-        metrics: What validation measures.
+        metrics: What validation measures of a network.
         train_script, validate_script: The commands.
         model: The unwrapped network, with the data configuration of its training in `pretrained_cfg`.
         trainable: What the optimizer trains: the model, or with feature distillation a module around it.
@@ -128,9 +128,23 @@ class Run:
     def __post_init__(self) -> None:
         self.eval_model = self.evaluated
 
-    def evaluate(self, interrupt: Interrupt) -> Dict[str, float]:
-        """The metrics of `eval_model`, equal in all processes. Every process must call this."""
+    def evaluate(self, model: nn.Module, interrupt: Interrupt) -> Dict[str, float]:
+        """The metrics of a network, equal in all processes. Every process must call this."""
         raise NotImplementedError
+
+    def validate(self, interrupt: Interrupt) -> Dict[str, float]:
+        """The metrics of `eval_model`; where that is an average of the weights, also those of the plain weights."""
+        metrics = self.evaluate(self.eval_model, interrupt)
+        if self.ema is not None:
+            plain = self.evaluate(self.model, interrupt)
+            metrics.update({f'{_PLAIN}{name}': value for name, value in plain.items() if name != 'count'})
+        return metrics
+
+    @property
+    def all_metrics(self) -> Sequence[Metric]:
+        """`metrics`, and with an average those of the plain weights."""
+        plain = [replace(m, name=f'{_PLAIN}{m.name}', label=f'{m.label} without average') for m in self.metrics]
+        return [*self.metrics, *(plain if self.ema is not None else [])]
 
     def subject(self) -> Dict[str, str]:
         """Lines on the model and the data for the plan."""
@@ -156,12 +170,25 @@ class Run:
         """Updates of the weights so far."""
         return self.epoch * self.updates_per_epoch + self.step // self.args.grad_accum_steps
 
+    def choose(self, row: Dict[str, Any]) -> Tuple[float, str]:
+        """The better of a row's two values of `--eval-metric`, the lower the better, and its column."""
+        sign = 1 if self.args.eval_metric == 'loss' else -1
+        columns = [f'eval_{name}' for name in (self.args.eval_metric, f'{_PLAIN}{self.args.eval_metric}')]
+        found = [(sign * row[column] if math.isfinite(row[column]) else math.inf, column)
+                 for column in columns if column in row]  # fmt: skip
+        return min(found, key=lambda pair: pair[0])
+
     def ranked(self, history: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
         """The validated epochs' rows, best first."""
-        key = f'eval_{self.args.eval_metric}'
-        sign = 1 if key == 'eval_loss' else -1
-        rows = (row for row in history if key in row)
-        return sorted(rows, key=lambda row: sign * row[key] if math.isfinite(row[key]) else math.inf)
+        rows = (row for row in history if f'eval_{self.args.eval_metric}' in row)
+        return sorted(rows, key=lambda row: Run.choose(self, row)[0])
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network that a checkpoint keeps: the average, or the plain weights after an epoch in which they won."""
+        row = self.history[-1] if self.history else {}
+        is_validated = self.step == 0 and f'eval_{self.args.eval_metric}' in row
+        return self.model if is_validated and self.choose(row)[1].startswith(f'eval_{_PLAIN}') else self.evaluated
 
     def arguments(self) -> Dict[str, Any]:
         """The arguments and data that determine this training."""
@@ -202,9 +229,11 @@ class Run:
             'scheduler': scheduler_state(self.scheduler),
             'scaler': self.scaler.state_dict() if self.scaler is not None else None,
         }
-        if self.trainable is not self.evaluated:
+        if self.trainable is not self.kept:
             state['trainable'] = _copy(self.trainable.state_dict())
-        weights = _copy(self.evaluated.state_dict(), torch.contiguous_format)  # safetensors has no channels last
+        if self.evaluated is not self.kept:
+            state['average'] = _copy(self.evaluated.state_dict())
+        weights = _copy(self.kept.state_dict(), torch.contiguous_format)  # safetensors has no channels last
         self.writer.submit(self._write, checkpoint_name(self.epoch, self.step), state, weights)
 
     def _write(self, name: str, state: Dict[str, Any], weights: Dict[str, torch.Tensor]) -> None:
@@ -223,12 +252,12 @@ class Run:
         """Update summary, curves and links to the newest checkpoint, and remove checkpoints no longer needed."""
         folder = self.folder / 'checkpoints'
         text = io.StringIO()
-        columns = ['epoch', 'train_loss', *(metric.column for metric in self.metrics), 'lr']
+        columns = ['epoch', 'train_loss', *(metric.column for metric in self.all_metrics), 'lr']
         writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
         writer.writeheader()
         writer.writerows(history)
         write_file(self.folder / 'summary.csv', text.getvalue().encode())
-        curves = draw_curves(history, self.metrics)
+        curves = draw_curves(history, self.all_metrics)
         if curves:
             write_file(self.folder / 'curves.png', curves)
         link(self.folder / 'last', folder / name)
@@ -264,7 +293,7 @@ class Run:
             )
         try:
             weights = read_tensors(checkpoint / 'model.safetensors')
-            self.evaluated.load_state_dict(weights)
+            self.evaluated.load_state_dict(state.get('average', weights))
             if self.trainable is not self.evaluated:
                 self.trainable.load_state_dict(state.get('trainable', weights))
             if not self.args.no_resume_opt:
@@ -317,6 +346,7 @@ class Run:
         self.scheduler.step_update(self.updates)
 
 
+_PLAIN = 'plain_'  # before the names of the metrics of the weights without averaging
 _DATA = ('classes ', 'the names of the training images', 'training images', 'num classes')  # changes of the data
 
 

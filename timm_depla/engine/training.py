@@ -126,11 +126,11 @@ def run_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
     if not signal and not is_last:
         run.loader.prepare(done)
     if not signal and (done % args.val_interval == 0 or is_last or done in args.save_epochs):
-        metrics = run.evaluate(interrupt)
+        metrics = run.validate(interrupt)
         signal = run.world.highest(interrupt.signal)
     if not signal:
         end_epoch(run, metrics)
-        report.epoch_ended(run.history, (run.ranked(run.history) or [{}])[0])
+        report.epoch_ended(run)
     run.save()
     return signal
 
@@ -221,7 +221,8 @@ def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> in
         _logger.info('saved %s; go on with: python %s --resume %s', name, run.train_script, run.folder)
         return 128 + signal
     if best:
-        metric = next(metric for metric in run.metrics if metric.name == args.eval_metric)
+        column = run.choose(best)[1]
+        metric = next(metric for metric in run.all_metrics if metric.column == column)
         command = f'python {run.validate_script} {run.folder}'
         _logger.info('best %s at epoch %d: %s', metric.text(best), best['epoch'], command)
     return 0

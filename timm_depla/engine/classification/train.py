@@ -111,8 +111,8 @@ class ClassificationRun(Run):
     )
     train_script, validate_script = 'train.py', 'validate.py'
 
-    def evaluate(self, interrupt: Interrupt) -> Dict[str, float]:
-        return evaluate(self.eval_model, self.val_loader, self.args, self.world, interrupt)
+    def evaluate(self, model: nn.Module, interrupt: Interrupt) -> Dict[str, float]:
+        return evaluate(model, self.val_loader, self.args, self.world, interrupt)
 
     def subject(self) -> Dict[str, str]:
         args, size = self.args, self.model.pretrained_cfg['input_size']

@@ -71,8 +71,8 @@ class DetectionRun(Run):
             for name in METRICS[:6]
         )
 
-    def evaluate(self, interrupt: Interrupt) -> Dict[str, float]:
-        scores = evaluate(self.eval_model, self.val_loader, self.args, self.world, interrupt).scores
+    def evaluate(self, model: nn.Module, interrupt: Interrupt) -> Dict[str, float]:
+        scores = evaluate(model, self.val_loader, self.args, self.world, interrupt).scores
         return {metric.name: scores[metric.name] for metric in self.metrics} if scores else {}
 
     def subject(self) -> Dict[str, str]:
