@@ -9,7 +9,7 @@ import timm
 import torch
 import yaml
 from helpers import fit, validate
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.data import digits_folder
@@ -204,4 +204,16 @@ def test_changed_weights_are_named(digits_run, tmp_path):
     data[-100] ^= 1
     (tmp_path / 'best' / 'model.safetensors').write_bytes(data)
     with pytest.raises(ConfigError, match=r"best' is damaged: model.safetensors was changed"):
+        validate(tmp_path / 'best', '--data-dir', digits_folder())
+
+
+def test_weights_of_the_block_before_its_norms(digits_run, tmp_path):
+    shutil.copytree((digits_run / 'best').resolve(), tmp_path / 'best')
+    file = tmp_path / 'best' / 'model.safetensors'
+    save_file({name.replace('rpn.logits.conv', 'rpn.conv'): tensor for name, tensor in load_file(file).items()}, file)
+    for name in ('checksums.json', 'state.json'):
+        (tmp_path / 'best' / name).unlink()
+    with pytest.raises(
+        ConfigError, match='with an earlier version of the block, which had no norms: train it anew'
+    ):
         validate(tmp_path / 'best', '--data-dir', digits_folder())

@@ -115,7 +115,15 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
             raise ConfigError(f"'{target}' is damaged: {change}")
         if is_detector(folder):
             raise ConfigError(f"'{target}' holds a detector: python validate_detection.py validates it")
-        return create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
+        try:
+            return create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
+        except ConfigError as error:
+            if 'depla.rpn.conv.weight' not in str(error):
+                raise
+            raise ConfigError(
+                f"'{target}' was trained with an earlier version of the block, which had no norms: train it anew, or "
+                'validate it with the version that trained it'
+            ) from error
     if path.is_file():
         if not model_name:
             raise ConfigError(f"'{target}' holds weights only: name the architecture with --model")
