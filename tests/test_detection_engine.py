@@ -153,7 +153,9 @@ def test_faster_rcnn_with_what_is_optional(folder, recipe, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     assert fit(folder, '-c', path, *options, '--experiment', 'run') == 0
     assert not any('mask' in name for name in last_row(tmp_path / 'run'))
-    assert re.search(r'best box AP50 \d\.\d{3} at epoch 0: python validate_detection\.py', caplog.text)
+    assert re.search(
+        r'best box AP50 \d\.\d{3} at epoch 0 \(checkpoints/0001-000000\): python validate_detection\.py', caplog.text
+    )
     model = from_pretrained(tmp_path / 'run')
     assert model.backbone.fpn.top_down_blocks[0].rpn.temperature == 1.0
     assert model.class_names == [str(digit) for digit in range(10)]

@@ -82,3 +82,11 @@ def test_average_and_plain_weights_are_both_told(decay, kept, tmp_path, caplog):
     assert 'top-1 without average' in caplog.text
     assert ('still holds the start: it spans about 10000' in caplog.text) == (kept == 'plain')
     assert (f'best top-1 without average {row["top1"]:.2f} at epoch 1' in caplog.text) == (kept == 'plain')
+
+
+def test_summary_has_the_rate_that_was_used(tmp_path):
+    """By update, the schedule has moved on to the next epoch's rate when the row is written."""
+    schedule = ['--sched', 'step', '--decay-epochs', 1, '--decay-rate', 0.1, '--sched-on-updates', '--lr', 0.1]
+    folder = train(tmp_path, *schedule, '--warmup-epochs', 0, '--img-size', 16)
+    rates = [float(row['lr']) for row in csv.DictReader((folder / 'summary.csv').open())]
+    assert rates == pytest.approx([0.1, 0.01])

@@ -213,7 +213,5 @@ def test_weights_of_the_block_before_its_norms(digits_run, tmp_path):
     save_file({name.replace('rpn.logits.conv', 'rpn.conv'): tensor for name, tensor in load_file(file).items()}, file)
     for name in ('checksums.json', 'state.json'):
         (tmp_path / 'best' / name).unlink()
-    with pytest.raises(
-        ConfigError, match='with an earlier version of the block, which had no norms: train it anew'
-    ):
+    with pytest.raises(ConfigError, match='with an earlier version of the block, which had no norms: train it anew'):
         validate(tmp_path / 'best', '--data-dir', digits_folder())

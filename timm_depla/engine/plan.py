@@ -67,6 +67,8 @@ def describe(run: Any) -> str:
         + f' = {batch * accumulate:,} images an update',
         'steps': f'{num_epochs} epochs x {steps:,} steps = {num_epochs * steps:,} steps',
         'rate': ', '.join(f'{rate:.4g} at epoch {point:g}' for point, rate in zip(points, rates, strict=True)),
+        'device': f'{run.world.device}, {torch.get_num_threads()} threads, '
+        f'{args.amp_dtype if args.amp else "float32"}, optimizer {args.opt}',
         'folder': str(run.folder),
     }  # fmt: skip
     text = [f'{name:7} {line}' for name, line in lines.items()]

@@ -94,6 +94,7 @@ class Run:
         val_loader: The validation batches.
         num_epochs: Epochs of the schedule.
         epoch, step: The position: the next step to take. If `step` is the number of steps, validation is next.
+        rate: The learning rate of the last step.
         history: A row of summary.csv for each epoch.
         data: What identifies the data: `classes`, their names in order, and `files`, a digest of the file names.
         eval_model: What validation calls: `evaluated`, or its compiled form.
@@ -119,6 +120,7 @@ class Run:
     num_epochs: int
     epoch: int = 0
     step: int = 0
+    rate: float = 0.0
     losses: Losses = field(default_factory=Losses)
     history: List[Dict[str, Any]] = field(default_factory=list)
     writer: BackgroundWriter = field(default_factory=BackgroundWriter)
@@ -221,6 +223,7 @@ class Run:
             return
         state = {
             'position': (self.epoch, self.step),
+            'rate': self.rate,
             'arguments': self.arguments(),
             'data_dir': self._data_dir(),
             'history': [dict(row) for row in self.history],
@@ -306,7 +309,7 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as error:
             raise ConfigError(f"cannot go on from '{checkpoint}': {error}") from error
         load_scheduler_state(self.scheduler, state['scheduler'])
-        self.epoch, self.step = state['position']
+        (self.epoch, self.step), self.rate = state['position'], state.get('rate', 0.0)
         self.history = state['history']
         if changes:
             _logger.warning('going on with changes: %s', '; '.join(changes))

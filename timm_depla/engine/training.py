@@ -66,6 +66,7 @@ def train_one_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
     saved = time.monotonic()
     for images, targets in loader.epoch(run.epoch, run.step):
         epoch, step, lr = run.epoch, run.step, run.optimizer.param_groups[0]['lr']
+        run.rate = lr
 
         def where(epoch: int = epoch, step: int = step, lr: float = lr) -> str:
             files = ', '.join(loader.files(epoch, step)[:8])
@@ -108,7 +109,7 @@ def end_epoch(run: Run, metrics: Dict[str, float]) -> None:
     total, count = run.world.sum(run.losses.total, run.losses.count)
     row = {'epoch': run.epoch, 'train_loss': total / max(count, 1)}
     row.update({f'eval_{key}': value for key, value in metrics.items() if key != 'count'})
-    run.history.append({**row, 'lr': run.optimizer.param_groups[0]['lr']})
+    run.history.append({**row, 'lr': run.rate})
     run.scheduler.step(run.epoch + 1, metrics.get(run.args.eval_metric))
     run.epoch, run.step, run.losses = run.epoch + 1, 0, Losses()
 
@@ -223,8 +224,9 @@ def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> in
     if best:
         column = run.choose(best)[1]
         metric = next(metric for metric in run.all_metrics if metric.column == column)
+        place = f'epoch {best["epoch"]} (checkpoints/{checkpoint_name(best["epoch"] + 1, 0)})'
         command = f'python {run.validate_script} {run.folder}'
-        _logger.info('best %s at epoch %d: %s', metric.text(best), best['epoch'], command)
+        _logger.info('best %s at %s: %s', metric.text(best), place, command)
     return 0
 
 
