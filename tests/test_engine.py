@@ -4,6 +4,7 @@ import csv
 import re
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.data import digits_folder
 from timm_depla.engine.checkpoint import list_checkpoints
+from timm_depla.engine.world import run_command
 
 FAST = ['--img-size', 32, '--epochs', 1, '--workers', 1]
 
@@ -210,3 +212,18 @@ def test_bad_checkpoint(error, folder, images, tmp_path):
     named = ['--data-dir', images, '--model', 'test_resnet_depla']
     assert 'has 10 classes' in error('validate.py', folder, *named)
     assert "invalid choice: 'square'" in error('validate.py', folder, '--crop-mode', 'square')
+
+
+def test_last_resort(monkeypatch, capfd):
+    """An error that nobody foresaw ends in a line, and its traceback in a file."""
+
+    def main():
+        raise ZeroDivisionError('of something')
+
+    with pytest.raises(SystemExit) as caught:
+        run_command('train.py', main)
+    found = re.fullmatch(
+        r'train.py: unexpected ZeroDivisionError: of something \(the traceback is in (.*)\)', caught.value.code
+    )
+    assert "raise ZeroDivisionError('of something')" in Path(found[1]).read_text()
+    Path(found[1]).unlink()

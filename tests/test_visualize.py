@@ -147,6 +147,13 @@ def test_command(digit, tmp_path):
     assert re.search(r'^\| `layer3\.\d\.depla` \| 0\.\d{3} \(0\.\d{3} to 0\.\d{3}\) \|', result.stdout, re.MULTILINE)
 
 
+@pytest.mark.parametrize('out,message', [('x.xyz', "Format 'xyz' is not supported"), ('/proc/x.png', 'cannot write')])
+def test_figure_that_cannot_be_written(out, message, digit, tmp_path):
+    result = run(*COMMAND, digit, '--model', DIGITS, '--out', tmp_path / out, fails=True)
+    assert f"timm_depla.visualize: error: cannot write --out '{tmp_path / out}'" in result.stderr
+    assert message in result.stderr and 'Traceback' not in result.stderr
+
+
 def test_bad_input(digit, tmp_path, monkeypatch):
     (tmp_path / 'text.png').write_text('no image')
     Image.new('RGB', (30, 5)).save(tmp_path / 'small.png')

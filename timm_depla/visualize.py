@@ -23,6 +23,7 @@ from timm_depla.detection.predict import read_image
 from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.models import load_model
 from timm_depla.engine.world import run_command
+from timm_depla.files import check_writable
 from timm_depla.layers import Depla
 from timm_depla.layers.depla import match_size
 
@@ -350,11 +351,20 @@ def run(args: argparse.Namespace) -> None:
         print(f'{len(files)} images\n\n{render_summary(summarize(model, files))}', end='')
         return
     require('matplotlib', 'plot')
+    try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        check_writable(Path(args.out))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot write --out '{args.out}': {error}") from error
     name = pick_block(blocks, args.block)
     image, x = read_input(model, Path(args.image))
     block = capture(model, x)[name]
     title = f'{args.model}, block {name}, T = {blocks[name].rpn.temperature:g}'
-    draw_block(image, block, title).savefig(args.out, dpi=100)
+    figure = draw_block(image, block, title)
+    try:
+        figure.savefig(args.out, dpi=100)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot write --out '{args.out}': {error}") from error
     print(args.out)
 
 

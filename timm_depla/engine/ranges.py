@@ -5,8 +5,8 @@ from argparse import ArgumentTypeError
 from typing import Callable
 
 __all__ = [
-    'channels', 'count', 'epochs', 'finite', 'fraction', 'non_negative', 'positive', 'seed', 'share', 'side', 'whole',
-    'workers',
+    'channels', 'count', 'epochs', 'finite', 'fraction', 'non_negative', 'port', 'positive', 'seed', 'share',
+    'side', 'whole', 'workers',
 ]  # fmt: skip
 
 
@@ -43,4 +43,5 @@ epochs = _number(_whole_or_part, '0 or more', lambda value: value >= 0)
 workers = _number(int, 'a number of processes from 0 to 1024', lambda value: 0 <= value <= 1024)
 seed = _number(int, 'a whole number from 0 to 4294967295', lambda value: 0 <= value < 2**32)
 side = _number(int, 'a number of pixels from 1 to 16384', lambda value: 1 <= value <= 16384)
+port = _number(int, 'a port from 1 to 65535', lambda value: 1 <= value <= 65535)
 channels = _number(int, 'a number of channels from 1 to 4096', lambda value: 1 <= value <= 4096)

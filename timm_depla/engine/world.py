@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -212,6 +214,11 @@ def run_command(name: str, main: Any) -> None:
     except KeyboardInterrupt:
         os.write(2, f'\n{name}: interrupted\n'.encode())
         sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        with tempfile.NamedTemporaryFile('w', prefix=f'{name}-', suffix='.log', delete=False) as file:
+            traceback.print_exc(file=file)
+        first = (str(error).strip().splitlines() or [''])[0]
+        sys.exit(f'{name}: unexpected {type(error).__name__}: {first} (the traceback is in {file.name})')
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code or 0)
