@@ -46,6 +46,7 @@ def test_missing_logger(tmp_path, monkeypatch):
 def test_val_interval_and_plain_lines(tmp_path, caplog):
     caplog.set_level('INFO')
     folder = train(tmp_path, '--val-interval', '2', '--log-interval', '10', '--epochs', '3')
+    assert 'epoch 0  step 10/22' in (folder / 'log.txt').read_text()
     rows = list(csv.DictReader((folder / 'summary.csv').open()))
     assert [bool(row['eval_top1']) for row in rows] == [False, True, True]
     assert [bool(row['train_loss']) for row in rows] == [True] * 3

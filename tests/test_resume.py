@@ -344,6 +344,7 @@ def test_diverged_run_goes_back_to_before(images, tmp_path, caplog):
     with pytest.raises(TrainingError, match=r'the loss is (nan|inf) at epoch 1, step \d+'):
         fit(*args, '--lr', 1e30, '--warmup-epochs', 0, '--recovery-interval', 1, '--resume-with-changes')
     assert (tmp_path / 'run' / 'diverged.json').is_file()
+    assert 'DivergedError: the loss is ' in (tmp_path / 'run' / 'log.txt').read_text()
     assert fit(*args, '--resume-with-changes') == 0
     assert 'the loss was not finite in epoch 1: going back to before that epoch' in caplog.text
     assert not (tmp_path / 'run' / 'diverged.json').exists()

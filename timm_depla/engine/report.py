@@ -145,12 +145,12 @@ class Report:
         """`step` steps of the epoch are done."""
         if self.bar is None:
             return
+        seconds = (time.perf_counter() - self.start_time) / max(step - self.first, 1)
+        left = timedelta(seconds=round(seconds * ((self.num_epochs - self.epoch) * self.steps - step)))
         if not self.bar.disable:
+            self.bar.set_postfix(loss=f'{loss:.3f}', lr=f'{lr:.3g}', run=f'{left} left', refresh=False)
             self.bar.update(step * self.images_per_step - self.bar.n)
-            self.bar.set_postfix(loss=f'{loss:.3f}', lr=f'{lr:.3g}', refresh=False)
         elif step % self.args.log_interval == 0 and step < self.steps:
-            seconds = (time.perf_counter() - self.start_time) / max(step - self.first, 1)
-            left = timedelta(seconds=round(seconds * ((self.num_epochs - self.epoch) * self.steps - step)))
             line = 'epoch %d  step %d/%d  loss %.3f  lr %.3g  %.0f images/s  %s left'
             _logger.info(line, self.epoch, step, self.steps, loss, lr, self.images_per_step / seconds, left)
 

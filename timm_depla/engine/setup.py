@@ -45,6 +45,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 DIVERGED = 'diverged.json'  # in a run folder, from a loss that is not finite until training resumes
+LOG = 'log.txt'
 LOCK_SECONDS = 20.0  # to wait for a run folder's lock, which the workers of a killed process hold a while longer
 
 
@@ -257,6 +258,30 @@ def open_folder(run: Run, resumed: bool) -> Iterator[None]:
         write_file(holder, f'process {os.getpid()} on {platform.node()}'.encode())
         write_file(folder / 'args.yaml', yaml.safe_dump(vars(args), sort_keys=False).encode())
         try:
-            yield
+            with log_to(folder / LOG):
+                yield
         finally:
             lock.release(force=True)
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Add to a file what is logged meanwhile, and the error that ends it.
+
+    Raises:
+        ConfigError: If the file cannot be written.
+    """
+    try:
+        handler = logging.FileHandler(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write '{path}': {error}") from error
+    handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        handler.stream.write(f'{type(error).__name__}: {error}\n')
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+from PIL import EpsImagePlugin
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers import add_img_extensions
 
@@ -31,6 +32,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _STREAMS = ('wds/', 'hfids/')
+EpsImagePlugin.gs_binary = False  # timm decodes streams in any format: none may run Ghostscript
 add_img_extensions(('.webp', '.bmp', '.tif', '.tiff'))
 _MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 _VALIDATION = ('validation', 'val', 'valid', 'test')
