@@ -36,14 +36,11 @@ def render_docs() -> str:
 
 def draw_plots() -> None:
     """Draw the plots of docs/benchmarks.md from the records; the same records give the same bytes."""
-    import matplotlib
-
-    matplotlib.rcParams.update({'svg.hashsalt': '', 'svg.fonttype': 'none'})
     folder = DOCS.parent / 'plots'
     folder.mkdir(exist_ok=True)
     for name in set(PLOTTED) & set(record.names()):
         module = BENCHMARKS[name.split('-')[0]]
-        module.plot(record.load(name)['results']).savefig(folder / f'{name}.svg', metadata={'Date': None})
+        record.save_plot(module.plot(record.load(name)['results']), folder / f'{name}.svg')
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import timm
 from scipy import stats
 
-from ..record import table
+from ..record import save_plot, table
 from . import study
 from .arms import ARMS
 from .conditioning import conditioning, search
@@ -189,10 +189,8 @@ def plot() -> None:
 
     Each base of detection has its own panel, since their intervals differ in size.
     """
-    import matplotlib
     from matplotlib import pyplot as plt
 
-    matplotlib.rcParams.update({'svg.hashsalt': '', 'svg.fonttype': 'none'})  # same records, same file
     panels: Dict[str, Dict[str, Tuple[float, float]]] = {}
     for name, arm in ARMS.items():
         base = ARMS[arm.base].label
@@ -212,7 +210,7 @@ def plot() -> None:
         axes.invert_yaxis()
         axes.margins(y=0.5 / len(gains))
         axes.set_xlabel(f'{title}, percentage points')
-    figure.savefig(PLOT, metadata={'Date': None})
+    save_plot(figure, PLOT)
     plt.close(figure)
 
 
