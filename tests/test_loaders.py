@@ -299,7 +299,7 @@ def test_unreadable_samples_of_a_stream_count(damaged, data, tmp_path):
     argv = ['--data-dir', shards, '--dataset', 'wds/', '--num-classes', 3, '--model', 'test_resnet', '--epochs', 1]
     argv += ['--train-split', splits['train'], '--val-split', splits['val'], '--img-size', 32, '--workers', 1]
     argv += ['--train-num-samples', 30, '--val-num-samples', 30, '--batch-size', 4, '--output', tmp_path]
-    with pytest.raises(TrainingError, match=r'2 of the 3[02] images of the split .* cannot be read, more than 1%'):
+    with pytest.raises(TrainingError, match=r'[12] of the 3[02] images of the split .* cannot be read, more than 1%'):
         train(parse_args(create_train_parser(), [str(a) for a in argv]))
 
 

@@ -41,6 +41,7 @@ def test_missing_logger(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'wandb', None)
     with pytest.raises(ConfigError, match='pip install "timm-depla\\[log\\]"'):
         train(tmp_path, '--log-wandb')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_val_interval_and_plain_lines(tmp_path, caplog):

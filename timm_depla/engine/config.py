@@ -22,6 +22,7 @@ def closest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean '{matches[0]}'?" if matches else ''
 
 
+ONCE = ('dry_run', 'no_resume_opt', 'resume', 'resume_with_changes')  # said of one start, not of the run
 SYNONYMS = {
     '--arch': '--model',
     '--learning-rate': '--lr',
@@ -153,6 +154,8 @@ def parse_args(
     name = getattr(parser.parse_args(argv), 'recipe', None) or default_recipe
     if name is not None:
         recipe = load_recipe(name, parser.recipes)
+        if 'recipe' in recipe:  # the args.yaml of a run
+            recipe = {key: value for key, value in recipe.items() if key not in ONCE}
         actions = {action.dest: action for action in parser._actions if action.option_strings}
         for key in recipe:
             if key not in actions:

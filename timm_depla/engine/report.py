@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from timm_depla.files import check_writable, write_file
 
-from .errors import ConfigError, TrainingError
+from .errors import ConfigError, TrainingError, require
 
 __all__ = ['Metric', 'Report', 'UnreadableImages', 'draw_curves', 'progress']
 
@@ -122,9 +122,6 @@ class Report:
 
     Args:
         run: The run to report.
-
-    Raises:
-        ConfigError: If a requested logger is not installed.
     """
 
     def __init__(self, run: Any):
@@ -212,14 +209,23 @@ def draw_curves(history: List[Dict[str, Any]], metrics: Sequence[Metric]) -> byt
     return data.getvalue()
 
 
+def check_loggers(args: Namespace) -> None:
+    """Refuse a logger that is not installed, before the run has a folder.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    for is_wanted, module in ((args.log_tensorboard, 'tensorboard'), (args.log_wandb, 'wandb')):
+        if is_wanted:
+            require(module, 'log')
+
+
 def _create_loggers(args: Namespace, folder: Path) -> List[Any]:
     """Functions that each take a row of the summary."""
     loggers = []
     if args.log_tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise ConfigError('--log-tensorboard needs tensorboard: pip install "timm-depla[log]"') from error
+        from torch.utils.tensorboard import SummaryWriter
+
         events = SummaryWriter(str(folder / 'tensorboard'))
 
         def log_events(row: Dict[str, Any]) -> None:
@@ -229,10 +235,8 @@ def _create_loggers(args: Namespace, folder: Path) -> List[Any]:
 
         loggers.append(log_events)
     if args.log_wandb:
-        try:
-            import wandb
-        except ModuleNotFoundError as error:
-            raise ConfigError('--log-wandb needs wandb: pip install "timm-depla[log]"') from error
+        import wandb
+
         wandb.init(
             project=args.wandb_project,
             name=folder.name,

@@ -15,7 +15,7 @@ from timm_depla.data import Draw, UnreadableError, seed_position
 from .checkpoint import checkpoint_name, find_damage, set_aside, write_file
 from .errors import DivergedError, TrainingError
 from .plan import describe
-from .report import Report
+from .report import Report, check_loggers
 from .run import Losses, Run
 from .setup import DIVERGED, autocast, find_resume, open_folder, set_up_device
 from .world import Interrupt, World, explain_lost_peers, setup_world
@@ -202,6 +202,7 @@ def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> in
     """
     world = setup_world(args.device)
     set_up_device(args, world)
+    check_loggers(args)
     args, checkpoint = find_resume(args, world)
     run = build(args, world, checkpoint is None and not args.dry_run)
     if world.is_primary:
