@@ -175,6 +175,6 @@ def test_recipe_of_timms_defaults():
 
 def test_arguments_of_a_run_do_not_say_how_to_start(recipe):
     path = recipe('recipe: digits\nepochs: 7\nresume: auto\nresume_with_changes: true\nno_resume_opt: true\n')
-    args = parse('--recipe', path)
+    args = parse(default_recipe=str(path))
     assert (args.recipe, args.epochs) == ('digits', 7)
     assert (args.resume, args.resume_with_changes, args.no_resume_opt) == ('', False, False)
