@@ -14,11 +14,16 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from tqdm import tqdm
 
+from timm_depla.data import UnreadableError
 from timm_depla.files import check_writable, write_file
 
+from .checkpoint import checkpoint_name
 from .errors import ConfigError, TrainingError, require
 
-__all__ = ['Metric', 'Report', 'UnreadableImages', 'draw_curves', 'progress']
+__all__ = [
+    'Metric', 'Report', 'UnreadableImages', 'check_loggers', 'check_results', 'draw_curves', 'explain_worker',
+    'progress', 'write_results',
+]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 
@@ -174,6 +179,29 @@ class Report:
         _logger.info('%s  lr %.3g  %.1f s', text, row['lr'], time.perf_counter() - self.start_time)
         for log in self._loggers:
             log(row)
+
+    def ended(self, run: Any, signal: int) -> None:
+        """Training has ended, by a signal or at its last epoch: say how to go on, or what was best."""
+        if signal:
+            name = checkpoint_name(run.epoch, run.step)
+            _logger.info('saved %s; go on with: python %s --resume %s', name, run.train_script, run.folder)
+        elif ranked := run.ranked(run.history):
+            best, column = ranked[0], run.choose(ranked[0])[1]
+            metric = next(metric for metric in run.all_metrics if metric.column == column)
+            place = f'epoch {best["epoch"]} (checkpoints/{checkpoint_name(best["epoch"] + 1, 0)})'
+            command = f'python {run.validate_script} {run.folder}'
+            _logger.info('best %s at %s: %s', metric.text(best), place, command)
+
+
+def explain_worker(error: Exception) -> str:
+    """Say in a sentence why data loading failed."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    cause = lines[-1] if isinstance(error, UnreadableError) or 'Traceback' in str(error) else lines[0]
+    died = 'killed' in cause or 'exited unexpectedly' in cause
+    hint = 'If it was killed, memory may have run out: lower --workers' if died else 'Mend the data'
+    if 'auto_augment.py' in str(error) or 'transforms.py' in str(error):
+        hint = 'The image was read, but its augmentation failed: choose another --aa, or leave it out'
+    return f'loading data failed: {cause.rstrip(".")}. {hint}, and go on with --resume auto'
 
 
 def draw_curves(history: List[Dict[str, Any]], metrics: Sequence[Metric]) -> bytes:

@@ -24,7 +24,7 @@ from timm.utils import ModelEmaV3, NativeScaler, unwrap_model
 from timm_depla.files import read_mapping
 from timm_depla.layers import Depla
 
-from .checkpoint import find_damage, list_checkpoints, newest_checkpoint, write_file
+from .checkpoint import checkpoint_name, find_damage, list_checkpoints, newest_checkpoint, set_aside, write_file
 from .config import updated
 from .errors import ConfigError
 from .run import Run
@@ -38,6 +38,7 @@ __all__ = [
     'create_optimizer',
     'find_resume',
     'open_folder',
+    'rejoin',
     'set_up_device',
     'share_batch_norm',
 ]
@@ -285,3 +286,27 @@ def log_to(path: Path) -> Iterator[None]:
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+def rejoin(run: Run, is_changed: bool) -> None:
+    """Make the run folder agree with the resumed position; if the training has changed, move later checkpoints away.
+
+    Raises:
+        TrainingError: If the folder cannot be written.
+    """
+    folder = run.folder / 'checkpoints' / checkpoint_name(run.epoch, run.step)
+    is_diverged = (run.folder / DIVERGED).is_file()
+    if (
+        run.world.is_primary
+        and (is_changed or is_diverged)
+        and (replaced := set_aside(run.folder, run.epoch, run.step))
+    ):
+        _logger.warning('the checkpoints after %s are in %s now', folder.name, replaced)
+    if not run.world.share(folder.is_dir()):  # another batch size has moved the position
+        run.save()
+    elif run.world.is_primary:
+        run.publish(folder.name, run.history)
+    if run.world.is_primary:
+        (run.folder / DIVERGED).unlink(missing_ok=True)
+    if run.world.is_primary and (run.folder / 'best').exists() and (damage := find_damage(run.folder / 'best')):
+        _logger.warning('the best checkpoint so far is damaged: %s', damage)

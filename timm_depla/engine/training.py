@@ -12,12 +12,12 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 
 from timm_depla.data import Draw, UnreadableError, seed_position
 
-from .checkpoint import checkpoint_name, find_damage, set_aside, write_file
+from .checkpoint import write_file
 from .errors import DivergedError, TrainingError
 from .plan import describe
-from .report import Report, check_loggers
+from .report import Report, check_loggers, explain_worker
 from .run import Losses, Run
-from .setup import DIVERGED, autocast, find_resume, open_folder, set_up_device
+from .setup import DIVERGED, autocast, find_resume, open_folder, rejoin, set_up_device
 from .world import Interrupt, World, explain_lost_peers, setup_world
 
 __all__ = ['run_epoch', 'train', 'train_one_epoch']
@@ -136,30 +136,6 @@ def run_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
     return signal
 
 
-def rejoin(run: Run, is_changed: bool) -> None:
-    """Make the run folder agree with the resumed position; if the training has changed, move later checkpoints away.
-
-    Raises:
-        TrainingError: If the folder cannot be written.
-    """
-    folder = run.folder / 'checkpoints' / checkpoint_name(run.epoch, run.step)
-    is_diverged = (run.folder / DIVERGED).is_file()
-    if (
-        run.world.is_primary
-        and (is_changed or is_diverged)
-        and (replaced := set_aside(run.folder, run.epoch, run.step))
-    ):
-        _logger.warning('the checkpoints after %s are in %s now', folder.name, replaced)
-    if not run.world.share(folder.is_dir()):  # another batch size has moved the position
-        run.save()
-    elif run.world.is_primary:
-        run.publish(folder.name, run.history)
-    if run.world.is_primary:
-        (run.folder / DIVERGED).unlink(missing_ok=True)
-    if run.world.is_primary and (run.folder / 'best').exists() and (damage := find_damage(run.folder / 'best')):
-        _logger.warning('the best checkpoint so far is damaged: %s', damage)
-
-
 def train_epochs(run: Run, report: Report) -> int:
     """Train until the end or a signal; returns the signal, 0 for none.
 
@@ -217,26 +193,5 @@ def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> in
         if checkpoint is not None:
             rejoin(run, is_changed)
         signal = train_epochs(run, report)
-    best = (run.ranked(run.history) or [{}])[0]
-    if signal:
-        name = checkpoint_name(run.epoch, run.step)
-        _logger.info('saved %s; go on with: python %s --resume %s', name, run.train_script, run.folder)
-        return 128 + signal
-    if best:
-        column = run.choose(best)[1]
-        metric = next(metric for metric in run.all_metrics if metric.column == column)
-        place = f'epoch {best["epoch"]} (checkpoints/{checkpoint_name(best["epoch"] + 1, 0)})'
-        command = f'python {run.validate_script} {run.folder}'
-        _logger.info('best %s at %s: %s', metric.text(best), place, command)
-    return 0
-
-
-def explain_worker(error: Exception) -> str:
-    """Say in a sentence why data loading failed."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    cause = lines[-1] if isinstance(error, UnreadableError) or 'Traceback' in str(error) else lines[0]
-    died = 'killed' in cause or 'exited unexpectedly' in cause
-    hint = 'If it was killed, memory may have run out: lower --workers' if died else 'Mend the data'
-    if 'auto_augment.py' in str(error) or 'transforms.py' in str(error):
-        hint = 'The image was read, but its augmentation failed: choose another --aa, or leave it out'
-    return f'loading data failed: {cause.rstrip(".")}. {hint}, and go on with --resume auto'
+        report.ended(run, signal)
+    return 128 + signal if signal else 0
