@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         if start(args, output, 'reference', args.max_workers).wait():
             raise RuntimeError((output / 'reference.log').read_text())
         began = time.monotonic()
-        if publish(reference, expected).wait():
+        if args.kills >= 5 and publish(reference, expected).wait():  # with fewer, none hits publishing
             raise RuntimeError((output / 'published.log').read_text())
         seconds = time.monotonic() - began
         while kills < args.kills:
