@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT, TORCHRUN, run, validate
 
 from timm_depla.data import digits_folder
 from timm_depla.engine.errors import ConfigError
+from timm_depla.engine.world import Interrupt, World
 
 
 @pytest.fixture(scope='module')
@@ -69,3 +71,12 @@ def test_lost_rank_is_named(rank, tmp_path):
     text = log.read_text()
     assert f'train.py (rank {1 - rank}): error: lost the connection to rank {rank}, which was killed' in text, text
     assert 'gloo' not in text and 'take_step' not in text
+
+
+def test_both_warnings_of_a_time_limit_are_remembered_and_then_ignored():
+    world = World(torch.device('cpu'))
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        with Interrupt(world) as interrupt:
+            os.kill(os.getpid(), number)
+            assert interrupt.signal == number
+        os.kill(os.getpid(), number)  # by default it would end the process

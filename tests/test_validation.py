@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.data import digits_folder
 from timm_depla.engine.classification import validate as validation
+from timm_depla.engine.classification.flags import create_train_parser
+from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.errors import ConfigError
+from timm_depla.engine.models import load_weights, resumed_recipe
 
 MODEL = 'test_resnet_depla'
 
@@ -215,3 +218,36 @@ def test_weights_of_the_block_before_its_norms(digits_run, tmp_path):
         (tmp_path / 'best' / name).unlink()
     with pytest.raises(ConfigError, match='with an earlier version of the block, which had no norms: train it anew'):
         validate(tmp_path / 'best', '--data-dir', digits_folder())
+
+
+def test_damaged_weights_are_not_started_from(digits_run, tmp_path):
+    shutil.copytree(digits_run, tmp_path / 'run', symlinks=True)
+    file = tmp_path / 'run' / 'best' / 'model.safetensors'
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+    for source in (tmp_path / 'run', tmp_path / 'run' / 'best', file):
+        with pytest.raises(ConfigError, match=r'is damaged: model.safetensors was changed'):
+            load_weights(timm.create_model(MODEL, num_classes=10), str(source))
+    assert '0 of DEPLA new' in load_weights(timm.create_model(MODEL, num_classes=10), str(digits_run))
+
+
+@pytest.mark.parametrize(
+    'planted',
+    [
+        dict(dataset='hfds/evil/data'),
+        dict(dataset='wds/', data_dir='https://evil.example/x.tar'),
+        dict(model='hf-hub:evil/model'),
+        dict(kd_model_name='hf-hub:evil/teacher'),
+    ],
+)
+def test_a_shared_run_that_is_resumed_fetches_nothing(planted, tmp_path):
+    """What its args.yaml names must be here, or the command line must name it."""
+    arguments = dict(recipe='digits', data_dir=str(digits_folder()), model='test_resnet_depla')
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump({**arguments, **planted}))
+    args = parse_args(create_train_parser(), ['--resume', str(tmp_path)])
+    with pytest.raises(ConfigError, match=r'which is no folder here: name the data|which is not here: resume it with'):
+        resumed_recipe(args)
+    if planted.get('dataset') == 'hfds/evil/data':  # another folder does not make it local
+        with pytest.raises(ConfigError, match='which is no folder here'):
+            resumed_recipe(updated(args, data_dir=str(digits_folder())))

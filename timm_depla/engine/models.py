@@ -136,16 +136,20 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: str, heads: Optional[Sequence[str]] = None) -> str:
-    """Load a file of weights, of the model itself or of its trunk, and return what was loaded as a sentence.
+    """Load weights, of the model itself or of its trunk, and return what was loaded as a sentence.
 
     Args:
         model: The model.
-        path: The file.
+        path: A file, the folder of a run, a checkpoint or published weights, or a model of timm.
         heads: The modules that may have another number of classes; the classifier by default.
 
     Raises:
-        ConfigError: If the file is missing, no checkpoint, or one of another architecture.
+        ConfigError: If the file is missing, damaged, no checkpoint, or one of another architecture.
     """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    for place in (folder, folder / 'best') if Path(path).is_dir() else (folder,):
+        if change := find_change(place, ['model.safetensors']):
+            raise ConfigError(f"'{path}' is damaged: {change}")
     try:
         return str(load_trunk(model, path, heads))
     except Exception as error:  # a file that is no checkpoint can make the unpickler raise anything
@@ -177,24 +181,31 @@ def resumed_recipe(args: Namespace) -> Optional[str]:
     """The args.yaml of the run that `--resume` names: a recipe with all that the command line need not repeat.
 
     Raises:
-        ConfigError: If it names data or a teacher that is not local, and the command line does not.
+        ConfigError: If it names data, a model or weights that are not local, and so could come from anywhere.
     """
     target = str(Path(args.output, args.experiment)) if args.resume == 'auto' and args.experiment else args.resume
     found = run_arguments(target) if target and target != 'auto' else {}
     if not found:
         return None
-    if not (args.data_dir or getattr(args, 'dataset', '')):
-        trained_data(target)
-    teacher = str(found.get('kd_model_name') or '')
-    if teacher and not timm.is_model(teacher) and not args.kd_model_name:
-        raise ConfigError(f"'{target}' was trained with the teacher '{teacher}': name it again with --kd-model-name")
+    if not getattr(args, 'dataset', ''):  # else the command line says what is read
+        trained_data(target, args.data_dir)
+    for key in ('model', 'kd_model_name', 'initial_checkpoint', 'pretrained_path'):
+        if (value := str(found.get(key) or '')).startswith(('hf-hub:', 'hf_hub:')) or '://' in value:
+            raise ConfigError(
+                f"'{target}' was trained with the {key.replace('_', ' ')} '{value}', which is not here: resume it with "
+                'the whole command line that started it, and --recipe'
+            )
     return str(_arguments_file(target))
 
 
-def trained_data(target: str) -> Dict[str, str]:
+def trained_data(target: str, data_dir: Optional[str] = None) -> Dict[str, str]:
     """The data of the target's run, as arguments; empty for other targets.
 
     A run can come from an untrusted source, so its data must be a local folder: nothing is downloaded.
+
+    Args:
+        target: The target.
+        data_dir: The folder to read instead of the run's.
 
     Raises:
         ConfigError: If the run's data is no local folder, or the folder does not exist.
@@ -203,7 +214,7 @@ def trained_data(target: str) -> Dict[str, str]:
     found = {key: found[key] for key in DATA if found.get(key)}
     if not found:
         return {}
-    kind, folder = str(found.get('dataset', '')), str(found.get('data_dir', ''))
+    kind, folder = str(found.get('dataset', '')), str(data_dir or found.get('data_dir', ''))
     if kind.partition('/')[0].lower() not in ('', 'torch', 'wds') or not Path(folder).is_dir():
         raise ConfigError(
             f"'{target}' was trained on '{f'{kind} {folder}'.strip()}', which is no folder here: name the data with "

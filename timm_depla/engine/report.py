@@ -10,7 +10,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
@@ -21,12 +21,13 @@ from .checkpoint import checkpoint_name
 from .errors import ConfigError, TrainingError, require
 
 __all__ = [
-    'Metric', 'Report', 'UnreadableImages', 'check_loggers', 'check_results', 'draw_curves', 'explain_worker',
-    'progress', 'write_results',
+    'PLAIN', 'Metric', 'Report', 'UnreadableImages', 'check_loggers', 'check_results', 'choose', 'draw_curves',
+    'explain_worker', 'progress', 'write_results',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 
+PLAIN = 'plain_'  # before the names of the metrics of the weights without averaging
 _MAX_UNREADABLE = 0.01  # of the images
 
 
@@ -53,6 +54,14 @@ class Metric:
     def text(self, row: Dict[str, Any]) -> str:
         """Label and value in a row of the summary."""
         return f'{self.label} {row[self.column]:.{self.digits or 3}f}'
+
+
+def choose(row: Dict[str, Any], metric: str) -> Tuple[float, str]:
+    """The better of a row's two values of a metric, the lower the better, and its column."""
+    sign = 1 if metric == 'loss' else -1
+    columns = [column for column in (f'eval_{metric}', f'eval_{PLAIN}{metric}') if column in row]
+    values = [sign * row[column] if math.isfinite(row[column]) else math.inf for column in columns]
+    return min(zip(values, columns, strict=True), key=lambda pair: pair[0])
 
 
 def progress(description: str, unit: str, **kwargs: Any) -> tqdm:
@@ -166,7 +175,7 @@ class Report:
         if not self.is_primary:
             return
         row, best = run.history[-1], (run.ranked(run.history) or [{}])[0]
-        best_column = run.choose(best)[1] if best else None
+        best_column = choose(best, self.args.eval_metric)[1] if best else None
         text = f'epoch {row["epoch"]}/{self.num_epochs - 1}  train loss {row["train_loss"]:.3f}'
         for metric in run.all_metrics:
             if metric.column in row and metric.digits is not None:
@@ -186,7 +195,7 @@ class Report:
             name = checkpoint_name(run.epoch, run.step)
             _logger.info('saved %s; go on with: python %s --resume %s', name, run.train_script, run.folder)
         elif ranked := run.ranked(run.history):
-            best, column = ranked[0], run.choose(ranked[0])[1]
+            best, column = ranked[0], choose(ranked[0], self.args.eval_metric)[1]
             metric = next(metric for metric in run.all_metrics if metric.column == column)
             place = f'epoch {best["epoch"]} (checkpoints/{checkpoint_name(best["epoch"] + 1, 0)})'
             command = f'python {run.validate_script} {run.folder}'

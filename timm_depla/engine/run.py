@@ -10,7 +10,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar, Dict, List, Optional, Sequence, Tuple
+from typing import Any, ClassVar, Dict, List, Optional, Sequence
 
 import safetensors.torch
 import torch
@@ -21,7 +21,7 @@ from timm_depla.files import read_tensors
 
 from .checkpoint import BackgroundWriter, checkpoint_name, link, prune, write_checkpoint, write_file
 from .errors import ConfigError, DivergedError
-from .report import Metric, draw_curves
+from .report import PLAIN, Metric, choose, draw_curves
 from .state import pack_state, read_state
 from .world import Interrupt, World
 
@@ -139,13 +139,13 @@ class Run:
         metrics = self.evaluate(self.eval_model, interrupt)
         if self.ema is not None:
             plain = self.evaluate(self.model, interrupt)
-            metrics.update({f'{_PLAIN}{name}': value for name, value in plain.items() if name != 'count'})
+            metrics.update({f'{PLAIN}{name}': value for name, value in plain.items() if name != 'count'})
         return metrics
 
     @property
     def all_metrics(self) -> Sequence[Metric]:
         """`metrics`, and with an average those of the plain weights."""
-        plain = [replace(m, name=f'{_PLAIN}{m.name}', label=f'{m.label} without average') for m in self.metrics]
+        plain = [replace(m, name=f'{PLAIN}{m.name}', label=f'{m.label} without average') for m in self.metrics]
         return [*self.metrics, *(plain if self.ema is not None else [])]
 
     def subject(self) -> Dict[str, str]:
@@ -172,25 +172,19 @@ class Run:
         """Updates of the weights so far."""
         return self.epoch * self.updates_per_epoch + self.step // self.args.grad_accum_steps
 
-    def choose(self, row: Dict[str, Any]) -> Tuple[float, str]:
-        """The better of a row's two values of `--eval-metric`, the lower the better, and its column."""
-        sign = 1 if self.args.eval_metric == 'loss' else -1
-        columns = [f'eval_{name}' for name in (self.args.eval_metric, f'{_PLAIN}{self.args.eval_metric}')]
-        found = [(sign * row[column] if math.isfinite(row[column]) else math.inf, column)
-                 for column in columns if column in row]  # fmt: skip
-        return min(found, key=lambda pair: pair[0])
-
     def ranked(self, history: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
         """The validated epochs' rows, best first."""
         rows = (row for row in history if f'eval_{self.args.eval_metric}' in row)
-        return sorted(rows, key=lambda row: Run.choose(self, row)[0])
+        return sorted(rows, key=lambda row: choose(row, self.args.eval_metric)[0])
 
     @property
     def kept(self) -> nn.Module:
         """The network that a checkpoint keeps: the average, or the plain weights after an epoch in which they won."""
         row = self.history[-1] if self.history else {}
         is_validated = self.step == 0 and f'eval_{self.args.eval_metric}' in row
-        return self.model if is_validated and self.choose(row)[1].startswith(f'eval_{_PLAIN}') else self.evaluated
+        if is_validated and choose(row, self.args.eval_metric)[1].startswith(f'eval_{PLAIN}'):
+            return self.model
+        return self.evaluated
 
     def arguments(self) -> Dict[str, Any]:
         """The arguments and data that determine this training."""
@@ -349,7 +343,6 @@ class Run:
         self.scheduler.step_update(self.updates)
 
 
-_PLAIN = 'plain_'  # before the names of the metrics of the weights without averaging
 _DATA = ('classes ', 'the names of the training images', 'training images', 'num classes')  # changes of the data
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from argparse import Namespace
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
@@ -277,15 +277,18 @@ def log_to(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"cannot write '{path}': {error}") from error
     handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
+    handler.handleError = lambda record: None  # a full disk is told by what must be written
     logging.getLogger().addHandler(handler)
     try:
         yield
     except BaseException as error:
-        handler.stream.write(f'{type(error).__name__}: {error}\n')
+        with suppress(OSError):
+            handler.stream.write(f'{type(error).__name__}: {error}\n')
         raise
     finally:
         logging.getLogger().removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
 
 
 def rejoin(run: Run, is_changed: bool) -> None:
