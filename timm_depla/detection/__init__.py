@@ -5,11 +5,6 @@ from .pretrained import detector_config, from_pretrained, is_detector
 from .rcnn import BackboneWithFPN, create_detector, list_detectors
 
 __all__ = [
-    'BackboneWithFPN',
-    'FeaturePyramidNetworkDepla',
-    'create_detector',
-    'detector_config',
-    'from_pretrained',
-    'is_detector',
-    'list_detectors',
-]
+    'BackboneWithFPN', 'FeaturePyramidNetworkDepla', 'create_detector', 'detector_config', 'from_pretrained',
+    'is_detector', 'list_detectors',
+]  # fmt: skip

@@ -25,19 +25,8 @@ __all__ = ['CocoDetection', 'create_transform', 'evaluate_coco', 'to_results']
 _logger = logging.getLogger(__name__)
 
 METRICS = (
-    'AP',
-    'AP50',
-    'AP75',
-    'AP_S',
-    'AP_M',
-    'AP_L',
-    'AR1',
-    'AR10',
-    'AR100',
-    'AR_S',
-    'AR_M',
-    'AR_L',
-)  # in COCO's order
+    'AP', 'AP50', 'AP75', 'AP_S', 'AP_M', 'AP_L', 'AR1', 'AR10', 'AR100', 'AR_S', 'AR_M', 'AR_L',
+)  # in COCO's order  # fmt: skip
 
 
 def create_transform(is_training: bool, hflip: float = 0.5) -> Callable[..., Any]:

@@ -25,18 +25,9 @@ from .state import FILES as STATE
 from .state import read_state
 
 __all__ = [
-    'BackgroundWriter',
-    'checkpoint_name',
-    'differences',
-    'find_damage',
-    'link',
-    'list_checkpoints',
-    'newest_checkpoint',
-    'prune',
-    'set_aside',
-    'write_checkpoint',
-    'write_file',
-]
+    'BackgroundWriter', 'checkpoint_name', 'differences', 'find_damage', 'link', 'list_checkpoints',
+    'newest_checkpoint', 'prune', 'set_aside', 'write_checkpoint', 'write_file',
+]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 

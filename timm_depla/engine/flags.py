@@ -11,15 +11,9 @@ from . import ranges
 from .config import FlagParser, KeyValues, list_recipes
 
 __all__ = [
-    'OWN_FLAGS',
-    'add_device_args',
-    'add_loading_args',
-    'add_model_args',
-    'add_optimizer_args',
-    'add_run_args',
-    'add_schedule_args',
-    'group',
-]
+    'OWN_FLAGS', 'add_device_args', 'add_loading_args', 'add_model_args', 'add_optimizer_args', 'add_run_args',
+    'add_schedule_args', 'group',
+]  # fmt: skip
 
 OWN_FLAGS = {
     '--recipe', '--dry-run', '--checkpoint-minutes', '--deterministic', '--resume-with-changes', '--log-tensorboard',

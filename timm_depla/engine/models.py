@@ -18,24 +18,12 @@ from .config import closest
 from .errors import ConfigError
 
 __all__ = [
-    'create_model',
-    'load_model',
-    'load_weights',
-    'model_config',
-    'resumed_recipe',
-    'run_arguments',
-    'trained_data',
-]
+    'create_model', 'load_model', 'load_weights', 'model_config', 'resumed_recipe', 'run_arguments', 'trained_data',
+]  # fmt: skip
 
 DATA = (
-    'dataset',
-    'data_dir',
-    'class_map',
-    'input_key',
-    'target_key',
-    'input_img_mode',
-    'in_chans',
-)  # arguments that identify the data
+    'dataset', 'data_dir', 'class_map', 'input_key', 'target_key', 'input_img_mode', 'in_chans',
+)  # arguments that identify the data  # fmt: skip
 _SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # timm's prefixes of a model's name
 
 

@@ -31,17 +31,9 @@ from .run import Run
 from .world import World, keep_memory
 
 __all__ = [
-    'DIVERGED',
-    'assemble',
-    'autocast',
-    'check_compile',
-    'create_optimizer',
-    'find_resume',
-    'open_folder',
-    'rejoin',
-    'set_up_device',
-    'share_batch_norm',
-]
+    'DIVERGED', 'assemble', 'autocast', 'check_compile', 'create_optimizer', 'find_resume', 'open_folder', 'rejoin',
+    'set_up_device', 'share_batch_norm',
+]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 

@@ -18,16 +18,9 @@ from ..config import updated
 from ..errors import ConfigError
 
 __all__ = [
-    'class_names',
-    'count_classes',
-    'count_streams',
-    'file_names',
-    'find_data',
-    'image_mode',
-    'open_split',
-    'open_splits',
-    'split_name',
-]
+    'class_names', 'count_classes', 'count_streams', 'file_names', 'find_data', 'image_mode', 'open_split',
+    'open_splits', 'split_name',
+]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 
