@@ -8,6 +8,9 @@ from timm.utils import setup_default_logging
 
 from . import report, scattered, study
 from .arms import ARMS
+from .proxies import PROXIES
+
+DATA = (*PROXIES, 'scenes')
 
 
 def main() -> None:
@@ -16,27 +19,28 @@ def main() -> None:
     data = commands.add_parser('data', help=scattered.__doc__.splitlines()[0], description=scattered.__doc__)
     scattered.add_args(data)
     run = commands.add_parser('run', help='train what is not on record yet', description=study.__doc__)
-    run.add_argument('arms', nargs='*', default=['*'], help=f'arms, with wildcards: {", ".join(ARMS)}')
+    run.add_argument('data', choices=DATA, metavar='DATA', help=f'one of {", ".join(DATA)}')
+    run.add_argument('arms', nargs='+', metavar='ARM', help=f'arms, with wildcards: {", ".join(ARMS)}')
     run.add_argument('--jobs', type=int, default=2, help='networks to train at a time, each on one thread')
     train = commands.add_parser('train', help='train one network, on record or not, and record it')
+    train.add_argument('data', choices=DATA, metavar='DATA', help=f'one of {", ".join(DATA)}')
     train.add_argument('arm', choices=ARMS, metavar='ARM', help=f'one of {", ".join(ARMS)}')
     train.add_argument('--seed', type=int, default=0)
-    train.add_argument('--lr', type=float, help='learning rate; for a classifier the one chosen for it by default')
+    train.add_argument('--lr', type=float, help='learning rate; the one chosen for the arm by default')
     commands.add_parser('docs', help='write the tables and plots of docs/evidence.md from the records')
     args = parser.parse_args()
     setup_default_logging()
     if args.name == 'data':
-        scattered.write(args.folder, args.difficulty)
+        scattered.write(args.folder, scattered.SETS[args.set])
     elif args.name == 'run':
-        study.run([arm for arm in ARMS if any(fnmatch(arm, pattern) for pattern in args.arms)], args.jobs)
+        study.run(args.data, [arm for arm in ARMS if any(fnmatch(arm, pattern) for pattern in args.arms)], args.jobs)
     elif args.name == 'train':
-        is_classifier = ARMS[args.arm].task == 'classification'
-        rate = (args.lr or study.best_rate(args.arm)) if is_classifier else None
-        if is_classifier and rate is None:
+        rate = args.lr or study.best_rate(args.data, args.arm)
+        if rate is None:
             parser.error(f"no learning rate is chosen yet for '{args.arm}': give --lr")
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)  # sharp maps have denormal gradients, which are slow
-        for key, values in study.train((args.arm, args.seed, rate))['results'].items():
+        for key, values in study.train(study.Job(args.data, args.arm, args.seed, rate))['results'].items():
             print(key, values[-1])
     else:
         report.write()

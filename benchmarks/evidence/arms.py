@@ -1,21 +1,19 @@
 """The networks that are compared: timm models or detectors, with their arguments."""
 
-from dataclasses import dataclass, field
-from typing import Any, Dict, Optional
+from dataclasses import dataclass, field, replace
+from typing import Any, Dict, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm import create_model
+from timm.layers import NonLocalAttn
 from timm.models import register_model
 from timm.models.resnet import ResNet
 
 from timm_depla.models.fishnet_depla import FishNet
 
-DETECTION_EPOCHS = 8
-LONG_EPOCHS = 24  # three times the recipe's
-
-# A narrow ResNet of 0.8 M parameters; stage 3, of four bottlenecks, has 8 x 8 positions at 64 pixels.
+# A narrow ResNet of 0.8 M parameters; stage 3, of four bottlenecks, has 8 x 8 positions at 64 pixels, 6 x 6 at 48.
 NARROW = dict(layers=(1, 1, 4, 1), channels=(16, 32, 56, 160), stem_width=8)
 
 
@@ -29,8 +27,8 @@ class Arm:
         kwargs: Its arguments.
         base: The arm that it is compared with; a base is compared with itself.
         task: 'classification' or 'detection'.
-        epochs: Training epochs; those of the recipe if None.
-        rate_of: The arm whose learning rate it uses, if it is not tuned itself.
+        flags: Of training, over the recipe's.
+        seeds: Runs that count.
     """
 
     label: str
@@ -38,8 +36,8 @@ class Arm:
     kwargs: Dict[str, Any] = field(default_factory=dict)
     base: str = 'base'
     task: str = 'classification'
-    epochs: Optional[int] = None
-    rate_of: Optional[str] = None
+    flags: Tuple[str, ...] = ()
+    seeds: int = 10
 
 
 class PooledBottleneck(nn.Module):
@@ -62,26 +60,35 @@ def _narrow(name: str, kwargs: Dict[str, Any]) -> ResNet:
 
 
 @register_model
-def narrow_resnet(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """The base."""
+def narrow_resnet(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
+    """The base. `stage` is where the other networks differ, in all blocks but the first."""
     return _narrow('test_resnet', kwargs)
 
 
 @register_model
-def narrow_resnet_depla(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """The base with DEPLA, in the last three blocks of stage 3 by default."""
-    return _narrow('test_resnet_depla', kwargs)
+def narrow_resnet_depla(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
+    """The base with DEPLA."""
+    return _narrow('test_resnet_depla', {**kwargs, 'depla': dict(stage=stage) | kwargs.get('depla', {})})
 
 
 @register_model
-def narrow_resnet_pooled(pretrained: bool = False, **kwargs: Any) -> ResNet:
+def narrow_resnet_nl(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
+    """The base with timm's non-local blocks where others have DEPLA."""
+    model = narrow_resnet(**kwargs)
+    for block in getattr(model, f'layer{stage}')[1:]:
+        block.se = NonLocalAttn(block.bn3.num_features)
+    return model
+
+
+@register_model
+def narrow_resnet_pooled(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
     """The control: in place of DEPLA, a sum with as many additional parameters, within 1%."""
     model = narrow_resnet(**kwargs)
-    for block, like in zip(model.layer3, narrow_resnet_depla(**{**kwargs, 'device': 'meta'}).layer3, strict=True):
-        if hasattr(like, 'depla'):
-            channels = like.depla.identity_chs
-            extra = sum(parameter.numel() for parameter in like.depla.parameters())
-            block.se = PooledBottleneck(channels, round((extra - channels) / (2 * channels + 1)))
+    like = narrow_resnet_depla(stage=stage, **{**kwargs, 'device': 'meta'})
+    for block, other in zip(getattr(model, f'layer{stage}')[1:], getattr(like, f'layer{stage}')[1:], strict=True):
+        channels = other.depla.identity_chs
+        extra = sum(parameter.numel() for parameter in other.depla.parameters())
+        block.se = PooledBottleneck(channels, round((extra - channels) / (2 * channels + 1)))
     return model
 
 
@@ -104,43 +111,43 @@ def narrow_fishnet_depla(pretrained: bool = False, **kwargs: Any) -> FishNet:
     return _narrow_fishnet('test_fishnet_depla', kwargs)
 
 
-def _variant(label: str, **depla: Any) -> Arm:
-    return Arm(label, 'narrow_resnet_depla', dict(depla=depla), base='depla')
+def _depla(label: str, base: str = 'base', **depla: Any) -> Arm:
+    return Arm(label, 'narrow_resnet_depla', dict(depla=depla), base)
+
+
+def _context(label: str, attn_layer: str) -> Arm:
+    return Arm(label, 'narrow_resnet', dict(block_args=dict(attn_layer=attn_layer)))
+
+
+def _sgd(arm: Arm) -> Arm:
+    flags = ('--opt', 'sgd', '--momentum', '0.9', '--weight-decay', '0.0005')
+    return replace(arm, label=f'{arm.label}, SGD', base=f'{arm.base}-sgd', flags=flags)
 
 
 def _detector(label: str, model: str, base: str, **depla: Any) -> Arm:
-    return Arm(label, f'maskrcnn_{model}', dict(depla=depla) if depla else {}, base, 'detection', DETECTION_EPOCHS)
+    kwargs = dict(depla=depla) if depla else {}
+    return Arm(label, f'maskrcnn_{model}', kwargs, base, 'detection', ('--epochs', '8'), seeds=5)
 
 
-_SE = dict(block_args=dict(attn_layer='se'))
-_DEEP = dict(layers=(1, 1, 6, 1))  # DEPLA in blocks 1, 3 and 5 of stage 3, as in ResNet-50
+CONTEXT = ('se', 'gc', 'cbam', 'nl')  # modules that are known to gain on ImageNet: what a proxy is calibrated by
 
 ARMS: Dict[str, Arm] = {
     'base': Arm('base', 'narrow_resnet'),
-    'se': Arm('SE', 'narrow_resnet', _SE),
-    'depla': Arm('DEPLA', 'narrow_resnet_depla'),
-    'adaptive': Arm('adaptive DEPLA', 'narrow_resnet_depla', dict(depla=dict(bfn='adaptive'))),
-    'se-depla': Arm('SE + DEPLA', 'narrow_resnet_depla', _SE, base='se'),
+    'se': _context('SE', 'se'),
+    'gc': _context('GC', 'gca'),
+    'cbam': _context('CBAM', 'cbam'),
+    'nl': Arm('non-local', 'narrow_resnet_nl'),
+    'depla': _depla('DEPLA'),
+    'adaptive': _depla('adaptive DEPLA', bfn='adaptive'),
+    'kept': _depla('DEPLA, candidate kept', keep_candidate=True),
+    'adaptive-kept': _depla('adaptive DEPLA, candidate kept', bfn='adaptive', keep_candidate=True),
+    'se-depla': replace(_context('SE + DEPLA', 'se'), model='narrow_resnet_depla', base='se'),
     'pooled': Arm('control: pooled bottleneck', 'narrow_resnet_pooled'),
-    'kept': _variant('DEPLA, candidate kept', keep_candidate=True),
-    't0.2': _variant('T = 0.2', temperature=0.2),
-    't0.5': _variant('T = 0.5', temperature=0.5),
-    't2': _variant('T = 2', temperature=2.0),
-    'first': _variant('block 1 alone', positions=(1,)),
-    'last': _variant('block 3 alone', positions=(3,)),
-    'all': _variant('blocks 0 to 3', positions=(0, 1, 2, 3)),
-    'l8': _variant('L = 8', num_groups=8),
-    'l32': _variant('L = 32', num_groups=32),
-    'c8': _variant("C' = 8", pooled_chs=8),
-    'c32': _variant("C' = 32", pooled_chs=32),
-    'd2': _variant('D = 2', maps_per_group=2),
-    'd8': _variant('D = 8', maps_per_group=8),
-    'base-deep': Arm('base, 6 blocks', 'narrow_resnet', _DEEP, 'base-deep', rate_of='base'),
-    'depla-deep': Arm('DEPLA in 3 of 6 blocks', 'narrow_resnet_depla', _DEEP, 'base-deep', rate_of='depla'),
-    'base-long': Arm('base, 24 epochs', 'narrow_resnet', {}, 'base-long', epochs=LONG_EPOCHS, rate_of='base'),
-    'depla-long': Arm('DEPLA, 24 epochs', 'narrow_resnet_depla', {}, 'base-long', epochs=LONG_EPOCHS, rate_of='depla'),
-    'fishnet': Arm('FishNet', 'narrow_fishnet', base='fishnet'),
-    'fishnet-depla': Arm('FishNet-DEPLA', 'narrow_fishnet_depla', base='fishnet'),
+}
+ARMS |= {f'{name}-sgd': _sgd(ARMS[name]) for name in ('base', 'se', 'depla', 'adaptive', 'kept')}
+ARMS |= {
+    'fishnet': Arm('FishNet', 'narrow_fishnet', base='fishnet', seeds=5),
+    'fishnet-depla': Arm('FishNet-DEPLA', 'narrow_fishnet_depla', base='fishnet', seeds=5),
     'fpn': _detector('FPN', 'test_resnet_fpn', 'fpn'),
     **{
         f'fpn-depla-{t}': _detector(f'FPN-DEPLA, T = {t}', 'test_resnet_fpn_depla', 'fpn', temperature=t)

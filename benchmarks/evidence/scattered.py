@@ -1,54 +1,82 @@
-"""Scattered digits: one real handwritten digit somewhere in an image, amid texture and fragments of other digits.
+"""One real digit or garment somewhere in an image, amid texture and fragments of others.
 
-An image has 64 x 64 grey pixels. The digit is 10 to 48 pixels high, drawn evenly on a logarithmic scale. The digits of
-the training images are those of the embedded data set's `train/`, the others those of its `validation/`. Each image is
-drawn from a generator that its split and number seed.
+Training images are made of the training images of their source alone. Each image is drawn from a generator that its
+split and number seed, and the object's height evenly on a logarithmic scale.
 """
 
 import argparse
 import hashlib
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Tuple
+from typing import Callable, Dict, List, Tuple
 
 import numpy as np
 from PIL import Image
 
 from timm_depla.data import digits_folder
 
-SIZE = 64  # pixels, height and width
-HEIGHTS = (10, 48)  # of the digit
-FRAGMENTS = 4  # of other digits, at difficulty 1
-IMAGES = {'train': 6000, 'validation': 4000}
+from .fashion import garments
 
-Digit = Tuple[int, np.ndarray]  # class, 8 x 8 grey levels
+Source = Tuple[int, np.ndarray]  # class, square of grey levels
+
+
+def _digits(is_training: bool) -> List[Source]:
+    paths = sorted((digits_folder() / ('train' if is_training else 'validation')).glob('*/*.png'))
+    return [(int(path.parent.name), np.asarray(Image.open(path))) for path in paths]
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """What the images of a set are made of.
+
+    Args:
+        sources: The digits or garments of a split.
+        size: Height and width of an image, in pixels.
+        heights: The smallest and the largest object, in pixels.
+        fragments: Parts of other objects in each image, at most half as high as theirs.
+        images: Images in each split.
+    """
+
+    sources: Callable[[bool], List[Source]]
+    size: int
+    heights: Tuple[int, int]
+    fragments: int
+    images: Dict[str, int]
+
+
+SETS = {
+    'digits': Scatter(_digits, 64, (10, 48), 4, {'train': 6000, 'validation': 4000}),
+    'garments': Scatter(garments, 48, (12, 40), 8, {'train': 20000, 'validation': 10000}),
+}
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('folder', metavar='DIR', type=Path, help='folder to write')
-    parser.add_argument('--difficulty', type=float, default=1.0, help=f'fragments of other digits, over {FRAGMENTS}')
+    parser.add_argument('--set', default='digits', choices=SETS)
 
 
-def cached() -> Path:
-    """The folder of the study's images, beside the digits in the cache; another version of this file has another."""
+def cached(name: str) -> Path:
+    """The folder of a set, beside the digits in the cache; another version of this file has another."""
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    folder = digits_folder().parent / f'scattered-{version}'
-    write(folder)
+    folder = digits_folder().parent / f'scattered-{name}-{version}'
+    write(folder, SETS[name])
     return folder
 
 
-def write(folder: Path, difficulty: float = 1.0) -> None:
+def write(folder: Path, scatter: Scatter) -> None:
     """Write FOLDER/SPLIT/CLASS/*.png, as many of each class, unless it is there."""
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        for number, (split, count) in enumerate(IMAGES.items()):
-            paths = sorted((digits_folder() / split).glob('*/*.png'))
-            digits = [(int(path.parent.name), np.asarray(Image.open(path))) for path in paths]
+        for number, (split, count) in enumerate(scatter.images.items()):
+            sources = scatter.sources(split == 'train')
+            everything = [pixels for _, pixels in sources]
+            by_class = [[pixels for label, pixels in sources if label == wanted] for wanted in range(10)]
             for index in range(count):
                 label = index % 10
-                pixels = draw(np.random.default_rng((number, index)), digits, label, difficulty)
+                pixels = draw(np.random.default_rng((number, index)), scatter, everything, by_class[label])
                 path = Path(scratch, folder.name, split, str(label), f'{index:05d}.png')
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
@@ -59,22 +87,21 @@ def write(folder: Path, difficulty: float = 1.0) -> None:
                 raise
 
 
-def draw(random: np.random.Generator, digits: List[Digit], label: int, difficulty: float) -> np.ndarray:
-    """An image of a digit of a class, (64, 64) grey levels."""
-    canvas = _resize(random.integers(0, 60, (8, 8), dtype=np.uint8), SIZE)
-    for _ in range(round(FRAGMENTS * difficulty)):
-        _, pixels = digits[random.integers(len(digits))]
-        digit = _resize(pixels, _draw_height(random))
-        side = random.integers(len(digit) // 4, len(digit) // 2 + 1)  # a quarter of a digit at the most
-        top, left = random.integers(len(digit) - side + 1, size=2)
-        _paste(random, canvas, digit[top : top + side, left : left + side])
-    own = [pixels for digit, pixels in digits if digit == label]
-    _paste(random, canvas, _resize(own[random.integers(len(own))], _draw_height(random)))
+def draw(random: np.random.Generator, scatter: Scatter, others: List[np.ndarray], own: List[np.ndarray]) -> np.ndarray:
+    """An image of one of `own` amid fragments of `others`, (size, size) grey levels."""
+    canvas = _resize(random.integers(0, 60, (8, 8), dtype=np.uint8), scatter.size)
+    for _ in range(scatter.fragments):
+        pixels = others[random.integers(len(others))]
+        whole = _resize(pixels, _draw_height(random, scatter))
+        side = random.integers(len(whole) // 4, len(whole) // 2 + 1)
+        top, left = random.integers(len(whole) - side + 1, size=2)
+        _paste(random, canvas, whole[top : top + side, left : left + side])
+    _paste(random, canvas, _resize(own[random.integers(len(own))], _draw_height(random, scatter)))
     return canvas
 
 
-def _draw_height(random: np.random.Generator) -> int:
-    return round(np.exp(random.uniform(*np.log(HEIGHTS))))
+def _draw_height(random: np.random.Generator, scatter: Scatter) -> int:
+    return round(np.exp(random.uniform(*np.log(scatter.heights))))
 
 
 def _resize(pixels: np.ndarray, side: int) -> np.ndarray:
@@ -83,6 +110,6 @@ def _resize(pixels: np.ndarray, side: int) -> np.ndarray:
 
 def _paste(random: np.random.Generator, canvas: np.ndarray, pixels: np.ndarray) -> None:
     """Bright ink somewhere on the canvas."""
-    top, left = random.integers(SIZE - len(pixels) + 1, size=2)
+    top, left = random.integers(len(canvas) - len(pixels) + 1, size=2)
     place = canvas[top : top + len(pixels), left : left + len(pixels)]
     np.maximum(place, pixels, out=place)
