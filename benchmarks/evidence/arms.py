@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from timm import create_model
 from timm.layers import NonLocalAttn
 from timm.models import register_model
-from timm.models.resnet import ResNet
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from timm_depla.models.fishnet_depla import FishNet
 
-# A narrow ResNet of 0.8 M parameters; stage 3, of four bottlenecks, has 8 x 8 positions at 64 pixels, 6 x 6 at 48.
-NARROW = dict(layers=(1, 1, 4, 1), channels=(16, 32, 56, 160), stem_width=8)
+# A narrow ResNet, of 0.8 M parameters with its bottlenecks in stage 3: 8 x 8 positions at 64 pixels, 6 x 6 at 48.
+NARROW = dict(channels=(16, 32, 56, 160), stem_width=8)
 
 
 @dataclass
@@ -52,29 +52,31 @@ class PooledBottleneck(nn.Module):
         return x + self.expand(F.relu(self.reduce(x.mean((2, 3)))))[:, :, None, None]
 
 
-def _narrow(name: str, kwargs: Dict[str, Any]) -> ResNet:
-    """The narrow ResNet, without the max-pooling of its stem: these images are small."""
-    model = create_model(name, **{**NARROW, **kwargs})
+def _narrow(name: str, stage: int, kwargs: Dict[str, Any]) -> ResNet:
+    """The narrow ResNet: one block a stage, in `stage` four bottlenecks; no max-pooling, for these images are small."""
+    blocks = [Bottleneck if number == stage else BasicBlock for number in range(1, 5)]
+    layers = [4 if number == stage else 1 for number in range(1, 5)]
+    model = create_model(name, **{**NARROW, 'block': blocks, 'layers': layers, **kwargs})
     model.maxpool = nn.Identity()
     return model
 
 
 @register_model
 def narrow_resnet(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
-    """The base. `stage` is where the other networks differ, in all blocks but the first."""
-    return _narrow('test_resnet', kwargs)
+    """The base. The other networks differ in the last three blocks of `stage`."""
+    return _narrow('test_resnet', stage, kwargs)
 
 
 @register_model
 def narrow_resnet_depla(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
     """The base with DEPLA."""
-    return _narrow('test_resnet_depla', {**kwargs, 'depla': dict(stage=stage) | kwargs.get('depla', {})})
+    return _narrow('test_resnet_depla', stage, {**kwargs, 'depla': dict(stage=stage) | kwargs.get('depla', {})})
 
 
 @register_model
 def narrow_resnet_nl(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
     """The base with timm's non-local blocks where others have DEPLA."""
-    model = narrow_resnet(**kwargs)
+    model = narrow_resnet(stage=stage, **kwargs)
     for block in getattr(model, f'layer{stage}')[1:]:
         block.se = NonLocalAttn(block.bn3.num_features)
     return model
@@ -83,7 +85,7 @@ def narrow_resnet_nl(pretrained: bool = False, stage: int = 3, **kwargs: Any) ->
 @register_model
 def narrow_resnet_pooled(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
     """The control: in place of DEPLA, a sum with as many additional parameters, within 1%."""
-    model = narrow_resnet(**kwargs)
+    model = narrow_resnet(stage=stage, **kwargs)
     like = narrow_resnet_depla(stage=stage, **{**kwargs, 'device': 'meta'})
     for block, other in zip(getattr(model, f'layer{stage}')[1:], getattr(like, f'layer{stage}')[1:], strict=True):
         channels = other.depla.identity_chs

@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
-from timm.models.resnet import BasicBlock, Bottleneck
-
 from . import scattered
 from .fashion import fashion_folder
 
@@ -38,11 +36,8 @@ def _fashion() -> List[str]:
     return ['--dataset', 'torch/fashion_mnist', '--data-dir', str(fashion_folder())]
 
 
-# At 28 pixels the four bottlenecks are in stage 2, at 7 x 7 positions.
-_SHORT = dict(block=(BasicBlock, Bottleneck, BasicBlock, BasicBlock), layers=(1, 4, 1, 1), stage=2)
-
 PROXIES = {
     'digits': Proxy('scattered digits', _scattered('digits'), 'scattered.yaml'),
     'garments': Proxy('scattered garments', _scattered('garments'), 'garments.yaml'),
-    'fashion': Proxy('Fashion-MNIST', _fashion, 'fashion.yaml', _SHORT),
+    'fashion': Proxy('Fashion-MNIST', _fashion, 'fashion.yaml', dict(stage=2)),  # 7 x 7 positions
 }
