@@ -1,7 +1,7 @@
 """The networks that are compared: timm models or detectors, with their arguments."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import torch
 import torch.nn as nn
@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from timm import create_model
 from timm.layers import NonLocalAttn
 from timm.models import register_model
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet, test_resnet
 
 from timm_depla.models.fishnet_depla import FishNet
+from timm_depla.models.resnet_depla import test_resnet_depla
 
 # A narrow ResNet, of 0.8 M parameters with its bottlenecks in stage 3: 8 x 8 positions at 64 pixels, 6 x 6 at 48.
 NARROW = dict(channels=(16, 32, 56, 160), stem_width=8)
@@ -52,11 +53,11 @@ class PooledBottleneck(nn.Module):
         return x + self.expand(F.relu(self.reduce(x.mean((2, 3)))))[:, :, None, None]
 
 
-def _narrow(name: str, stage: int, kwargs: Dict[str, Any]) -> ResNet:
+def _narrow(entrypoint: Callable[..., ResNet], stage: int, kwargs: Dict[str, Any]) -> ResNet:
     """The narrow ResNet: one block a stage, in `stage` four bottlenecks; no max-pooling, for these images are small."""
     blocks = [Bottleneck if number == stage else BasicBlock for number in range(1, 5)]
     layers = [4 if number == stage else 1 for number in range(1, 5)]
-    model = create_model(name, **{**NARROW, 'block': blocks, 'layers': layers, **kwargs})
+    model = entrypoint(**{**NARROW, 'block': blocks, 'layers': layers, **kwargs})
     model.maxpool = nn.Identity()
     return model
 
@@ -64,13 +65,13 @@ def _narrow(name: str, stage: int, kwargs: Dict[str, Any]) -> ResNet:
 @register_model
 def narrow_resnet(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
     """The base. The other networks differ in the last three blocks of `stage`."""
-    return _narrow('test_resnet', stage, kwargs)
+    return _narrow(test_resnet, stage, kwargs)
 
 
 @register_model
 def narrow_resnet_depla(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
     """The base with DEPLA."""
-    return _narrow('test_resnet_depla', stage, {**kwargs, 'depla': dict(stage=stage) | kwargs.get('depla', {})})
+    return _narrow(test_resnet_depla, stage, {**kwargs, 'depla': dict(stage=stage) | kwargs.get('depla', {})})
 
 
 @register_model
