@@ -94,7 +94,7 @@ def page(address):
     """A page on a desktop's width; at the end nothing may have gone wrong in its console."""
     pytest.importorskip('playwright')
     if CHROMIUM is None:
-        pytest.skip('no Chromium')
+        (pytest.fail if os.environ.get('CI') else pytest.skip)('no Chromium')
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -131,21 +131,27 @@ def pictures(page):
     return [page.locator('img').nth(i).get_attribute('src') for i in range(page.locator('img').count())]
 
 
-def upload(page, file):
-    page.set_input_files('input[type=file] >> nth=0', str(file))
-    return wait_for(lambda: numbers(page))
+def prediction(page):
+    return page.locator('[data-testid=label-output-value]').inner_text()
 
 
-def test_page_shows_what_is_asked(page, digit):
-    first = upload(page, digit)
-    assert first.startswith('Group 0: entropy 0.')
-    assert page.locator('[data-testid=label-output-value]').inner_text() == '4'
+def test_page_shows_what_is_asked(page):
+    first = wait_for(lambda: numbers(page))  # an example is computed at once, for the strongest group
+    assert prediction(page) == '4' and 'number 1 of 16 in strength' in first
+    before = pictures(page)
+    page.set_input_files('input[type=file] >> nth=0', str(sorted((digits_folder() / 'validation/7').iterdir())[0]))
+    wait_for(lambda: prediction(page) == '7')
+    wait_for(lambda: pictures(page) != before)
+    text = wait_for(lambda: 'number 1 of 16' in numbers(page) and numbers(page))
+    group = int(re.search(r'Group (\d+):', text)[1])
+    assert page.get_by_label('number input for Group').input_value() == str(group)
     before = pictures(page)
 
     slider = page.get_by_label('range slider for Group')
     slider.focus()
-    page.keyboard.press('ArrowRight')  # by keyboard
-    second = wait_for(lambda: numbers(page).startswith('Group 1:') and numbers(page))
+    step = -1 if group == 15 else 1
+    page.keyboard.press('ArrowLeft' if group == 15 else 'ArrowRight')  # by keyboard
+    second = wait_for(lambda: numbers(page).startswith(f'Group {group + step}:') and numbers(page))
     assert wait_for(lambda: pictures(page) != before)
     before = pictures(page)
 
@@ -168,20 +174,22 @@ def test_page_shows_what_is_asked(page, digit):
             or 'layer' not in page.get_by_label('Block').input_value()
         )
     )
-    assert wait_for(lambda: numbers(page).startswith('Group 0:'))
+    assert wait_for(lambda: 'number 1 of' in numbers(page))
 
 
-def test_page_on_a_phone(page, digit):
+def test_page_on_a_phone(page):
+    """It is no wider than the phone, and the maps come before the controls."""
     page.set_viewport_size({'width': 390, 'height': 844})
-    upload(page, digit)
+    wait_for(lambda: numbers(page))
     assert page.evaluate('document.documentElement.scrollWidth') <= 390
+    tops = [wait_for(part.bounding_box)['y'] for part in (page.locator('img').last, page.get_by_label('Block'))]
+    assert tops[0] < tops[1]
 
 
 def test_drawing(page):
     page.get_by_role('tab', name='Draw').click()
-    page.get_by_role('button', name='Brush').first.click()
+    page.wait_for_selector('#drawing button[aria-label=Brush].highlight')  # it draws at once
     canvas = page.locator('canvas').first
-    canvas.wait_for()
     box = wait_for(canvas.bounding_box)
     x, y = box['x'] + box['width'] / 2, box['y'] + box['height'] / 2
     page.mouse.move(x, y - 80)
@@ -189,8 +197,7 @@ def test_drawing(page):
     for step in range(17):
         page.mouse.move(x, y - 80 + 10 * step)
     page.mouse.up()
-    assert wait_for(lambda: numbers(page))
-    assert page.locator('[data-testid=label-output-value]').inner_text() == '1'
+    wait_for(lambda: prediction(page) == '1')
 
 
 def test_bad_images_on_the_page(page, tmp_path):
@@ -200,7 +207,8 @@ def test_bad_images_on_the_page(page, tmp_path):
     (tmp_path / 'text.png').write_text('no image')
     page.reload()
     page.set_input_files('input[type=file] >> nth=0', str(tmp_path / 'text.png'))
-    assert page.wait_for_selector('text=as an image: cannot identify image file', timeout=30_000)
+    message = page.wait_for_selector('text=as an image: cannot identify image file', timeout=30_000).inner_text()
+    assert '/' not in message  # no path of the server
 
 
 def ask(address, image=None, drawing=None, source='image'):

@@ -13,7 +13,17 @@ import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.data import digits_folder
 from timm_depla.detection import create_detector
 from timm_depla.layers.depla import back_fill, match_size, soft_roi_pool
-from timm_depla.visualize import capture, capturing, find_blocks, main, measure, render_summary, strength, summarize
+from timm_depla.visualize import (
+    capture,
+    capturing,
+    draw_block,
+    find_blocks,
+    main,
+    measure,
+    render_summary,
+    strength,
+    summarize,
+)  # fmt: skip
 
 COMMAND = ('-m', 'timm_depla.visualize')
 DIGITS = f'local-dir:{ROOT / "hub" / "weights" / "test_resnet_depla.digits"}'
@@ -135,6 +145,23 @@ def test_summary_is_the_mean_over_the_files(digit):
     for name, values in summarize(model, files).items():
         for key, value in values.items():
             assert torch.allclose(value, torch.stack([e[name][key] for e in each]).mean(0))
+
+
+def test_maps_are_on_one_scale(digit):
+    """Uniform is 1, and in words; ticks differ, whatever the span."""
+    block = capture(create('test_resnet_depla'), torch.rand(1, 3, 96, 96))['layer3.3.depla']
+    count = block.maps[0, 0, 0].numel()
+    block.maps.fill_(1 / count)
+    for peak, ticks in ((1.04, ['1/2', '1', '2']), (30.0, ['1/16', '1/8', '1/4', '1/2', '1', '2', '4', '8', '16'])):
+        block.heatmaps.fill_(1 / count)
+        block.heatmaps[..., 0, 0] = peak / count
+        figure = draw_block(torch.rand(3, 96, 96), block)
+        figure.canvas.draw()
+        places = [place for place in figure.axes if 'group' in place.get_title() or 'put back' in place.get_title()]
+        uniform = ['nearly uniform' in place.get_title() for place in places]
+        assert uniform == [True] * 5 + [peak < 1.1] * 5
+        assert len({place.images[1].norm.vmax for place in places}) == 1
+        assert [text.get_text() for text in figure.axes[-1].get_xticklabels()] == ticks
 
 
 def test_command(digit, tmp_path):

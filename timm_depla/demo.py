@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from timm_depla.capture import BlockCapture, capturing, find_blocks, measure, strength
 from timm_depla.data import digits_folder
 from timm_depla.engine import ranges
 from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.world import run_command
 from timm_depla.files import open_image
-from timm_depla.visualize import BlockCapture, capturing, find_blocks, load_any, measure, prepare
+from timm_depla.visualize import add_scale, find_limit, load_any, prepare, show_map
 
 __all__ = ['create_app', 'launch', 'look']
 
@@ -37,6 +38,14 @@ _HEADING = """# What DEPLA sees
 
 A group detects regions in the identity X, pools the candidate Y over them, and puts what it found back where its
 heatmap says."""
+# The sketch pad starts without a tool, and is there only some time after its tab is opened.
+_PICK_BRUSH = """() => {
+    const pick = () => {
+        const brush = document.querySelector('#drawing button[aria-label=Brush]');
+        brush ? brush.classList.contains('highlight') || brush.click() : setTimeout(pick, 50);
+    };
+    pick();
+}"""
 _CSS = 'footer {display: none !important} #picture img {width: 100%; height: 100%; object-fit: contain}'
 
 
@@ -77,16 +86,23 @@ def look(
     return {str(name): p for name, p in zip(names, probabilities, strict=True)}, image, blocks
 
 
-def overlay(image: Tensor, values: Tensor) -> np.ndarray:
-    """A map (h, w) in colour over the grey image (3, H, W), 320 pixels high, as uint8 (H, W, 3)."""
-    from matplotlib import colormaps
+def draw_group(image: Tensor, block: BlockCapture, group: int) -> Tuple[np.ndarray, np.ndarray]:
+    """A group's ROI map, its mean over D, and its heatmap over the image (3, H, W), on one scale: uint8 (h, w, 3)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    size = (320, round(320 * image.shape[2] / image.shape[1]))
-    resize = partial(nn.functional.interpolate, size=size, mode='bilinear')
-    grey = resize(image.mean(0)[None, None])[0, 0, ..., None].numpy()
-    spread = (values.max() - values.min()).clamp(min=1e-12)
-    values = resize(((values - values.min()) / spread).float()[None, None])[0, 0].clamp(0, 1).numpy()
-    return (255 * (0.3 * grey + 0.7 * colormaps['magma'](values)[..., :3])).round().astype(np.uint8)
+    count = block.maps[0, 0, 0].numel()
+    maps = block.maps[0, group].mean(0) * count, block.heatmaps[0, group] * count
+    limit, pictures = find_limit(*maps), []
+    for name, values in zip(('Detected in X', 'Put back'), maps, strict=True):
+        figure = Figure(figsize=(3.2, 4), dpi=100, layout='constrained')
+        figure.get_layout_engine().set(h_pad=0.1)  # inches: the page cuts the edges
+        canvas, place = FigureCanvasAgg(figure), figure.subplots()
+        drawn = show_map(place, image, values, limit, f'{name}: {values.min():.2g} to {values.max():.3g}')
+        add_scale(figure, drawn, place, limit, location='bottom', aspect=30)
+        canvas.draw()
+        pictures.append(np.asarray(canvas.buffer_rgba())[..., :3])
+    return pictures[0], pictures[1]
 
 
 def describe(block: BlockCapture, group: int) -> str:
@@ -172,7 +188,8 @@ def read_upload(path: str, shown: Sequence[str]) -> Tensor:
     try:
         return pil_to_tensor(open_image(file, 'RGB', MAX_PIXELS))
     except OSError as error:
-        raise ConfigError(f"cannot read '{file.name}' as an image: {error}") from error
+        reason = str(error).replace(str(file), file.name)  # no path of the server
+        raise ConfigError(f"cannot read '{file.name}' as an image: {reason}") from error
 
 
 def guard(component: Any) -> None:
@@ -199,11 +216,11 @@ def answer(
     drawing: Any,
     source: str,
     block: str,
-    group: float,
+    group: Optional[float],
     temperature: float,
     shown: Sequence[str] = (),
-) -> Tuple[Any, Any, Any, str]:
-    """Prediction, ROI map, heatmap and measures for the values of the page's controls.
+) -> Tuple[Any, Any, Any, str, int]:
+    """Prediction, ROI map, heatmap, measures and group for the values of the page's controls.
 
     Args:
         target: What `open_model` takes.
@@ -211,7 +228,7 @@ def answer(
         drawing: The sketch pad's value.
         source: Which of the two to use: 'image' or 'drawing'.
         block: The name of the block; the last block if the model has none of this name.
-        group: The index of the ROI group.
+        group: The index of the ROI group; the strongest if None.
         temperature: T of all blocks.
         shown: Paths of the page's examples.
 
@@ -220,11 +237,11 @@ def answer(
     """
     pixels = pixels_of(drawing) if source == 'drawing' else read_upload(image, shown) if image is not None else None
     if pixels is None:
-        return None, None, None, _ASK
+        return None, None, None, _ASK, int(group or 0)
     found, pixels, blocks = look(open_model(target), pixels, temperature)
-    part, group = blocks.get(block, list(blocks.values())[-1]), int(group)
-    maps, heatmap = part.maps[0, group].mean(0), part.heatmaps[0, group]
-    return found, overlay(pixels, maps), overlay(pixels, heatmap), describe(part, group)
+    part = blocks.get(block, list(blocks.values())[-1])
+    group = int(strength(part)[0].argmax() if group is None else group)
+    return found, *draw_group(pixels, part, group), describe(part, group), group
 
 
 def create_inputs(files: List[str]) -> Tuple[Any, Any]:
@@ -232,18 +249,41 @@ def create_inputs(files: List[str]) -> Tuple[Any, Any]:
     import gradio as gr
 
     with gr.Tab('Image'):
-        image = gr.Image(type='filepath', sources=['upload', 'clipboard'], label='Image', height=240, elem_id='picture')
+        first = files[4] if files else None
+        image = gr.Image(
+            first, type='filepath', sources=['upload', 'clipboard'], label='Image', height=240, elem_id='picture'
+        )
         # gr.Image would open the file and raise its own errors: take the path, and open it in `read_upload`
         image.preprocess = lambda payload: None if payload is None else payload.path
         if files:
             gr.Examples(files, image, label='Digits that it was not trained on')
-    with gr.Tab('Draw'):
+    with gr.Tab('Draw') as tab:
         brush = gr.Brush(default_size=16, colors=['#000000'], color_mode='fixed')
         drawing = gr.Sketchpad(
-            type='pil', label='Draw a digit', canvas_size=(280, 280), brush=brush, layers=False, height=320
+            type='pil',
+            label='Draw a digit',
+            canvas_size=(280, 280),
+            brush=brush,
+            layers=False,
+            height=320,
+            elem_id='drawing',
         )
         guard(drawing)
+    tab.select(None, js=_PICK_BRUSH)
     return image, drawing
+
+
+def create_controls(models: Dict[str, str]) -> Tuple[Any, Any, Any, Any]:
+    """Create the controls: model, block, group and temperature, set for the first model."""
+    import gradio as gr
+
+    blocks = find_blocks(open_model(next(iter(models.values()))))
+    last = next(reversed(blocks.values()))
+    group = gr.Slider(0, last.rpn.num_groups - 1, 0, step=1, label='Group (the strongest at first)')
+    block = gr.Dropdown(list(blocks), value=list(blocks)[-1], label='Block')
+    temperature = gr.Slider(0.05, 2, last.rpn.temperature, step=0.05, label='Temperature T')
+    name = gr.Dropdown(list(models), value=next(iter(models)), label='Model')
+    return name, block, group, temperature
 
 
 def create_app(models: Dict[str, str]) -> Any:
@@ -255,24 +295,24 @@ def create_app(models: Dict[str, str]) -> Any:
     import gradio as gr
 
     files = examples()
-    first = open_model(next(iter(models.values())))
-    first_blocks = find_blocks(first)
-    last = next(reversed(first_blocks.values()))
 
     def choose(name: str) -> Tuple[Any, Any, Any]:
         blocks = find_blocks(open_model(models[name]))
         block = next(reversed(blocks.values()))
         return (
             gr.update(choices=list(blocks), value=list(blocks)[-1]),
-            gr.update(maximum=block.rpn.num_groups - 1, value=0),
+            gr.update(maximum=block.rpn.num_groups - 1),
             gr.update(value=block.rpn.temperature),
         )
 
-    def update(name: str, *controls: Any) -> Tuple[Any, Any, Any, str]:
+    def update(name: str, *controls: Any) -> Tuple[Any, Any, Any, str, int]:
         try:
             return answer(models[name], *controls, shown=files)
         except ConfigError as error:
             raise gr.Error(str(error), print_exception=False) from error
+
+    def find_strongest(name: str, image: Any, drawing: Any, source: str, block: str, temperature: float) -> Any:
+        return update(name, image, drawing, source, block, None, temperature)
 
     with gr.Blocks(title='timm-depla', analytics_enabled=False) as app:
         gr.Markdown(_HEADING)
@@ -282,21 +322,23 @@ def create_app(models: Dict[str, str]) -> Any:
                 image, drawing = create_inputs(files)
                 prediction = gr.Label(num_top_classes=3, label='Prediction')
             with gr.Column(min_width=280):
-                name = gr.Dropdown(list(models), value=next(iter(models)), label='Model')
-                block = gr.Dropdown(list(first_blocks), value=list(first_blocks)[-1], label='Block')
-                group = gr.Slider(0, last.rpn.num_groups - 1, 0, step=1, label='Group')
-                temperature = gr.Slider(0.05, 2, last.rpn.temperature, step=0.05, label='Temperature T')
-                numbers = gr.Markdown(_ASK)
                 with gr.Row():
-                    roi = gr.Image(label='Detected in X', interactive=False, min_width=140, buttons=[])
-                    heat = gr.Image(label='Put back', interactive=False, min_width=140, buttons=[])
+                    roi, heat = (
+                        gr.Image(label=label, show_label=False, interactive=False, min_width=220, buttons=[])
+                        for label in ('Detected in X', 'Put back')
+                    )
+                numbers = gr.Markdown(_ASK)
+                name, block, group, temperature = create_controls(models)
         inputs = [name, image, drawing, source, block, group, temperature]
-        outputs = [prediction, roi, heat, numbers]
-        image.change(lambda: 'image', None, source).then(update, inputs, outputs)
-        drawing.change(lambda: 'drawing', None, source).then(update, inputs, outputs)
-        name.change(choose, name, [block, group, temperature]).then(update, inputs, outputs)
-        for control in (block, group, temperature):
-            control.change(update, inputs, outputs, show_progress='hidden')
+        outputs = [prediction, roi, heat, numbers, group]
+        first = [part for part in inputs if part is not group]
+        app.load(find_strongest, first, outputs)
+        image.change(lambda: 'image', None, source).then(find_strongest, first, outputs)
+        drawing.change(lambda: 'drawing', None, source).then(find_strongest, first, outputs)
+        name.input(choose, name, [block, group, temperature]).then(find_strongest, first, outputs)
+        block.input(find_strongest, first, outputs, show_progress='hidden')
+        for control in (group, temperature):
+            control.input(update, inputs, outputs, show_progress='hidden')
     return app
 
 

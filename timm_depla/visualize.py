@@ -6,11 +6,9 @@
 
 import argparse
 import math
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
+from typing import Any, Dict, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -18,13 +16,13 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from timm_depla.capture import BlockCapture, capture, capturing, find_blocks, measure, strength
 from timm_depla.detection import from_pretrained, is_detector
 from timm_depla.detection.predict import read_image
 from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.models import load_model
 from timm_depla.engine.world import run_command
 from timm_depla.files import check_writable
-from timm_depla.layers import Depla
 from timm_depla.layers.depla import match_size
 
 __all__ = ['BlockCapture', 'capture', 'capturing', 'draw_block', 'measure', 'strength', 'summarize']
@@ -36,145 +34,57 @@ _MIN_SIDE = 8  # pixels
 _SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.webp'}
 
 
-@dataclass
-class BlockCapture:
-    """Tensors of a DEPLA block's forward pass, without gradients, on the model's device.
-
-    Attributes:
-        identity: X (B, C1, H, W), or smaller if the candidate is the larger map.
-        candidate: Y (B, C2, h, w).
-        maps: ROI maps M (B, L, D, H, W), each a distribution over its positions.
-        features: Back-filled vector of each group, (B, L, C1): pooled, transformed and projected, before the norm.
-        heatmaps: Back-filling heatmaps B (B, L, H, W), each a distribution over its positions.
-        output: (B, C1, H, W).
-    """
-
-    identity: Tensor
-    candidate: Tensor
-    maps: Tensor
-    features: Tensor
-    heatmaps: Tensor
-    output: Tensor
-
-
-def find_blocks(model: nn.Module) -> Dict[str, Depla]:
-    """The DEPLA blocks of a model by their module names.
-
-    Raises:
-        ValueError: If it has none, or is compiled or scripted: hooks would change or miss what runs.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError('a scripted model cannot be looked into: pass the model that it was scripted from')
-        if hasattr(module, '_orig_mod') or getattr(module, '_compiled_call_impl', None) is not None:
-            raise ValueError('a compiled model cannot be looked into: pass the model as it was before torch.compile')
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, Depla)}
-    if not blocks:
-        raise ValueError(f'{type(model).__name__} has no DEPLA block to look into')
-    return blocks
-
-
-@contextmanager
-def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
-    """Context manager whose dictionary each call of the model fills, by the blocks' module names.
-
-    Its hooks change no result; they are removed at the end, also after an error.
-
-    Raises:
-        ValueError: If the model has no DEPLA block, or is compiled or scripted.
-    """
-    blocks = find_blocks(model)
-    found: Dict[str, BlockCapture] = {}
-    seen: Dict[str, Dict[str, Any]] = {name: {} for name in blocks}
-    handles = []
-
-    def keep(name: str, key: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            seen[name][key] = output
-
-        return hook
-
-    def end(name: str) -> Any:
-        def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
-            parts, size = seen[name], output.shape[2:]
-            found[name] = BlockCapture(
-                identity=inputs[0].detach().clone(),  # an in-place activation may follow
-                candidate=inputs[1].detach().clone(),
-                maps=parts['maps'].detach().unflatten(3, size),
-                features=parts['features'].detach(),
-                heatmaps=parts['bfn'][1].detach().unflatten(2, size),
-                output=output.detach().clone(),
-            )
-            parts.clear()
-
-        return hook
-
-    try:
-        for name, block in blocks.items():
-            parts = dict(maps=block.rpn, bfn=block.bfn, features=block.proj)
-            handles += [part.register_forward_hook(keep(name, key)) for key, part in parts.items()]
-            handles.append(block.register_forward_hook(end(name)))
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def capture(model: nn.Module, images: Union[Tensor, List[Tensor]]) -> Dict[str, BlockCapture]:
-    """Run a model in evaluation mode and return the tensors of its DEPLA blocks, by their module names.
-
-    Example:
-        blocks = capture(model, images)
-        blocks['layer3.5.depla'].maps  # (B, L, D, H, W)
+def find_limit(*maps: Tensor) -> float:
+    """The end of the colour scale of some maps, times uniform: their strongest position, at least 2.
 
     Args:
-        model: A classifier, backbone or detector; its mode is restored afterwards.
-        images: Its input: (B, C, H, W), or a list of (C, H, W) for a detector.
-
-    Raises:
-        ValueError: If the model has no DEPLA block, or is compiled or scripted.
+        *maps: Of any shape, times the number of positions, so that 1 is uniform.
     """
-    was_training = [module for module in model.modules() if module.training]
-    try:
-        with capturing(model) as found, torch.no_grad():
-            model.eval()
-            model(images)
-    finally:
-        for module in was_training:
-            module.training = True
-    return found
+    return max(2.0, *(float(values.max()) for values in maps))
 
 
-def strength(block: BlockCapture) -> Tensor:
-    """How much each group changes the output, (B, L): norm of its vector times the contrast of its heatmap."""
-    heatmaps = block.heatmaps.flatten(2)
-    contrast = (heatmaps * heatmaps.shape[-1]).std(dim=2)  # (B, L)
-    return block.features.norm(dim=2) * contrast
+def is_nearly_uniform(values: Tensor) -> bool:
+    """Whether each position of a map, times the number of positions, is within a tenth of the uniform 1."""
+    return bool((values - 1).abs().max() < 0.1)
 
 
-def measure(block: BlockCapture) -> Dict[str, Tensor]:
-    """Measures of each group's maps, (B, L).
+def show_map(place: Any, image: Tensor, values: Tensor, limit: float, title: str) -> Any:
+    """Draw a map over an image, coloured on a logarithmic scale from 1 / limit over the uniform 1 to limit.
+
+    Args:
+        place: matplotlib axes.
+        image: (3, H, W) from 0 to 1.
+        values: (h, w), times the number of positions, so that 1 is uniform.
+        limit: The end of the scale, see `find_limit`.
+        title: Title of the axes, to which 'nearly uniform' is added where the map is.
 
     Returns:
-        `entropy` of its ROI maps, their mean over D, from 0 (one position) to 1 (uniform); `coverage`, the share of
-        positions where the mean of its maps is above the uniform one; `map_peak` and `heatmap_peak`, the strongest
-        position of its ROI maps (their mean over D) and of its heatmap, 1 if uniform; `strength`, see the function.
+        What matplotlib's `colorbar` takes.
     """
-    maps = block.maps.flatten(3).double()  # (B, L, D, N)
-    count = maps.shape[-1]
-    entropy = -torch.special.xlogy(maps, maps).sum(3) / max(math.log(count), 1e-12)
-    coverage = (maps.mean(2) > (1 + 1e-4) / count).double().mean(2)
-    return dict(
-        entropy=entropy.mean(2),
-        coverage=coverage,
-        map_peak=count * maps.amax(3).mean(2),
-        heatmap_peak=count * block.heatmaps.flatten(2).double().amax(2),
-        strength=strength(block).double(),
-    )
+    from matplotlib.colors import LogNorm
+
+    place.imshow(image.mean(0).cpu().numpy(), cmap='gray', vmin=0, vmax=1)
+    drawn = nn.functional.interpolate(values[None, None].float(), size=image.shape[1:], mode='bilinear')[0, 0]
+    norm = LogNorm(1 / limit, limit)
+    place.set_title(f'{title}\nnearly uniform' if is_nearly_uniform(values) else title, fontsize=9)
+    place.set_axis_off()
+    return place.imshow(drawn.clamp(min=1 / limit).cpu().numpy(), cmap='RdBu_r', norm=norm, alpha=0.7)
+
+
+def add_scale(figure: Any, drawn: Any, places: Any, limit: float, **options: Any) -> None:
+    """Add the scale of some maps, with ticks at the uniform 1 and at powers of two, nine at most."""
+    exponent = int(math.log2(limit))
+    step = 1 + (exponent - 1) // 4
+    ticks = [2.0**power for power in range(-(exponent // step) * step, exponent + 1, step)]
+    labels = [f'{tick:g}' if tick >= 1 else f'1/{1 / tick:g}' for tick in ticks]
+    bar = figure.colorbar(drawn, ax=places, **options)
+    bar.set_ticks(ticks, labels=labels)
+    bar.minorticks_off()
+    bar.set_label('times uniform', fontsize=9)
 
 
 def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: int = 5) -> Any:
-    """Draw one image in one block: features, and ROI maps and heatmaps of the strongest groups.
+    """Draw one image in one block: features, and ROI maps and heatmaps of the strongest groups on one scale.
 
     Args:
         image: (3, H, W) from 0 to 1.
@@ -187,43 +97,36 @@ def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: 
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     strengths = strength(block)[0]
-    groups = strengths.argsort(descending=True)[:num_groups].tolist()
+    groups = strengths.argsort(descending=True)[:num_groups]
     columns = max(len(groups), 5)
     figure = Figure(figsize=(2.1 * columns, 7.2), layout='constrained')
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     axes = figure.subplots(3, columns)
-    pixels = image.permute(1, 2, 0).cpu().numpy()
-    size = image.shape[1:]
-
-    def show(place: Any, values: Tensor, name: str, cmap: str, is_overlay: bool = False) -> None:
-        values = values.float().cpu()
-        if is_overlay:
-            place.imshow(pixels.mean(2), cmap='gray', vmin=0, vmax=1)
-            values = nn.functional.interpolate(values[None, None], size=size, mode='bilinear')[0, 0]
-        drawn = place.imshow(values, cmap=cmap, alpha=0.7 if is_overlay else 1.0)
-        figure.colorbar(drawn, ax=place, location='bottom', shrink=0.8, aspect=15, format='%.3g')
-        place.set_title(name, fontsize=9)
-
-    def energy(x: Tensor) -> Tensor:
-        return x[0].square().mean(0).sqrt()
-
-    axes[0, 0].imshow(pixels)
+    for place in axes.flat:
+        place.set_axis_off()
+    axes[0, 0].imshow(image.permute(1, 2, 0).cpu().numpy())
     axes[0, 0].set_title('image', fontsize=9)
     change = block.output - match_size(block.identity, block.output, 'bilinear')
     features = {'identity X': block.identity, 'candidate Y': block.candidate, 'output - X': change}
     features['output'] = block.output
     for place, (name, x) in zip(axes[0, 1:], features.items(), strict=False):
-        show(place, energy(x), f'{name}, RMS', 'viridis')
+        energy = x[0].square().mean(0).sqrt().float().cpu().numpy()
+        bar = figure.colorbar(place.imshow(energy, cmap='viridis'), ax=place, location='bottom', shrink=0.8, aspect=15)
+        bar.locator = MaxNLocator(3)
+        bar.update_ticks()
+        place.set_title(f'{name}, RMS', fontsize=9)
     count = block.maps[0, 0, 0].numel()
-    for column, group in enumerate(groups):
-        maps, heatmap = block.maps[0, group].mean(0) * count, block.heatmaps[0, group] * count
-        show(axes[1, column], maps, f'group {group}: detected in X', 'magma', is_overlay=True)
-        show(axes[2, column], heatmap, f'put back, strength {strengths[group]:.3g}', 'magma', is_overlay=True)
-    for place in axes.flat:
-        place.set_axis_off()
+    maps, heatmaps = block.maps[0, groups].mean(1) * count, block.heatmaps[0, groups] * count
+    limit = find_limit(maps, heatmaps)
+    for column, group in enumerate(groups.tolist()):
+        show_map(axes[1, column], image, maps[column], limit, f'group {group}: detected in X')
+        name = f'put back, strength {strengths[group]:.3g}'
+        drawn = show_map(axes[2, column], image, heatmaps[column], limit, name)
+    add_scale(figure, drawn, axes[1:], limit, location='bottom', shrink=0.5, aspect=50)
     return figure
 
 
