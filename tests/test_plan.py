@@ -1,8 +1,10 @@
 """Plans of the paper's training strategies."""
 
 import math
+import re
 
 import pytest
+from helpers import fit
 
 from timm_depla.data import digits_folder
 from timm_depla.engine.classification.flags import create_train_parser
@@ -48,6 +50,13 @@ def test_plan_of_the_better_strategy(capsys, tmp_path):
     ):  # fmt: skip
         assert part in text
     assert not (tmp_path / 'out').exists()
+
+
+def test_plan_of_a_run_has_what_differs_from_the_recipe(capsys, tmp_path):
+    fit('--recipe', 'digits', '--epochs', 1, '--img-size', 32, '--output', tmp_path, '--experiment', 'run')
+    arguments = re.search(r'with    (.*?)\n(?! )', capsys.readouterr().out, re.S)[1]
+    assert 'epochs=1' in arguments and 'img_size=32' in arguments and "experiment='run'" in arguments
+    assert 'weight_decay' not in arguments and 'batch_size' not in arguments
 
 
 def test_plan_of_the_standard_strategy(capsys):

@@ -51,6 +51,9 @@ def test_val_interval_and_plain_lines(tmp_path, caplog):
     rows = list(csv.DictReader((folder / 'summary.csv').open()))
     assert [bool(row['eval_top1']) for row in rows] == [False, True, True]
     assert [bool(row['train_loss']) for row in rows] == [True] * 3
+    assert all(
+        float(row['seconds']) * float(row['images_per_second']) == pytest.approx(22 * 64, rel=0.01) for row in rows
+    )
     lines = [record.message for record in caplog.records if 'images/s' in record.message]
     assert [line.split('  ')[1] for line in lines] == ['step 10/22', 'step 20/22'] * 3
     assert all('lr ' in line and 'loss ' in line and line.endswith(' left') for line in lines)

@@ -6,6 +6,7 @@ weights (`model.safetensors` and timm's `config.json`, so that timm itself loads
 `last` are links to two of them.
 """
 
+import csv
 import logging
 import os
 import re
@@ -25,12 +26,14 @@ from .state import FILES as STATE
 from .state import read_state
 
 __all__ = [
-    'BackgroundWriter', 'checkpoint_name', 'differences', 'find_damage', 'link', 'list_checkpoints',
+    'TIMES', 'BackgroundWriter', 'checkpoint_name', 'differences', 'find_damage', 'link', 'list_checkpoints',
     'newest_checkpoint', 'prune', 'set_aside', 'write_checkpoint', 'write_file',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 
+TIMES = ('seconds', 'images_per_second')
+"""Columns of summary.csv that no other run has alike: training of an epoch, without validation."""
 _NAME = re.compile(r'(\d{4,})-(\d{6,})')
 
 
@@ -203,13 +206,28 @@ def _same(a: Any, b: Any) -> bool:
     return a == b or (a != a and b != b)
 
 
+def _summary(run: Path) -> List[Dict[str, str]]:
+    """The rows of summary.csv without times."""
+    rows = csv.DictReader((run / 'summary.csv').read_text().splitlines())
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def _state(run: Path) -> Dict[str, Any]:
+    """The last state without times."""
+    state = read_state(run / 'last')
+    state['history'] = [{key: value for key, value in row.items() if key not in TIMES} for row in state['history']]
+    return {key: value for key, value in state.items() if key not in TIMES}
+
+
 def differences(run: Path, reference: Path) -> List[str]:
-    """Names of what differs between the final states of two runs."""
+    """Names of what differs between the final states of two runs, but for the time that they took."""
     found = [str(folder) for folder in (run / 'last').resolve().parent.iterdir() if find_damage(folder)]
-    for name in ('summary.csv', 'last/model.safetensors', 'best/model.safetensors'):
+    if _summary(run) != _summary(reference):
+        found.append('summary.csv')
+    for name in ('last/model.safetensors', 'best/model.safetensors'):
         if (run / name).read_bytes() != (reference / name).read_bytes():
             found.append(name)
-    a, b = (read_state(folder / 'last') for folder in (run, reference))
+    a, b = _state(run), _state(reference)
     return found + [key for key in a.keys() | b.keys() if not _same(a.get(key), b.get(key))]
 
 

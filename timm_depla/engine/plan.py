@@ -10,6 +10,9 @@ import torch.nn as nn
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.utils.flop_counter import FlopCounterMode
 
+from .config import parse_args
+from .errors import ConfigError
+
 __all__ = ['count_cost', 'count_macs', 'describe', 'learning_rates']
 
 
@@ -54,8 +57,19 @@ def learning_rates(args: Namespace, updates_per_epoch: int, epochs: Sequence[flo
     return rates
 
 
+def _recipe_of(run: Any) -> Dict[str, Any]:
+    """The arguments that the run's recipe sets; none if its file is gone."""
+    try:
+        return {**vars(parse_args(run.create_parser(), ['--recipe', run.args.recipe])), 'recipe': None}
+    except ConfigError:
+        return {}
+
+
 def describe(run: Any) -> str:
-    """The plan of a run: model, data, batch, schedule, folder and every argument."""
+    """The plan of a run: model, data, batch, schedule, folder and arguments.
+
+    The arguments are those that differ from the recipe's, and all of them under `--dry-run`.
+    """
     args, steps, num_epochs = run.args, len(run.loader), run.num_epochs
     batch, accumulate = args.batch_size * run.world.size, args.grad_accum_steps
     points = sorted({0, args.warmup_epochs / 2, args.warmup_epochs, *(num_epochs * i / 4 for i in range(1, 5))})
@@ -72,5 +86,7 @@ def describe(run: Any) -> str:
         'folder': str(run.folder),
     }  # fmt: skip
     text = [f'{name:7} {line}' for name, line in lines.items()]
-    arguments = ' '.join(f'{key}={value!r}' for key, value in sorted(vars(args).items()) if value not in (None, ''))
+    recipe = {} if args.dry_run else _recipe_of(run)
+    told = {key: value for key, value in sorted(vars(args).items()) if recipe.get(key) != value}
+    arguments = ' '.join(f'{key}={value!r}' for key, value in told.items() if value not in (None, ''))
     return '\n'.join([*text, *textwrap.wrap(arguments, 110, initial_indent='with    ', subsequent_indent=' ' * 8)])

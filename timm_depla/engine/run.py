@@ -10,7 +10,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar, Dict, List, Optional, Sequence
+from typing import Any, Callable, ClassVar, Dict, List, Optional, Sequence
 
 import safetensors.torch
 import torch
@@ -19,7 +19,8 @@ from timm.utils import ModelEmaV3, NativeScaler
 
 from timm_depla.files import read_tensors
 
-from .checkpoint import BackgroundWriter, checkpoint_name, link, prune, write_checkpoint, write_file
+from .checkpoint import TIMES, BackgroundWriter, checkpoint_name, link, prune, write_checkpoint, write_file
+from .config import FlagParser
 from .errors import ConfigError, DivergedError
 from .report import PLAIN, Metric, choose, draw_curves
 from .state import pack_state, read_state
@@ -86,6 +87,7 @@ class Run:
     Attributes:
         metrics: What validation measures of a network.
         train_script, validate_script: The commands.
+        create_parser: The parser of the first.
         model: The unwrapped network, with the data configuration of its training in `pretrained_cfg`.
         trainable: What the optimizer trains: the model, or with feature distillation a module around it.
         task: timm's training task, with the modules that it calls: distributed, compiled.
@@ -95,6 +97,7 @@ class Run:
         num_epochs: Epochs of the schedule.
         epoch, step: The position: the next step to take. If `step` is the number of steps, validation is next.
         rate: The learning rate of the last step.
+        seconds: That the epoch has taken in training so far.
         history: A row of summary.csv for each epoch.
         data: What identifies the data: `classes`, their names in order, and `files`, a digest of the file names.
         eval_model: What validation calls: `evaluated`, or its compiled form.
@@ -103,6 +106,7 @@ class Run:
     metrics: ClassVar[Sequence[Metric]]
     train_script: ClassVar[str]
     validate_script: ClassVar[str]
+    create_parser: ClassVar[Callable[[], FlagParser]]
 
     args: Namespace
     world: World
@@ -121,6 +125,7 @@ class Run:
     epoch: int = 0
     step: int = 0
     rate: float = 0.0
+    seconds: float = 0.0
     losses: Losses = field(default_factory=Losses)
     history: List[Dict[str, Any]] = field(default_factory=list)
     writer: BackgroundWriter = field(default_factory=BackgroundWriter)
@@ -218,6 +223,7 @@ class Run:
         state = {
             'position': (self.epoch, self.step),
             'rate': self.rate,
+            'seconds': self.seconds,
             'arguments': self.arguments(),
             'data_dir': self._data_dir(),
             'history': [dict(row) for row in self.history],
@@ -249,7 +255,7 @@ class Run:
         """Update summary, curves and links to the newest checkpoint, and remove checkpoints no longer needed."""
         folder = self.folder / 'checkpoints'
         text = io.StringIO()
-        columns = ['epoch', 'train_loss', *(metric.column for metric in self.all_metrics), 'lr']
+        columns = ['epoch', 'train_loss', *(metric.column for metric in self.all_metrics), 'lr', *TIMES]
         writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
         writer.writeheader()
         writer.writerows(history)
@@ -303,7 +309,8 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as error:
             raise ConfigError(f"cannot go on from '{checkpoint}': {error}") from error
         load_scheduler_state(self.scheduler, state['scheduler'])
-        (self.epoch, self.step), self.rate = state['position'], state.get('rate', 0.0)
+        self.epoch, self.step = state['position']
+        self.rate, self.seconds = state.get('rate', 0.0), state.get('seconds', 0.0)
         self.history = state['history']
         if changes:
             _logger.warning('going on with changes: %s', '; '.join(changes))

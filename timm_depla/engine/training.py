@@ -12,7 +12,7 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 
 from timm_depla.data import Draw, UnreadableError, seed_position
 
-from .checkpoint import write_file
+from .checkpoint import TIMES, write_file
 from .errors import DivergedError, TrainingError
 from .plan import describe
 from .report import Report, check_loggers, explain_worker
@@ -63,7 +63,7 @@ def train_one_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
     """
     args, loader, steps = run.args, run.loader, len(run.loader)
     run.task.get_trainable_module().train()
-    saved = time.monotonic()
+    saved = last = time.monotonic()
     for images, targets in loader.epoch(run.epoch, run.step):
         epoch, step, lr = run.epoch, run.step, run.optimizer.param_groups[0]['lr']
         run.rate = lr
@@ -76,6 +76,8 @@ def train_one_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
             )
 
         run.losses.add(take_step(run, images, targets), len(images), where)
+        now = time.monotonic()
+        run.seconds, last = run.seconds + now - last, now
         report.update(run.step, run.losses.mean, lr)
         loader.unreadable.collect()
         run.writer.poll()
@@ -109,9 +111,11 @@ def end_epoch(run: Run, metrics: Dict[str, float]) -> None:
     total, count = run.world.sum(run.losses.total, run.losses.count)
     row = {'epoch': run.epoch, 'train_loss': total / max(count, 1)}
     row.update({f'eval_{key}': value for key, value in metrics.items() if key != 'count'})
-    run.history.append({**row, 'lr': run.rate})
+    images = len(run.loader) * run.args.batch_size * run.world.size
+    times = zip(TIMES, (round(run.seconds, 3), round(images / max(run.seconds, 1e-3), 1)), strict=True)
+    run.history.append({**row, 'lr': run.rate, **dict(times)})
     run.scheduler.step(run.epoch + 1, metrics.get(run.args.eval_metric))
-    run.epoch, run.step, run.losses = run.epoch + 1, 0, Losses()
+    run.epoch, run.step, run.seconds, run.losses = run.epoch + 1, 0, 0.0, Losses()
 
 
 def run_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:

@@ -23,6 +23,7 @@ from ..run import Run
 from ..setup import assemble, check_compile, share_batch_norm
 from ..world import Interrupt, World
 from .datasets import class_names, count_classes, count_streams, file_names, find_data, open_splits, split_name
+from .flags import create_train_parser
 from .loaders import TrainLoader, create_val_loader, mixes, resolve_data
 from .validate import evaluate
 
@@ -110,6 +111,7 @@ class ClassificationRun(Run):
         Metric('top5', 'top-5', 'accuracy (%)'),
     )
     train_script, validate_script = 'train.py', 'validate.py'
+    create_parser = staticmethod(create_train_parser)
 
     def evaluate(self, model: nn.Module, interrupt: Interrupt) -> Dict[str, float]:
         return evaluate(model, self.val_loader, self.args, self.world, interrupt)

@@ -27,6 +27,7 @@ from ..report import Metric
 from ..run import Run
 from ..setup import assemble, share_batch_norm
 from ..world import Interrupt, World
+from .flags import create_detection_parser
 from .loaders import DetectionLoader, ValidationLoader, find_data, open_splits
 from .validate import evaluate
 
@@ -58,6 +59,7 @@ class DetectionRun(Run):
     """The training of a detector."""
 
     train_script, validate_script = 'train_detection.py', 'validate_detection.py'
+    create_parser = staticmethod(create_detection_parser)
 
     @property
     def metrics(self) -> Tuple[Metric, ...]:
