@@ -24,7 +24,7 @@ from .proxies import PROXIES
 
 RECORDS = Path(__file__).with_name('records.jsonl')  # a line a run
 RATES = (0.001, 0.003, 0.009, 0.027, 0.081, 0.243, 0.729, 2.187)  # each arm uses its best
-FIRST_RATES = {'adamw': (1, 4), 'sgd': (4, 7)}  # slice that every arm tries; extended while the best is at its end
+FIRST_RATES = {'adamw': (1, 4), 'sgd': (3, 6)}  # slice that every arm tries; extended while the best is at its end
 TUNING_SEEDS = (100, 101, 102)  # to choose the learning rate
 
 
@@ -64,7 +64,7 @@ def metric(arm: str) -> str:
 
 def tuning(data: str, arm: str) -> Dict[float, Optional[float]]:
     """Mean over the tuning seeds at each learning rate that an arm is to try, None until all are on record."""
-    low, high = FIRST_RATES['sgd' if 'sgd' in ARMS[arm].flags or data == 'scenes' else 'adamw']
+    low, high = FIRST_RATES['adamw' if 'adamw' in ARMS[arm].flags else 'sgd']
     known = _index(RECORDS)
     while True:
         found = {}
