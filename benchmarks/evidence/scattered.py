@@ -36,6 +36,7 @@ class Scatter:
         heights: The smallest and the largest object, in pixels.
         fragments: Parts of other objects in each image, at most half as high as theirs.
         images: Images in each split.
+        is_lit: Whether contrast, brightness and sign differ from image to image, as light does.
     """
 
     sources: Callable[[bool], List[Source]]
@@ -43,11 +44,13 @@ class Scatter:
     heights: Tuple[int, int]
     fragments: int
     images: Dict[str, int]
+    is_lit: bool = False
 
 
 SETS = {
     'digits': Scatter(_digits, 64, (10, 48), 4, {'train': 6000, 'validation': 4000}),
     'garments': Scatter(garments, 48, (12, 40), 8, {'train': 20000, 'validation': 10000}),
+    'lit': Scatter(garments, 48, (12, 40), 8, {'train': 20000, 'validation': 10000}, is_lit=True),
 }
 
 
@@ -97,6 +100,10 @@ def draw(random: np.random.Generator, scatter: Scatter, others: List[np.ndarray]
         top, left = random.integers(len(whole) - side + 1, size=2)
         _paste(random, canvas, whole[top : top + side, left : left + side])
     _paste(random, canvas, _resize(own[random.integers(len(own))], _draw_height(random, scatter)))
+    if scatter.is_lit:
+        contrast = random.uniform(0.2, 1.0) * random.choice((-1, 1))
+        low = random.uniform(max(0, -255 * contrast), min(255, 255 - 255 * contrast))
+        canvas = (low + contrast * canvas).round().astype(np.uint8)
     return canvas
 
 
