@@ -1,7 +1,10 @@
 """The pages of the documentation name what is there, and their code runs."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,7 +56,7 @@ def blocks(language):
             yield pytest.param(block, id=f'{page.name}-{number}')
 
 
-@pytest.mark.parametrize('block', blocks('sh'))
+@pytest.mark.parametrize('block', list(blocks('sh')))
 def test_command_lines_parse(block):
     """Every flag of every command is known, and its value in range."""
     for line in block.replace('\\\n', ' ').splitlines():
@@ -64,10 +67,10 @@ def test_command_lines_parse(block):
             parser.parse_args(argv) if script == 'hub.publish' else parse_args(parser, argv)
 
 
-@pytest.mark.parametrize('block', blocks('python'))
+@pytest.mark.parametrize('block', list(blocks('python')))
 def test_python_runs(block, monkeypatch):
     """Each block alone, from the project's folder; weights of the Hub stay away, and RUN and the like are not there."""
-    if re.search(r'output/RUN|ORG/NAME|_ckpt.tar|coco/', block):
+    if re.search(r'output/|ORG/NAME|_ckpt.tar|coco/', block):
         compile(block, 'block', 'exec')
         return
     if 'digits_folder' in block:
@@ -78,3 +81,20 @@ def test_python_runs(block, monkeypatch):
     block = '\n'.join(lines).replace("load_trunk(model, 'resnet50.a1_in1k')", plain)
     monkeypatch.chdir(ROOT)
     exec(compile(block, 'block', 'exec'), {})
+
+
+def test_fine_tuning_page(tmp_path, monkeypatch, capfd):
+    """Every command and the code of the page, in order from an empty folder; the training takes an epoch each."""
+    pytest.importorskip('sklearn')
+    for name in ('train.py', 'validate.py', 'hub'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('PATH', f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
+    for language, block in re.findall(r'```(sh|python)\n(.*?)```', (ROOT / 'docs/finetune.md').read_text(), re.DOTALL):
+        if language == 'sh':
+            subprocess.run(['bash', '-euc', re.sub(r'--epochs \d+', '--epochs 1', block)], check=True)
+        else:
+            exec(compile(block, 'block', 'exec'), {})
+    printed = capfd.readouterr()
+    assert re.search(r'^[358] \d+%$', printed.out, re.MULTILINE)
+    assert '120 tensors loaded, 26 of DEPLA new, head left as it was' in printed.err
