@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import timm_depla  # noqa: F401  (registers the models)
-from timm_depla.data import digits_folder
+from timm_depla.data import digits_folder, scenes
 from timm_depla.engine.checkpoint import list_checkpoints
 from timm_depla.engine.world import run_command
 
@@ -181,7 +181,13 @@ def test_results_that_could_not_be_written_are_refused_at_once(error, digits_run
 def test_digits_without_scikit_learn(error, monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
-    assert 'pip install "timm-depla[digits]"' in error('train.py')
+    for script, *argv in (
+        ['train.py'], ['validate.py', f'local-dir:{ROOT}/hub/weights/test_resnet_depla.digits'], ['train_detection.py'],
+    ):  # fmt: skip
+        assert 'pip install "timm-depla[digits]"' in error(script, *argv)
+    with pytest.raises(SystemExit, match='2'):
+        monkeypatch.setattr('sys.argv', ['scenes', str(tmp_path / 'scenes')])
+        scenes.main()
 
 
 def test_diverging_loss(error, images, tmp_path):

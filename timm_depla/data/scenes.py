@@ -150,7 +150,11 @@ def _annotate(mask: np.ndarray) -> Dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m timm_depla.data.scenes', description=__doc__.splitlines()[0])
     parser.add_argument('folder', metavar='DIR', help='folder to write')
-    print(scenes_folder(parser.parse_args().folder))
+    args = parser.parse_args()
+    try:
+        print(scenes_folder(args.folder))
+    except (ModuleNotFoundError, OSError, RuntimeError) as error:
+        parser.error(str(error))
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ from ..config import updated
 from ..errors import ConfigError
 
 __all__ = [
-    'class_names', 'count_classes', 'count_streams', 'file_names', 'find_data', 'image_mode', 'open_split',
+    'class_names', 'count_classes', 'count_streams', 'embedded_digits', 'file_names', 'find_data', 'image_mode', 'open_split',
     'open_splits', 'split_name',
 ]  # fmt: skip
 
@@ -32,6 +32,18 @@ _VALIDATION = ('validation', 'val', 'valid', 'test')
 SCHEMES = ('https', 'http', 'hf', 's3', 'gs')  # of streams; webdataset has more, one of which runs any command
 
 
+def embedded_digits() -> str:
+    """The folder of the embedded digits.
+
+    Raises:
+        ConfigError: If they cannot be written.
+    """
+    try:
+        return str(digits_folder())
+    except (ModuleNotFoundError, OSError, RuntimeError) as error:
+        raise ConfigError(str(error)) from error
+
+
 def find_data(args: Namespace) -> str:
     """The data folder of a training run: the one given, or the embedded digits.
 
@@ -41,10 +53,7 @@ def find_data(args: Namespace) -> str:
     if args.data_dir or args.dataset:
         return args.data_dir
     _logger.info('no data folder given: training on the embedded handwritten digits')
-    try:
-        return str(digits_folder())
-    except (ModuleNotFoundError, OSError, RuntimeError) as error:
-        raise ConfigError(str(error)) from error
+    return embedded_digits()
 
 
 def check_source(source: str) -> None:

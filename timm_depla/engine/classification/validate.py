@@ -16,7 +16,6 @@ from timm.data import RealLabelsImagenet
 from timm.layers import apply_test_time_pool
 from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 
-from timm_depla.data import digits_folder
 from timm_depla.files import read_mapping
 
 from ..config import updated
@@ -25,7 +24,7 @@ from ..models import load_model, run_arguments, trained_data
 from ..report import check_results, progress, write_results
 from ..setup import autocast, check_compile
 from ..world import Interrupt, World, explain_lost_peers, setup_world
-from .datasets import class_names, count_classes, count_streams, open_split, split_name
+from .datasets import class_names, count_classes, count_streams, embedded_digits, open_split, split_name
 from .loaders import create_val_loader, resolve_data
 
 __all__ = ['evaluate', 'validate']
@@ -163,7 +162,7 @@ def _find_data(args: Namespace, target: str) -> Namespace:
         return args
     trained = trained_data(target)
     if not trained and trained_on_digits(target):
-        trained = {'data_dir': str(digits_folder())}
+        trained = {'data_dir': embedded_digits()}
     if not trained:
         raise ConfigError(
             f"'{target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
