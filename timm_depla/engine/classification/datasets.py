@@ -18,8 +18,8 @@ from ..config import updated
 from ..errors import ConfigError
 
 __all__ = [
-    'class_names', 'count_classes', 'count_streams', 'embedded_digits', 'file_names', 'find_data', 'image_mode', 'open_split',
-    'open_splits', 'split_name',
+    'class_names', 'count_classes', 'count_streams', 'embedded_digits', 'file_names', 'find_data', 'image_mode',
+    'open_split', 'open_splits', 'split_name',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
