@@ -147,7 +147,7 @@ ARMS: Dict[str, Arm] = {
     'se-depla': replace(_context('SE + DEPLA', 'se'), model='narrow_resnet_depla', base='se'),
     'pooled': Arm('control: pooled bottleneck', 'narrow_resnet_pooled'),
 }
-ARMS |= {f'{name}-adamw': _adamw(ARMS[name]) for name in ('base', 'se', 'depla', 'adaptive', 'kept')}
+ARMS |= {f'{name}-adamw': _adamw(ARMS[name]) for name in ('base', 'se', 'gc', 'depla', 'adaptive', 'kept')}
 ARMS |= {
     'fishnet': Arm('FishNet', 'narrow_fishnet', base='fishnet', seeds=5),
     'fishnet-depla': Arm('FishNet-DEPLA', 'narrow_fishnet_depla', base='fishnet', seeds=5),
