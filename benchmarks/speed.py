@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict
 
 import timm
 import torch
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 
 from timm_depla.engine.world import keep_memory
 from timm_depla.layers import Depla

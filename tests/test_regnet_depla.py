@@ -7,7 +7,7 @@ import timm
 import torch
 from helpers import create
 from timm.layers import create_feature_extractor
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 
 import timm_depla
 from timm_depla.layers import Depla

@@ -7,7 +7,7 @@ import timm
 import torch
 from helpers import create
 from timm.layers import create_feature_extractor
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 
 import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.engine.plan import count_cost, count_macs

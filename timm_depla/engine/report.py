@@ -157,13 +157,14 @@ class Report:
         if self.bar is None:
             return
         seconds = (time.perf_counter() - self.start_time) / max(step - self.first, 1)
+        text = f'{loss:.3f}' if math.isfinite(loss) else '-'  # the first is read with the second step
         left = timedelta(seconds=round(seconds * ((self.num_epochs - self.epoch) * self.steps - step)))
         if not self.bar.disable:
-            self.bar.set_postfix(loss=f'{loss:.3f}', lr=f'{lr:.3g}', run=f'{left} left', refresh=False)
+            self.bar.set_postfix(loss=text, lr=f'{lr:.3g}', run=f'{left} left', refresh=False)
             self.bar.update(step * self.images_per_step - self.bar.n)
         elif step % self.args.log_interval == 0 and step < self.steps:
-            line = 'epoch %d  step %d/%d  loss %.3f  lr %.3g  %.0f images/s  %s left'
-            _logger.info(line, self.epoch, step, self.steps, loss, lr, self.images_per_step / seconds, left)
+            line = 'epoch %d  step %d/%d  loss %s  lr %.3g  %.0f images/s  %s left'
+            _logger.info(line, self.epoch, step, self.steps, text, lr, self.images_per_step / seconds, left)
 
     def stop(self) -> None:
         """Training pauses: an epoch has ended, or the run is interrupted."""

@@ -77,7 +77,8 @@ class Losses:
 
     @property
     def mean(self) -> float:
-        return self.total / max(self.count, 1)
+        """The mean so far; not a number before one is read."""
+        return self.total / self.count if self.count else math.nan
 
 
 @dataclass
