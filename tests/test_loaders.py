@@ -4,6 +4,7 @@ import io
 import random
 import shutil
 import tarfile
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from timm_depla.engine.world import World
 
 CPU = torch.device('cpu')
 LABELS = [i % 3 for i in range(40)]
+needs_torchcodec = pytest.mark.skipif(find_spec('torchcodec') is None, reason='no torchcodec')
 
 
 def image(index):
@@ -150,6 +152,7 @@ def test_tar(data):
         load(arguments('--data-dir', data / 'tars' / 'train.tar', '--train-split', '.', '--val-split', '.'))
 
 
+@needs_torchcodec  # and the torch that it needs, which rounds less
 @pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic', 'random'])
 @pytest.mark.parametrize('mode', ['RGB', 'L'])
 def test_tensor_resized_crop_is_the_crop_but_for_rounding(mode, interpolation):
@@ -171,6 +174,7 @@ def test_tensor_resized_crop_is_the_crop_but_for_rounding(mode, interpolation):
             np.testing.assert_equal(crops[1], crops[2])
 
 
+@needs_torchcodec
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'JPEG L', 'JPEG CMYK', 'JPEG progressive'])
 def test_pixels_are_those_that_pillow_reads(kind):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -191,6 +195,7 @@ def test_pixels_are_those_that_pillow_reads(kind):
         read_pixels(io.BytesIO(file.getvalue()[:-200]), 'RGB')
 
 
+@needs_torchcodec
 def test_resize_backend(flags):
     batches = {}
     for backend in ('pil', 'torch'):
@@ -243,6 +248,8 @@ def test_unreadable_validation_image_is_left_out(flags, data, tmp_path):
 )
 def test_bad_data_arguments(argv, message, flags):
     base = flags['folder'] if '--dataset' not in argv else []
+    if '--resize-backend' in argv:
+        pytest.importorskip('torchcodec')
     with pytest.raises(ConfigError, match=message):
         load(arguments(*base, *argv))
 

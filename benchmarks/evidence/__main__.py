@@ -1,12 +1,13 @@
 """Does DEPLA help, and which of its choices matter? Trains the networks of docs/evidence.md and writes its tables."""
 
 import argparse
+import sys
 from fnmatch import fnmatch
 
 import torch
 from timm.utils import setup_default_logging
 
-from . import report, scattered, study
+from . import paper, report, scattered, study
 from .arms import ARMS
 from .proxies import PROXIES
 
@@ -27,6 +28,9 @@ def main() -> None:
     train.add_argument('arm', choices=ARMS, metavar='ARM', help=f'one of {", ".join(ARMS)}')
     train.add_argument('--seed', type=int, default=0)
     train.add_argument('--lr', type=float, help='learning rate; the one chosen for the arm by default')
+    for name in paper.TABLES:
+        parts = commands.add_parser(name, help=f"the runs of the paper's tables on {name}", description=paper.__doc__)
+        paper.add_args(parts, name)
     commands.add_parser('docs', help='write the tables and plots of docs/evidence.md from the records')
     args = parser.parse_args()
     setup_default_logging()
@@ -42,6 +46,8 @@ def main() -> None:
         torch.set_flush_denormal(True)  # sharp maps have denormal gradients, which are slow
         for key, values in study.train(study.Job(args.data, args.arm, args.seed, rate))['results'].items():
             print(key, values[-1])
+    elif args.name in paper.TABLES:
+        sys.exit(paper.main(args.name, args))
     else:
         report.write()
 

@@ -122,9 +122,9 @@ def _context(label: str, attn_layer: str) -> Arm:
     return Arm(label, 'narrow_resnet', dict(block_args=dict(attn_layer=attn_layer)))
 
 
-def _adamw(arm: Arm) -> Arm:
-    flags = ('--opt', 'adamw', '--weight-decay', '0.05')
-    return replace(arm, label=f'{arm.label}, AdamW', base=f'{arm.base}-adamw', flags=flags)
+def _sgd(arm: Arm) -> Arm:
+    flags = ('--opt', 'sgd', '--momentum', '0.9', '--weight-decay', '0.0005')
+    return replace(arm, label=f'{arm.label}, SGD', base=f'{arm.base}-sgd', flags=flags)
 
 
 def _detector(label: str, model: str, base: str, **depla: Any) -> Arm:
@@ -147,7 +147,7 @@ ARMS: Dict[str, Arm] = {
     'se-depla': replace(_context('SE + DEPLA', 'se'), model='narrow_resnet_depla', base='se'),
     'pooled': Arm('control: pooled bottleneck', 'narrow_resnet_pooled'),
 }
-ARMS |= {f'{name}-adamw': _adamw(ARMS[name]) for name in ('base', 'se', 'gc', 'depla', 'adaptive', 'kept')}
+ARMS |= {f'{name}-sgd': _sgd(ARMS[name]) for name in ('base', 'se', 'depla', 'adaptive', 'kept')}
 ARMS |= {
     'fishnet': Arm('FishNet', 'narrow_fishnet', base='fishnet', seeds=5),
     'fishnet-depla': Arm('FishNet-DEPLA', 'narrow_fishnet_depla', base='fishnet', seeds=5),

@@ -10,6 +10,7 @@ from . import study
 from .arms import ARMS
 
 SEEDS = (300, 301, 302)
+RECORDS = study.RECORDS.with_name('conditioning.jsonl')
 FIRST = study.RECORDS.with_name('first.jsonl')  # runs of the first version, by the same command at commit 56482af
 RATES = study.RATES[2:]
 HOSTS = ('base', 'fishnet')
@@ -17,7 +18,7 @@ HOSTS = ('base', 'fishnet')
 
 def _mean(arm: str, rate: float, is_first: bool) -> Optional[str]:
     """Mean top-1 over the seeds, and the top-1 of each; None without runs."""
-    found = [study.load((arm, seed, rate), FIRST if is_first else study.RECORDS) for seed in SEEDS]
+    found = [study.load(study.Job('digits', arm, seed, rate), FIRST if is_first else RECORDS) for seed in SEEDS]
     tops = [run['results']['eval_top1'][-1] for run in found if run]
     return f'{statistics.mean(tops):.2f} ({" ".join(f"{top:.2f}" for top in tops)})' if tops else None
 

@@ -39,6 +39,5 @@ def _fashion() -> List[str]:
 PROXIES = {
     'digits': Proxy('scattered digits', _scattered('digits'), 'scattered.yaml'),
     'garments': Proxy('scattered garments', _scattered('garments'), 'garments.yaml'),
-    'lit': Proxy('scattered garments, lit', _scattered('lit'), 'garments.yaml'),
     'fashion': Proxy('Fashion-MNIST', _fashion, 'fashion.yaml', dict(stage=2)),  # 7 x 7 positions
 }

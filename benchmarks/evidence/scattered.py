@@ -49,8 +49,7 @@ class Scatter:
 
 SETS = {
     'digits': Scatter(_digits, 64, (10, 48), 4, {'train': 6000, 'validation': 4000}),
-    'garments': Scatter(garments, 48, (12, 40), 8, {'train': 100000, 'validation': 10000}),
-    'lit': Scatter(garments, 48, (12, 40), 8, {'train': 100000, 'validation': 10000}, is_lit=True),
+    'garments': Scatter(garments, 48, (12, 40), 8, {'train': 100000, 'validation': 10000}, is_lit=True),
 }
 
 

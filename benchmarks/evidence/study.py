@@ -64,7 +64,7 @@ def metric(arm: str) -> str:
 
 def tuning(data: str, arm: str) -> Dict[float, Optional[float]]:
     """Mean over the tuning seeds at each learning rate that an arm is to try, None until all are on record."""
-    low, high = FIRST_RATES['adamw' if 'adamw' in ARMS[arm].flags else 'sgd']
+    low, high = FIRST_RATES['sgd' if 'sgd' in ARMS[arm].flags or data == 'scenes' else 'adamw']
     known = _index(RECORDS)
     while True:
         found = {}
