@@ -1,116 +1,153 @@
 """The study of docs/evidence.md: its data, networks and statistics, and the reproduction of a run's number."""
 
+import gzip
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import timm
 
-from benchmarks.evidence import report, scattered, study
+from benchmarks.evidence import fashion, report, scattered, study
 from benchmarks.evidence.arms import ARMS
+from benchmarks.evidence.proxies import PROXIES
 from timm_depla.detection.rcnn import split_name
+
+NARROW = [name for name, arm in ARMS.items() if arm.model.startswith('narrow_resnet')]
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    """A study of few images, with its own records."""
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(scattered, 'IMAGES', {'train': 80, 'validation': 40})
-    monkeypatch.setattr(study, 'RECORDS', tmp_path / 'records.jsonl')
-    recipe = tmp_path / 'small.yaml'
-    recipe.write_text(f'base: {study.RECIPE}\nepochs: 1\nwarmup_epochs: 0\nimg_size: 64\nbatch_size: 40\n')
-    monkeypatch.setattr(study, 'RECIPE', recipe)
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and a Fashion-MNIST of 80 training and 20 test images in the package's files."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    folder = tmp_path / 'fashion-mnist'
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for name, count in (('train', 80), ('t10k', 20)):
+        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        for kind, array in (('images-idx3', images), ('labels-idx1', labels)):
+            header = bytes([0, 0, 8, array.ndim]) + b''.join(side.to_bytes(4, 'big') for side in array.shape)
+            (folder / f'{name}-{kind}-ubyte.gz').write_bytes(gzip.compress(header + array.tobytes()))
+    monkeypatch.setattr(fashion, 'DEBIAN', folder)
     return tmp_path
 
 
-def test_scattered_digits(tmp_path, monkeypatch):
-    monkeypatch.setattr(scattered, 'IMAGES', {'train': 40, 'validation': 20})
-    for name, difficulty in (('a', 1.0), ('b', 1.0), ('c', 0.0)):
-        scattered.write(tmp_path / name, difficulty)
-    files = {name: sorted((tmp_path / name).rglob('*.png')) for name in 'abc'}
-    assert len(files['a']) == 60 and len({path.parent for path in files['a']}) == 20
+@pytest.fixture
+def small(cache, monkeypatch):
+    """A study of few images, with its own records."""
+    for name, scatter in scattered.SETS.items():
+        monkeypatch.setitem(scattered.SETS, name, replace(scatter, images={'train': 80, 'validation': 20}))
+    monkeypatch.setattr(study, 'RECORDS', cache / 'records.jsonl')
+    return cache
+
+
+def test_scattered_objects(small):
+    digits = scattered.SETS['digits']
+    for name, kind in (('a', digits), ('b', digits), ('c', replace(digits, fragments=0))):
+        scattered.write(small / name, kind)
+    files = {name: sorted((small / name).rglob('*.png')) for name in 'abc'}
+    assert len(files['a']) == 100 and len({path.parent for path in files['a']}) == 20
     same = [a.read_bytes() == b.read_bytes() for a, b in zip(files['a'], files['b'], strict=True)]
-    assert all(same) and len({path.read_bytes() for path in files['a']}) == 60
+    assert all(same) and len({path.read_bytes() for path in files['a']}) == 100
     ink = {name: np.mean([np.asarray(scattered.Image.open(path)) for path in files[name]]) for name in 'ac'}
     assert ink['a'] > 1.1 * ink['c']
+    lit = [np.asarray(scattered.Image.open(path)) for path in scattered.cached('garments').rglob('*.png')]
+    assert len(lit) == 100 and np.std([image.mean() for image in lit]) > 40
 
 
 def test_control_has_as_many_parameters():
-    count = {}
-    for name in ('base', 'depla', 'pooled'):
-        model = timm.create_model(ARMS[name].model, device='meta', **ARMS[name].kwargs)
-        count[name] = sum(parameter.numel() for parameter in model.parameters())
-    assert count['pooled'] - count['base'] == pytest.approx(count['depla'] - count['base'], rel=0.01)
+    for proxy in PROXIES.values():
+        count = {}
+        for name in ('base', 'depla', 'pooled'):
+            model = timm.create_model(ARMS[name].model, device='meta', **ARMS[name].kwargs, **proxy.kwargs)
+            count[name] = sum(parameter.numel() for parameter in model.parameters())
+        assert count['pooled'] - count['base'] == pytest.approx(count['depla'] - count['base'], rel=0.01)
 
 
 @pytest.mark.parametrize('name', ARMS)
 def test_arms_exist(name):
     arm = ARMS[name]
     if arm.task == 'classification':
-        assert timm.create_model(arm.model, device='meta', num_classes=10, in_chans=1, **arm.kwargs).num_classes == 10
+        for proxy in PROXIES.values():
+            kwargs = {**arm.kwargs, **(proxy.kwargs if name in NARROW else {})}
+            assert timm.create_model(arm.model, device='meta', num_classes=10, in_chans=1, **kwargs).num_classes == 10
     else:
         assert split_name(arm.model)[2].startswith('fpn')
 
 
-def test_a_run_gives_its_number_again(small):
-    job = ('adaptive', 3, 0.003)
+@pytest.mark.parametrize('data,arm', [('digits', 'adaptive'), ('garments', 'nl'), ('fashion', 'depla-sgd')])
+def test_a_run_gives_its_number_again(data, arm, small):
+    job = study.Job(data, arm, 3, 0.003)
     first, again = study.train(job), study.train(job)
     assert first['results'] == again['results'] == study.load(job)['results']
-    assert first['command'] == 'python -m benchmarks.evidence train adaptive --seed 3 --lr 0.003'
-    assert study.train(('adaptive', 4, 0.003))['results'] != first['results']
+    assert first['command'] == f'python -m benchmarks.evidence train {data} {arm} --seed 3 --lr 0.003'
+    assert study.train(job._replace(seed=4))['results'] != first['results']
 
 
-def fake(arm, seed, rate, top1):
+def fake(data, arm, seed, rate, score):
     """Put a run on record."""
-    results = {report.TOP1: [0.0, top1], report.LOSS: [1.0, 0.25]}
-    results |= {f'eval_{kind}{name}': [0.0, top1 / 100] for kind in ('', 'mask_') for name in report.DETECTION}
-    study.save(dict(arm=arm, seed=seed, lr=rate, results=results))
+    study.save(dict(data=data, arm=arm, seed=seed, lr=rate, results={study.metric(arm): [0.0, score]}))
+
+
+def tune(data, arm, rate, score):
+    for seed in study.TUNING_SEEDS:
+        fake(data, arm, seed, rate, score)
 
 
 def test_grid_goes_on_beyond_a_best_rate_at_its_edge(small):
-    assert study.tuning('base') == {0.003: None, 0.009: None, 0.027: None}
+    assert study.tuning('digits', 'base') == {0.003: None, 0.009: None, 0.027: None}
+    assert list(study.tuning('digits', 'base-sgd')) == [0.027, 0.081, 0.243]
     for rate, top1 in ((0.003, 88.0), (0.009, 90.0), (0.027, 89.0)):
-        fake('base', study.TUNING_SEED, rate, top1)
-        fake('se', study.TUNING_SEED, rate, -top1 if rate == 0.009 else rate)
-    assert study.best_rate('base') == study.best_rate('base-long') == 0.009
-    assert study.best_rate('se') is None and study.tuning('se')[0.081] is None
-    fake('se', study.TUNING_SEED, 0.081, 0.0)
-    assert study.best_rate('se') == 0.027  # and if it were not:
-    fake('se', study.TUNING_SEED, 0.081, 1.0)
-    assert study.best_rate('se') is None and study.tuning('se')[0.243] is None
-    fake('se', study.TUNING_SEED, 0.081, 0.0)
-    assert study.final_jobs('se')[-1] == ('se', 4, 0.027)
+        tune('digits', 'base', rate, top1)
+        tune('digits', 'se', rate, -top1 if rate == 0.009 else rate)
+    assert study.best_rate('digits', 'base') == 0.009 and study.best_rate('garments', 'base') is None
+    assert study.best_rate('digits', 'se') is None and study.tuning('digits', 'se')[0.081] is None
+    tune('digits', 'se', 0.081, 0.0)
+    assert study.best_rate('digits', 'se') == 0.027  # and if it were not:
+    tune('digits', 'se', 0.081, 1.0)
+    assert study.best_rate('digits', 'se') is None and study.tuning('digits', 'se')[0.243] is None
+    tune('digits', 'se', 0.081, 0.0)
+    assert study.final_jobs('digits', 'se')[-1] == study.Job('digits', 'se', 9, 0.027)
 
 
 def test_tables(small, monkeypatch):
-    measured = '| DEPLA is better than the base | DEPLA less base, top1 | +1.7 |'
-    assert f'{measured} not run | **not run** |' in report.claims()
     for arm, gain in (('base', 0.0), ('depla', 3.0), ('adaptive', -3.0), ('pooled', 3.01)):
         for rate in study.RATES:
-            fake(arm, study.TUNING_SEED, rate, 90 + rate)
-        for seed in study.SEEDS['classification']:
-            fake(arm, seed, study.RATES[-1], 85 + gain + seed)
-    assert study.best_rate('base') == study.RATES[-1] and study.best_rate('se') is None
-    # each of five seeds with a standard deviation of 1.581: an error of 1.581 sqrt(2 / 5) = 1, times 2.306
-    assert report.difference('depla', 'base', report.TOP1) == pytest.approx((3.0, 2.306), abs=1e-3)
-    for arm, precision in (('fpn', 30.0), ('fpn-depla-0.5', 32.5)):
-        for seed in study.SEEDS['detection']:
-            fake(arm, seed, None, precision + seed * (1 if arm == 'fpn' else 0.5))
+            tune('digits', arm, rate, 90 + rate)
+        for seed in range(10):
+            fake('digits', arm, seed, study.RATES[-1], 85 + gain + seed % 5)
+    assert study.best_rate('digits', 'base') == study.RATES[-1] and study.best_rate('digits', 'se') is None
+    # ten seeds each, of a standard deviation of 1.491: an error of 1.491 sqrt(2 / 10) = 0.667, times 2.101
+    found = report.difference('digits', 'depla', 'base')
+    assert (found.mean, found.half) == pytest.approx((3.0, 1.401), abs=1e-3)
     text = report.claims()
-    # three seeds of 0.5 and of 1: an error of sqrt(1.25 / 3) and Welch's 2.94 degrees of freedom, for which t is 3.22
-    assert '| FPN-DEPLA, T = 0.5 less FPN, AP | +1.1 | +2.00 ± 2.08 | **undecided** |' in text
-    assert f'{measured} +3.00 ± 2.31 | **confirmed** |' in text
-    assert '| adaptive DEPLA less base, top1 | +1.9 | -3.00 ± 2.31 | **refuted** |' in text
-    assert '| -0.01 ± 2.31 | **undecided** |' in text and '| not run | **not run** |' in text
-    monkeypatch.setattr(report, 'DOCS', small / 'evidence.md')
-    monkeypatch.setattr(report, 'PLOT', small / 'evidence.svg')
-    marks = [f'<!-- {name} -->\n\n<!-- end -->' for name in ('claims', 'classification', 'detection', 'tuning')]
-    report.DOCS.write_text('\n\n'.join(marks))
+    assert '| digits | DEPLA less base | +3.00 ± 1.40 | 0.001 | +1.7 | **gains** |' in text
+    assert '| digits | adaptive DEPLA less base | -3.00 ± 1.40 | 0.001 | +1.9 | **costs** |' in text
+    assert '| digits | DEPLA less control: pooled bottleneck | -0.01 ± 1.40 | 0.988 |  | **undecided** |' in text
+    assert len(text.splitlines()) == 5 and len(report.calibration().splitlines()) == 2
+    for name in ('evidence.md', 'search.md'):
+        (small / name).write_text(
+            '\n\n'.join(f'<!-- {mark} -->\n\n<!-- end -->' for mark in ('claims', 'networks', 'tuning'))
+        )
+    monkeypatch.setattr(report, 'DOCS', small)
     report.write()
-    once = report.DOCS.read_text()
+    once = (small / 'evidence.md').read_text()
     report.write()
-    assert report.DOCS.read_text() == once and once.count('<!-- end -->') == 4
-    assert '| 0.250 |' in once and '| 90.00 ± 1.96 | +3.00 ± 2.31 (base) |' in once and report.PLOT.is_file()
+    assert (small / 'evidence.md').read_text() == once and once.count('<!-- end -->') == 3
+    assert (
+        '| digits | base | 0.825 | 2.187 | 87.00 ± 1.07 | 85.00 86.00 ' in once and (small / 'evidence.svg').is_file()
+    )
+
+
+def test_holm():
+    """Of p values 0.01, 0.04, 0.03 and 0.005: times 4 the least, then 3, 2 and 1, none below the one before."""
+    found = [report.Difference(1.0, 1.0, p) for p in (0.01, 0.04, 0.03, 0.005)]
+    assert report.correct([*found, None]) == pytest.approx([0.03, 0.06, 0.06, 0.02, None])
+    assert [report.verdict(found[0], p) for p in (0.03, 0.06, None)] == ['gains', 'undecided', 'not run']
 
 
 def test_docs_are_what_the_records_say():
-    text = report.DOCS.read_text()
-    assert report.conditioning() in text and report.search() in text
+    for name, parts in (('evidence.md', ('claims', 'tuning', 'pilot')), ('search.md', ('conditioning', 'search'))):
+        text = (report.DOCS / name).read_text()
+        for part in parts:
+            assert f'<!-- {part} -->' not in text or getattr(report, part)() in text

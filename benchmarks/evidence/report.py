@@ -1,7 +1,8 @@
-"""Tables, verdicts and plots of docs/evidence.md, from the records."""
+"""Tables, verdicts and the plot of docs/evidence.md and docs/search.md, from the records."""
 
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -10,153 +11,99 @@ from scipy import stats
 
 from ..record import save_plot, table
 from . import study
-from .arms import ARMS
+from .arms import ARMS, CONTEXT
 from .conditioning import conditioning, search
-from .study import RATES, best_rate, final_jobs, load
+from .proxies import PROXIES
+from .study import RATES, best_rate, final_jobs
 
-DOCS = Path(__file__).parents[2] / 'docs' / 'evidence.md'
-PLOT = DOCS.parent / 'evidence.svg'
+DOCS = Path(__file__).parents[2] / 'docs'
 PAPER = Path(__file__).parents[1] / 'paper_results.json'
 TOP1 = 'eval_top1'
-LOSS = 'train_loss'
-DETECTION = ('AP', 'AP50', 'AP_S', 'AP_M', 'AP_L')
+LEVEL = 0.05  # of a verdict, after Holm's correction
 
-# Claims of the paper or questions of a reader, as a difference of two arms in a metric, and the paper's rows for it.
-_STANDARD, _FPN, _COCO = 'imagenet_standard_training', 'fpn_temperature', 'coco_backbones'
-CLAIMS = (
-    ('DEPLA is better than the base', 'depla', 'base', TOP1, (_STANDARD, 'resnet50_depla', 'resnet50', 'top1')),
-    ('so it is in every other of six blocks', 'depla-deep', 'base-deep', TOP1, None),
-    ('so it is after three times as many epochs', 'depla-long', 'base-long', TOP1, None),
-    (
-        'adaptive DEPLA is better than the base', 'adaptive', 'base', TOP1,
-        ('plain_vs_adaptive', 'resnet50_depla_adaptive', 'resnet50', 'top1'),
-    ),
-    ('DEPLA adds to SE', 'se-depla', 'se', TOP1, (_STANDARD, 'seresnet50_depla', 'seresnet50', 'top1')),
-    (
-        'adaptive is at least as good as plain DEPLA', 'adaptive', 'depla', TOP1,
-        ('plain_vs_adaptive', 'resnet50_depla_adaptive', 'resnet50_depla', 'top1'),
-    ),
-    ('replacing the sum is better than adding to it', 'depla', 'kept', TOP1, None),
-    ('DEPLA is better than as many other parameters', 'depla', 'pooled', TOP1, None),
-    ('DEPLA is better than the base in FishNet', 'fishnet-depla', 'fishnet', TOP1, None),
-    (
-        'FPN-DEPLA is better than FPN', 'fpn-depla-0.5', 'fpn', 'eval_AP',
-        (_FPN, ['fpn_depla', 0.5], 'fpn', 'box_ap'),
-    ),
-    ('so it is in masks (asked after these runs)', 'fpn-depla-0.5', 'fpn', 'eval_mask_AP', None),
-    (
-        'T = 0.5 is better than T = 1 in FPN-DEPLA', 'fpn-depla-0.5', 'fpn-depla-1.0', 'eval_AP',
-        (_FPN, ['fpn_depla', 0.5], ['fpn_depla', 1.0], 'box_ap'),
-    ),
-    (
-        'a lower T helps small objects', 'fpn-depla-0.2', 'fpn-depla-1.0', 'eval_AP_S',
-        (_FPN, ['fpn_depla', 0.2], ['fpn_depla', 1.0], 'box_ap_s'),
-    ),
-    (
-        'a FishNet-DEPLA backbone is better than FishNet', 'backbone-fishnet-depla', 'backbone-fishnet', 'eval_AP',
-        (_COCO, 'fishnet150_depla', 'fishnet150', 'mask_rcnn_box_ap_s_m_l'),
-    ),
-    (
-        'so it is in masks', 'backbone-fishnet-depla', 'backbone-fishnet', 'eval_mask_AP',
-        (_COCO, 'fishnet150_depla', 'fishnet150', 'mask_rcnn_mask_ap_s_m_l'),
-    ),
+# Each claim: an arm, the one that it is compared with, and the rows of the paper's tables that say the same.
+_STANDARD, _ADAPTIVE, _FPN, _COCO = (
+    'imagenet_standard_training', 'plain_vs_adaptive', 'fpn_temperature', 'coco_backbones',
 )  # fmt: skip
+CALIBRATION = tuple((arm, 'base', None) for arm in CONTEXT)
+CLAIMS = (
+    ('depla', 'base', (_STANDARD, 'resnet50_depla', 'resnet50', 'top1')),
+    ('adaptive', 'base', (_ADAPTIVE, 'resnet50_depla_adaptive', 'resnet50', 'top1')),
+    ('kept', 'base', None),
+    ('adaptive-kept', 'base', None),
+    ('se-depla', 'se', (_STANDARD, 'seresnet50_depla', 'seresnet50', 'top1')),
+    ('depla', 'pooled', None),
+    ('depla-sgd', 'base-sgd', None),
+    ('adaptive-sgd', 'base-sgd', None),
+    ('kept-sgd', 'base-sgd', None),
+    ('fishnet-depla', 'fishnet', None),
+)
+DETECTION = (
+    ('fpn-depla-0.2', 'fpn', (_FPN, ['fpn_depla', 0.2], 'fpn', 'box_ap')),
+    ('fpn-depla-0.5', 'fpn', (_FPN, ['fpn_depla', 0.5], 'fpn', 'box_ap')),
+    ('fpn-depla-1.0', 'fpn', (_FPN, ['fpn_depla', 1.0], 'fpn', 'box_ap')),
+    ('backbone-fishnet-depla', 'backbone-fishnet', (_COCO, 'fishnet150_depla', 'fishnet150', 'mask_rcnn_box_ap_s_m_l')),
+)
 
 
-def _half_width(test: Any) -> float:
-    """Half the 95% confidence interval of a t test of scipy."""
-    low, high = test.confidence_interval(0.95)
-    return float(high - low) / 2
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two means by Welch's t test, as networks of one seed share little but the order of the data."""
+
+    mean: float
+    half: float
+    """Half of its 95% confidence interval."""
+    p: float
+
+    def __str__(self) -> str:
+        return f'{self.mean:+.2f} ± {self.half:.2f}'
 
 
-def final(arm: str, metric: str) -> Optional[List[float]]:
-    """A metric at the end of each final run, in the order of the seeds; None until all are on record.
-
-    Accuracies and average precisions are in percent.
-    """
-    runs = [load(job) for job in final_jobs(arm)]
+def final(data: str, arm: str) -> Optional[List[float]]:
+    """Top-1 or box AP in percent at the end of each run that counts, by seed; None until all are on record."""
+    runs = [study.load(job) for job in final_jobs(data, arm)]
     if not runs or None in runs:
         return None
+    metric = study.metric(arm)
     scale = 100 if '_AP' in metric else 1  # recorded as a fraction
     return [scale * run['results'][metric][-1] for run in runs]
 
 
-def average(values: Sequence[float]) -> Tuple[float, float]:
+def average(values: Sequence[float]) -> str:
     """Mean of some runs and half its 95% confidence interval, by Student's t distribution."""
-    return statistics.mean(values), _half_width(stats.ttest_1samp(values, 0))
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return f'{statistics.mean(values):.2f} ± {(high - low) / 2:.2f}'
 
 
-def difference(arm: str, other: str, metric: str) -> Optional[Tuple[float, float]]:
-    """Mean of an arm's metric minus another's, and half its 95% confidence interval.
-
-    By Welch's t test for independent samples: two networks with the same seed share little but the data order.
-    """
-    values, others = final(arm, metric), final(other, metric)
+def difference(data: str, arm: str, other: str) -> Optional[Difference]:
+    """An arm less another; None until all runs of both are on record."""
+    values, others = final(data, arm), final(data, other)
     if values is None or others is None:
         return None
     test = stats.ttest_ind(values, others, equal_var=False)
-    return statistics.mean(values) - statistics.mean(others), _half_width(test)
+    low, high = test.confidence_interval(0.95)
+    return Difference((low + high) / 2, (high - low) / 2, float(test.pvalue))
 
 
-def _text(mean_and_half: Optional[Tuple[float, float]], sign: str = '') -> str:
-    return 'not run' if mean_and_half is None else f'{mean_and_half[0]:{sign}.2f} ± {mean_and_half[1]:.2f}'
+def correct(found: Sequence[Optional[Difference]]) -> List[Optional[float]]:
+    """Holm's corrected p values, in the order given; None where there is no difference."""
+    order = sorted((i for i, each in enumerate(found) if each is not None), key=lambda i: found[i].p)
+    corrected: List[Optional[float]] = [None] * len(found)
+    highest = 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * found[i].p))
+        corrected[i] = highest
+    return corrected
 
 
-def _task(task: str) -> List[str]:
-    return [name for name, arm in ARMS.items() if arm.task == task]
-
-
-def classification() -> str:
-    rows = []
-    for name in _task('classification'):
-        arm = ARMS[name]
-        values, losses = final(name, TOP1), final(name, LOSS)
-        model = timm.create_model(arm.model, device='meta', num_classes=10, in_chans=1, **arm.kwargs)
-        rows.append(
-            [
-                arm.label,
-                f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.3f}',
-                best_rate(name) or '',
-                _text(values and average(values)),
-                '' if name == arm.base else f'{_text(difference(name, arm.base, TOP1), "+")} ({ARMS[arm.base].label})',
-                f'{statistics.mean(losses):.3f}' if losses else '',
-                ' '.join(f'{value:.2f}' for value in values or ()),
-            ]
-        )
-    header = ['', 'M parameters', 'learning rate', 'top-1 (%)', 'gain (over)', 'training loss', 'each seed']
-    return table(header, rows)
-
-
-def tuning() -> str:
-    rows = []
-    for name in _task('classification'):
-        if not ARMS[name].rate_of:
-            tops = study.tuning(name)
-            rows.append(
-                [ARMS[name].label, *('' if (top := tops.get(rate)) is None else f'{top:.2f}' for rate in RATES)]
-            )
-    return table(['', *RATES], rows)
-
-
-def detection() -> str:
-    rows = []
-    for name in _task('detection'):
-        for kind, prefix in (('box', ''), ('mask', 'mask_')):
-            values = [final(name, f'eval_{prefix}{metric}') for metric in DETECTION]
-            seeds = ' '.join(f'{value:.2f}' for value in values[0] or ())
-            rows.append([ARMS[name].label, kind, *(_text(v and average(v)) for v in values), seeds])
-    return table(['', '', *DETECTION, 'AP of each seed'], rows)
-
-
-def verdict(found: Optional[Tuple[float, float]]) -> str:
-    """'confirmed' or 'refuted' if the interval excludes zero, else 'undecided'; 'not run' without runs."""
-    if found is None:
+def verdict(found: Optional[Difference], p: Optional[float]) -> str:
+    """'gains' or 'costs' where the corrected p value is below the level, else 'undecided'; 'not run' without runs."""
+    if found is None or p is None:
         return 'not run'
-    mean, half = found
-    return 'undecided' if abs(mean) <= half else 'confirmed' if mean > 0 else 'refuted'
+    return 'undecided' if p >= LEVEL else 'gains' if found.mean > 0 else 'costs'
 
 
-def _paper_difference(name: str, better: Sequence[Any], worse: Sequence[Any], column: str) -> float:
+def _paper_difference(name: str, better: Sequence[Any], worse: Sequence[Any], column: str) -> str:
     """Difference of two rows of one of the paper's tables; rows are named by their first columns."""
     printed = json.loads(PAPER.read_text())[name]
     found = []
@@ -165,62 +112,111 @@ def _paper_difference(name: str, better: Sequence[Any], worse: Sequence[Any], co
         row = next(row for row in printed['rows'] if row[: len(key)] == key)
         value = row[printed['columns'].index(column)]
         found.append(value[0] if isinstance(value, list) else value)  # AP, before AP by size
-    return found[0] - found[1]
+    return f'{found[0] - found[1]:+.1f}'
+
+
+def _compare(claims: Sequence[Tuple[str, str, Any]], sets: Sequence[str]) -> str:
+    """A table of claims on each set where a claim has been run. The correction is over the claims of a set."""
+    rows = []
+    for data in sets:
+        found = [difference(data, arm, other) for arm, other, _ in claims]
+        for (arm, other, paper), each, p in zip(claims, found, correct(found), strict=True):
+            if each is not None:
+                row = [data, f'{ARMS[arm].label} less {ARMS[other].label}', str(each), f'{p:.3f}']
+                row.append('' if paper is None else _paper_difference(*paper))
+                rows.append([*row, f'**{verdict(each, p)}**'])
+    return table(['set', 'difference', '95% interval', 'corrected p', "the paper's, on ImageNet or COCO", ''], rows)
+
+
+def calibration() -> str:
+    return _compare(CALIBRATION, list(PROXIES))
 
 
 def claims() -> str:
+    return _compare(CLAIMS, list(PROXIES))
+
+
+def detection() -> str:
+    return _compare(DETECTION, ['scenes'])
+
+
+def networks() -> str:
     rows = []
-    for claim, arm, other, metric, paper in CLAIMS:
-        found = difference(arm, other, metric)
-        rows.append(
-            [
-                claim,
-                f'{ARMS[arm].label} less {ARMS[other].label}, {metric.removeprefix("eval_").replace("_", " ")}',
-                '' if paper is None else f'{_paper_difference(*paper):+.1f}',
-                _text(found, '+'),
-                f'**{verdict(found)}**',
-            ]
-        )
-    return table(['claim', 'measured', "the paper's", 'ours', ''], rows)
+    for data in (*PROXIES, 'scenes'):
+        for name, arm in ARMS.items():
+            values = final(data, name)
+            if values is None:
+                continue
+            parameters = ''
+            if arm.task == 'classification':
+                kwargs = {**arm.kwargs, **(PROXIES[data].kwargs if arm.model.startswith('narrow_resnet') else {})}
+                model = timm.create_model(arm.model, device='meta', num_classes=10, in_chans=1, **kwargs)
+                parameters = f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.3f}'
+            seeds = ' '.join(f'{value:.2f}' for value in values)
+            rows.append([data, arm.label, parameters, best_rate(data, name), average(values), seeds])
+    return table(['set', '', 'M parameters', 'learning rate', 'top-1 or box AP (%)', 'each seed'], rows)
+
+
+def tuning() -> str:
+    """Mean of the tuning seeds at each learning rate, and how many seeds there are where not yet all are."""
+    rows = []
+    for data in (*PROXIES, 'scenes'):
+        for name in ARMS:
+            cells = []
+            for rate in RATES:
+                runs = [run for job in study.tuning_jobs(data, name, rate) if (run := study.load(job))]
+                scores = [run['results'][study.metric(name)][-1] * (100 if data == 'scenes' else 1) for run in runs]
+                part = '' if len(scores) in (0, len(study.TUNING_SEEDS)) else f' ({len(scores)} of 3)'
+                cells.append(f'{statistics.mean(scores):.2f}{part}' if scores else '')
+            if any(cells):
+                rows.append([data, ARMS[name].label, *cells])
+    return table(['set', '', *RATES], rows)
+
+
+def pilot() -> str:
+    """The runs before the protocol."""
+    rows = []
+    for run in map(json.loads, study.RECORDS.with_name('pilot.jsonl').read_text().splitlines()):
+        results = run['results']
+        scores = f'{results["eval_top1"][-1]:.2f}', f'{results["train_loss"][-1]:.3f}'
+        rows.append([run['set'], run['optimizer'], run['lr'], run['seed'], ARMS[run['arm']].label, *scores])
+    return table(['set', 'optimizer', 'learning rate', 'seed', '', 'top-1', 'training loss'], sorted(rows))
 
 
 def plot() -> None:
-    """Plot the gain of each finished arm over its base, with its interval: in top-1, or in box AP.
-
-    Each base of detection has its own panel, since their intervals differ in size.
-    """
+    """Plot the difference of each finished claim, a panel for each set."""
     from matplotlib import pyplot as plt
 
-    panels: Dict[str, Dict[str, Tuple[float, float]]] = {}
-    for name, arm in ARMS.items():
-        base = ARMS[arm.base].label
-        metric, title = (TOP1, 'top-1') if arm.task == 'classification' else ('eval_AP', f'box AP over {base}')
-        if name != arm.base and (gain := difference(name, arm.base, metric)):
-            panels.setdefault(title, {})[f'{arm.label} less {base}'] = gain
+    panels: Dict[str, Dict[str, Difference]] = {}
+    for data, asked in [(data, (*CALIBRATION, *CLAIMS)) for data in PROXIES] + [('scenes', DETECTION)]:
+        for arm, other, _ in asked:
+            if found := difference(data, arm, other):
+                panels.setdefault(data, {})[f'{ARMS[arm].label} less {ARMS[other].label}'] = found
     if not panels:
         return
-    heights = [len(gains) + 2 for gains in panels.values()]
-    figure, rows = plt.subplots(
+    heights = [len(found) + 2 for found in panels.values()]
+    figure, places = plt.subplots(
         len(panels), figsize=(8, 0.28 * sum(heights)), height_ratios=heights, squeeze=False, layout='constrained'
     )
-    for axes, (title, gains) in zip(rows.flat, panels.items(), strict=True):
-        means, halves = zip(*gains.values(), strict=True)
-        axes.errorbar(means, list(gains), xerr=halves, fmt='o', markersize=4, capsize=2, color='tab:blue')
+    for axes, (title, found) in zip(places.flat, panels.items(), strict=True):
+        means, halves = [each.mean for each in found.values()], [each.half for each in found.values()]
+        axes.errorbar(means, list(found), xerr=halves, fmt='o', markersize=4, capsize=2, color='tab:blue')
         axes.axvline(0, color='0.7', linewidth=1)
         axes.invert_yaxis()
-        axes.margins(y=0.5 / len(gains))
-        axes.set_xlabel(f'{title}, percentage points')
-    save_plot(figure, PLOT)
+        axes.margins(y=0.5 / len(found))
+        axes.set_xlabel(f'{title}: percentage points')
+    save_plot(figure, DOCS / 'evidence.svg')
     plt.close(figure)
 
 
 def write() -> None:
-    """Write each table between its markers in docs/evidence.md, if there are any, and draw the plot."""
-    text = DOCS.read_text()
-    for make in (conditioning, search, claims, classification, detection, tuning):
-        start, end = f'<!-- {make.__name__} -->\n', '\n<!-- end -->'
-        if start in text:
-            before, rest = text.split(start)
-            text = before + start + make() + end + rest.partition(end)[2]
-    DOCS.write_text(text)
+    """Write each table between its markers in the pages, where there are any, and draw the plot."""
+    for name in ('evidence.md', 'search.md'):
+        text = (DOCS / name).read_text()
+        for make in (calibration, claims, detection, networks, tuning, pilot, conditioning, search):
+            start, end = f'<!-- {make.__name__} -->\n', '\n<!-- end -->'
+            if start in text:
+                before, rest = text.split(start)
+                text = before + start + make() + end + rest.partition(end)[2]
+        (DOCS / name).write_text(text)
     plot()
