@@ -7,9 +7,24 @@ from pathlib import Path
 
 from timm.utils import setup_default_logging
 
-from . import attack, block, cost, crash, finetune, init, maps, neck, pipeline, record, scaling, speed, throughput
+from . import (
+    attack,
+    block,
+    bound,
+    cost,
+    crash,
+    finetune,
+    init,
+    maps,
+    neck,
+    pipeline,
+    record,
+    scaling,
+    speed,
+    throughput,
+)
 
-MODULES = (attack, block, cost, crash, finetune, init, maps, neck, pipeline, scaling, speed, throughput)
+MODULES = (attack, block, bound, cost, crash, finetune, init, maps, neck, pipeline, scaling, speed, throughput)
 BENCHMARKS = {module.__name__.split('.')[-1]: module for module in MODULES}
 DOCS = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
 

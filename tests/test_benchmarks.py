@@ -25,6 +25,7 @@ PIPELINE = 'pipeline --model test_resnet_depla --images 80 --img-size 32 --batch
         (SPEED, '6 of inference and 2 of training step'),
         ('block --shape 2x32x6x7 --pairs 2', '| adaptive, (2, 32, 6, 7), contiguous | backward |'),
         (SCALING, '| non-local block |'),
+        ('bound --model resnet50_depla --batch-size 8', '| `resnet50_depla` | training step | 9'),
         ('init --batch-size 2', '`rpn.logits.conv.weight`'),
         ('neck --img-size 96 --pairs 2', 'neck, training step'),
         pytest.param(PIPELINE, 'values of a crop', marks=pytest.mark.slow),

@@ -69,7 +69,7 @@ def test_captured_maps_give_the_output(name):
         assert (features - block.features).abs().max() <= 1e-5 * features.abs().max()
         identity = match_size(block.identity, block.output, module.upsample)
         heatmaps = block.heatmaps.flatten(2)
-        filled = back_fill(features, heatmaps * heatmaps.shape[2], identity)
+        filled = back_fill(features, heatmaps * heatmaps.shape[2], identity, identity.dtype)
         again = identity + module.norm(filled)
         assert (again - block.output).abs().max() <= 1e-5 * block.output.abs().max()
 

@@ -51,11 +51,14 @@ def soft_roi_pool(maps: Tensor, values: Tensor) -> Tensor:
     return matmul(maps.permute(0, 1, 3, 2).flatten(2), rows)
 
 
-def back_fill(features: Tensor, heatmaps: Tensor, like: Tensor) -> Tensor:
+def back_fill(features: Tensor, heatmaps: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Back-filling, F[c, n] = sum over l of features[l, c] * heatmaps[l, n].
 
-    Takes features (B, L, C1) and heatmaps (B, L, N); returns F (B, C1, H, W) in the size and memory format of `like`.
+    Takes features (B, L, C1) and heatmaps (B, L, N), and the type of the map that F is added to; returns F
+    (B, C1, H, W) in the size and memory format of `like`.
     """
+    if dtype == torch.bfloat16:  # half the memory, and the range of float32, which float16 has not (ruling 9)
+        features, heatmaps = features.to(dtype), heatmaps.to(dtype)
     if like.is_contiguous(memory_format=torch.channels_last):
         filled = matmul(heatmaps.transpose(1, 2), features).transpose(1, 2)
     else:
@@ -78,7 +81,10 @@ class SoftRPN(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         """Map X (B, C1, H, W) to ROI maps M (B, L, D, N), up-sampled to the other map's size if that is larger."""
-        logits = match_size(self.logits(x) / self.temperature, other, self.upsample)
+        logits = self.logits(x)
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        logits = match_size(logits, other, self.upsample)
         return softmax_positions(logits).unflatten(1, (self.maps_per_group, self.num_groups)).transpose(1, 2)
 
 
@@ -225,5 +231,5 @@ class Depla(nn.Module):
         if not torch.jit.is_scripting():
             if self.training and heatmaps[:, 0].numel() > 1 and can_fold(self.norm):  # else as BatchNorm answers it
                 features, heatmaps = fold_into_features(self.norm, features, heatmaps)
-                return back_fill(features, heatmaps, values).type_as(identity)
-        return self.norm(back_fill(features, heatmaps, values)).type_as(identity)
+                return back_fill(features, heatmaps, values, identity.dtype).type_as(identity)
+        return self.norm(back_fill(features, heatmaps, values, identity.dtype)).type_as(identity)

@@ -4,7 +4,7 @@ The statistics of a linear layer's output follow from the mean and covariance of
 modules that it replaces. If `can_fold` is False, as when one of them has hooks, call the modules instead.
 """
 
-from typing import Tuple
+from typing import Any, Tuple
 
 import torch
 import torch.nn as nn
@@ -53,15 +53,37 @@ def fold_into_features(norm: nn.BatchNorm2d, features: Tensor, heatmaps: Tensor)
     """
     dtype, contrast = features.dtype, heatmaps - 1
     features, products = features.type_as(norm.weight), contrast.type_as(norm.weight)
+    count = products.shape[0] * products.shape[2]
     means = features.sum(1)  # (B, C), over the positions
-    mean = means.mean(0)
-    gram = matmul(products, products.transpose(1, 2)) / products.shape[2]  # (B, L, L)
-    var = (features * matmul(gram, features)).sum(1).mean(0) + (means - mean).square().mean(0)
-    _update(norm, mean, var, products.shape[0] * products.shape[2])
+    between, mean = torch.var_mean(means, 0, correction=0)  # of the images
+    gram = matmul(products, products.transpose(1, 2))  # (B, L, L)
+    var = torch.add(between, (features * matmul(gram, features)).sum((0, 1)), alpha=1 / count)
+    _update(norm, mean, var, count)
     scale = norm.weight * (var + norm.eps).rsqrt()
-    level = norm.bias + (means - mean) * scale  # (B, C)
+    level = torch.addcmul(norm.bias, means - mean, scale)  # (B, C)
     vectors = torch.cat([features * scale, level.unsqueeze(1)], dim=1).to(dtype)
     return vectors, torch.cat([contrast, torch.ones_like(contrast[:, :1])], dim=1)
+
+
+class Moments(torch.autograd.Function):
+    """Means (P,) and second moments (P, P) of rows (N, P), in single precision or better.
+
+    PyTorch's own gradient of rows.t() @ rows takes two products as large; its sum with that of the mean, two maps more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return rows.mean(0), matmul(rows.t(), rows) / len(rows)
+
+    @staticmethod
+    def backward(ctx: Any, of_mean: Tensor, of_moments: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        dtype = rows.dtype
+        rows = rows.float() if dtype == torch.float16 else rows  # it has not the range of a gradient over N rows
+        weight = (of_moments + of_moments.t()) / len(rows)
+        return torch.addmm((of_mean / len(rows)).to(rows.dtype), rows, weight.to(rows.dtype)).to(dtype)
 
 
 def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -> Tensor:
@@ -76,9 +98,9 @@ def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -
     weight = conv.weight.flatten(1).to(dtype)  # (C, P)
     mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
     if norm.training:
-        rows = x.movedim(1, 3).flatten(0, 2).to(dtype)  # (B*N, P)
-        means = rows.mean(0)
-        covariance = matmul(rows.t(), rows) / len(rows) - means.outer(means)  # (P, P)
+        rows = x.movedim(1, 3).flatten(0, 2)  # (B*N, P)
+        means, moments = Moments.apply(rows)
+        covariance = torch.addr(moments, means, means, alpha=-1)  # (P, P)
         mean = matmul(weight, means)
         var = (matmul(weight, covariance) * weight).sum(1).clamp(min=0)  # rounding may make it negative
         _update(norm, mean, var, len(rows))
