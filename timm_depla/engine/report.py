@@ -242,6 +242,8 @@ def draw_curves(history: List[Dict[str, Any]], metrics: Sequence[Metric]) -> byt
             axes.set_ylim(min(shown) - 0.1 * max(shown), 1.3 * max(shown))
         if title != 'learning rate':
             axes.legend(frameon=False)
+        else:
+            axes.ticklabel_format(axis='y', scilimits=(-2, 3))
     data = io.BytesIO()
     figure.savefig(data, format='png', dpi=100)
     return data.getvalue()
