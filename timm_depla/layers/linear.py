@@ -14,8 +14,10 @@ __all__ = ['Conv1x1', 'ConvNorm', 'Linear', 'convolve', 'matmul']
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the precision of its operands, also under autocast (ruling 9)."""
     if not torch.jit.is_scripting():
-        if torch.amp.is_autocast_available(a.device.type) and torch.is_autocast_enabled(a.device.type):
-            with torch.autocast(a.device.type, enabled=False):
+        device = a.device.type  # torch 2.8 cannot compile the question whether it has autocast
+        is_known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+        if is_known and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
                 return a @ b
     return a @ b
 
