@@ -54,7 +54,7 @@ def run_version(version: str, folder: Path, options: list) -> int:
     run(*pip, 'install', '--no-deps', '--target', folder / 'site', f'timm=={version}')
     run(*pip, 'download', '--no-deps', '--no-binary', 'timm', '-d', folder, f'timm=={version}')
     with tarfile.open(folder / f'timm-{version}.tar.gz') as archive:
-        archive.extractall(folder, filter='data')
+        archive.extractall(folder, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))  # from 3.11.4 on
     source = folder / f'timm-{version}'
     (source / 'timm').rename(source / 'unused')  # the tests are to import the installed package
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (folder / 'site', ROOT, ROOT / 'tests')))}
