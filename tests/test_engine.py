@@ -205,6 +205,8 @@ def test_bad_checkpoint(error, folder, images, tmp_path):
     data = ['--data-dir', digits_folder()]
     assert 'is no run folder, checkpoint or model' in error('validate.py', tmp_path / 'nowhere', *data)
     assert 'has no checkpoint' in error('validate.py', tmp_path, *data)
+    (tmp_path / 'last').symlink_to(folder / 'last')
+    assert f'it has not been validated yet, {tmp_path}/last is its last one' in error('validate.py', tmp_path, *data)
     message = error('validate.py', folder / 'best' / 'model.safetensors', '--model', 'resnet18_depla', *data)
     assert 'of another architecture' in message
     assert 'unexpected' in message

@@ -13,8 +13,8 @@ import yaml
 from PIL import Image
 
 __all__ = [
-    'FORMATS', 'SUMS', 'check_writable', 'find_change', 'list_digest', 'list_sums', 'open_image', 'read_mapping',
-    'read_tensors', 'write_bytes', 'write_file',
+    'FORMATS', 'SUMS', 'check_writable', 'find_change', 'is_unvalidated', 'list_digest', 'list_sums', 'open_image',
+    'read_mapping', 'read_tensors', 'write_bytes', 'write_file',
 ]  # fmt: skip
 
 SUMS = 'checksums.json'
@@ -50,6 +50,11 @@ def find_change(folder: Path, names: Sequence[str] = ()) -> Optional[str]:
     except (KeyError, OSError, TypeError, ValueError) as error:
         return str(error) if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'
     return None
+
+
+def is_unvalidated(run: Path) -> bool:
+    """Whether a run's folder has a last checkpoint, but no best one yet."""
+    return (run / 'last' / 'model.safetensors').is_file() and not (run / 'best').exists()
 
 
 def _read(path: Path) -> bytes:

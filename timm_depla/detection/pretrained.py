@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torchvision.models.detection import FasterRCNN
 
-from timm_depla.files import SUMS, find_change, read_mapping, read_tensors
+from timm_depla.files import SUMS, find_change, is_unvalidated, read_mapping, read_tensors
 
 from .rcnn import create_detector
 
@@ -96,8 +96,10 @@ def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
     if not (folder / 'config.json').is_file():
         folder = folder / 'best'
     if not ((folder / 'config.json').is_file() and (folder / 'model.safetensors').is_file()):
+        hint = f'; it has not been validated yet, {source}/last is its last one' if is_unvalidated(Path(source)) else ''
         raise ValueError(
             f"'{source}' has no checkpoint: expected config.json and model.safetensors in it or in its folder best"
+            + hint
         )
     if change := find_change(folder, _FILES):
         raise ValueError(f"'{source}' is damaged: {change}")

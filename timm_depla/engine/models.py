@@ -11,7 +11,7 @@ import torch.nn as nn
 from timm.models._hub import save_config_for_hf
 
 from timm_depla.detection import is_detector
-from timm_depla.files import find_change, read_mapping
+from timm_depla.files import find_change, is_unvalidated, read_mapping
 from timm_depla.models import load_trunk
 
 from .config import closest
@@ -98,7 +98,10 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
     if path.is_dir():
         folder = path if (path / 'config.json').is_file() else path / 'best'
         if not (folder / 'model.safetensors').is_file():
-            raise ConfigError(f"'{target}' has no checkpoint: expected model.safetensors in it or in its folder best")
+            hint = f'; it has not been validated yet, {target}/last is its last one' if is_unvalidated(path) else ''
+            raise ConfigError(
+                f"'{target}' has no checkpoint: expected model.safetensors in it or in its folder best{hint}"
+            )
         if change := find_change(folder):
             raise ConfigError(f"'{target}' is damaged: {change}")
         if is_detector(folder):
