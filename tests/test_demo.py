@@ -197,7 +197,7 @@ def test_drawing(page):
     for step in range(17):
         page.mouse.move(x, y - 80 + 10 * step)
     page.mouse.up()
-    wait_for(lambda: prediction(page) == '1')
+    assert wait_for(lambda: prediction(page) == '1')
 
 
 def test_bad_images_on_the_page(page, tmp_path):

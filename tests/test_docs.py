@@ -64,7 +64,7 @@ def test_command_lines_parse(block):
         for script in PARSERS.keys() & set(words):
             argv = words[words.index(script) + 1 :]
             parser = PARSERS[script]()
-            parser.parse_args(argv) if script == 'hub.publish' else parse_args(parser, argv)
+            assert parser.parse_args(argv) if script == 'hub.publish' else parse_args(parser, argv)
 
 
 @pytest.mark.parametrize('block', list(blocks('python')))
