@@ -59,8 +59,9 @@ def learning_rates(args: Namespace, updates_per_epoch: int, epochs: Sequence[flo
 
 def _recipe_of(run: Any) -> Dict[str, Any]:
     """The arguments that the run's recipe sets; none if its file is gone."""
+    argv = ['--recipe', run.args.recipe] if run.args.recipe else []
     try:
-        return {**vars(parse_args(run.create_parser(), ['--recipe', run.args.recipe])), 'recipe': None}
+        return {**vars(parse_args(run.create_parser(), argv)), 'recipe': None}
     except ConfigError:
         return {}
 
