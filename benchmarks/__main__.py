@@ -13,6 +13,7 @@ from . import (
     bound,
     cost,
     crash,
+    feeding,
     finetune,
     init,
     maps,
@@ -24,7 +25,7 @@ from . import (
     throughput,
 )
 
-MODULES = (attack, block, bound, cost, crash, finetune, init, maps, neck, pipeline, scaling, speed, throughput)
+MODULES = (attack, block, bound, cost, crash, feeding, finetune, init, maps, neck, pipeline, scaling, speed, throughput)
 BENCHMARKS = {module.__name__.split('.')[-1]: module for module in MODULES}
 DOCS = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
 

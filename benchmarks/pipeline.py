@@ -1,8 +1,9 @@
 """Reading and augmenting images: our training against a plain loop of timm's parts, with the recipe `better`.
 
 The images are JPEGs like ImageNet's average, 500 x 375 pixels at quality 90, cropped at random from ten photographs of
-scikit-image and scikit-learn; each photograph is a class. Input means an epoch's batches, decoded, cropped, augmented
-by AutoAugment, mixed and normalised, without training. The loops are those of the benchmark `throughput`.
+scikit-image and scikit-learn; each photograph is a class. Loading means an epoch's batches as the loading processes
+give them, decoded, cropped and augmented by AutoAugment: what feeds a GPU, which does the rest. Input means with the
+rest on the CPU, mixed and normalised, without training. The loops are those of the benchmark `throughput`.
 `--resize-backend torch` keeps the crops, interpolations and all random numbers; TorchCodec decodes the files to the
 same pixels, and PyTorch resizes them.
 """
@@ -71,18 +72,33 @@ def write_images(folder: Path, images: int) -> None:
 def pixel_changes(rounds: int = 100) -> Dict[str, float]:
     """Difference of crops resized by Pillow and by PyTorch: the largest, and the share of values that differ."""
     transform = create_transform((3, 224, 224), is_training=True, interpolation='random', use_prefetcher=True)
-    crop = transform.transforms[0]
+    crop, convert = transform.transforms[0], transform.transforms[-1]  # the latter to a tensor, if it is none
     largest, different = 0, []
     for photograph in load_photographs():
         for seed in range(rounds // 10):
             crops = []
             for resized_crop in (crop, TensorResizedCrop(crop)):
                 random.seed(seed)
-                crops.append(np.asarray(resized_crop(photograph), dtype=int))
+                crops.append(np.asarray(convert(resized_crop(photograph)), dtype=int))
             difference = np.abs(crops[0] - crops[1])
             largest = max(largest, int(difference.max()))
             different.append(float((difference > 0).mean()))
     return dict(largest=largest, share=statistics.mean(different))
+
+
+def serve_plain_loading(train_args: argparse.Namespace, pipe: Any) -> None:
+    loader = PlainLoop(build(train_args, setup_world('cpu'))).loader.loader
+    _serve(pipe, lambda epoch: loader)
+
+
+def serve_our_loading(train_args: argparse.Namespace, pipe: Any) -> None:
+    loader = build(train_args, setup_world('cpu')).loader.ahead
+
+    def epoch(number: int) -> Any:
+        loader.seek(number, 0)
+        return loader
+
+    _serve(pipe, epoch)
 
 
 def serve_plain_input(train_args: argparse.Namespace, pipe: Any) -> None:
@@ -113,7 +129,11 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         flags += ['--num-classes', '10', '--batch-size', str(args.batch_size), '--epochs', str(args.epochs)]
         flags += ['--warmup-epochs', '1', '--workers', '2', '--device', 'cpu']
         results: Dict[str, Any] = {}
-        for kind, plain, ours in (('input', serve_plain_input, serve_our_input), ('loop', serve_plain, serve_ours)):
+        for kind, plain, ours in (
+            ('loading', serve_plain_loading, serve_our_loading),
+            ('input', serve_plain_input, serve_our_input),
+            ('loop', serve_plain, serve_ours),
+        ):
             arms = {}
             for name, serve, more in (
                 ('plain', plain, []),
@@ -133,7 +153,10 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 def render(results: Dict[str, Any]) -> str:
     rows = []
-    for kind, what in (('input', 'input alone'), ('loop', f'training `{results["model"]}`')):
+    named = dict(loading='loading alone', input='input', loop=f'training `{results["model"]}`')
+    for kind, what in named.items():
+        if kind not in results:
+            continue
         result = results[kind]
         plain = result['training']['plain'][1:]
         for name, seconds in result['training'].items():

@@ -113,6 +113,25 @@ def test_any_step_of_any_epoch(kind, workers, flags):
     assert equal(list(loader.epoch(0)), whole[0])
 
 
+@pytest.mark.parametrize('kind', ['folder', 'wds'])
+def test_mixing(kind, flags):
+    """A mixed batch is a weighted sum of it and itself in reverse order, as the targets say, until mixing ends."""
+    argv = [*flags[kind], '--smoothing', 0, '--scale', 1, 1, '--hflip', 0]
+    mixed, _ = load(arguments(*argv, '--mixup', 0.4, '--mixup-off-epoch', 2))
+    plain, _ = load(arguments(*argv))
+    weights = []
+    for (images, soft), (originals, labels) in zip(mixed.epoch(1), plain.epoch(1), strict=True):
+        hot = torch.nn.functional.one_hot(labels, 3)
+        different = (hot != hot.flip(0)).any(1)
+        if different.any():
+            weights.append(soft[different].gather(1, labels[different, None])[0].item())
+            assert torch.allclose(images, weights[-1] * originals + (1 - weights[-1]) * originals.flip(0), atol=1e-5)
+    assert any(0.01 < weight < 0.99 for weight in weights)
+    for images, soft in mixed.epoch(2):
+        assert images.is_contiguous()
+        assert set(soft.flatten().tolist()) == {0, 1}
+
+
 @pytest.mark.parametrize('kind', ['folder', 'hfds', 'wds'])
 def test_epoch_has_each_image_once(kind, flags):
     loader, _ = load(arguments(*flags[kind], '--no-aug', '--workers', 2))
@@ -166,8 +185,9 @@ def test_tensor_resized_crop_is_the_crop_but_for_rounding(mode, interpolation):
             for transform, source in ((crop, pixels), (tensor_crop, pixels), (tensor_crop, pil_to_tensor(pixels))):
                 random.seed(seed)
                 out = transform(source)
-                assert (out.mode, out.size) == (mode, (40, 24))
-                crops.append((np.asarray(out, dtype=int), random.random()))
+                out = pil_to_tensor(out) if isinstance(out, Image.Image) else out
+                assert out.shape == (len(mode), 24, 40)
+                crops.append((out.numpy().astype(int), random.random()))
             difference = abs(crops[0][0] - crops[1][0])
             assert difference.max() <= 2 and (difference > 0).mean() < 0.1
             assert crops[0][1] == crops[1][1]  # both drew as much
@@ -196,10 +216,13 @@ def test_pixels_are_those_that_pillow_reads(kind):
 
 
 @needs_torchcodec
-def test_resize_backend(flags):
+@pytest.mark.parametrize(
+    'augmentation', [[], ['--vflip', 0.5, '--color-jitter', 0], ['--aa', 'original', '--aug-splits', 2]]
+)
+def test_resize_backend(augmentation, flags):
     batches = {}
     for backend in ('pil', 'torch'):
-        args = arguments(*flags['folder'], '--workers', 0, '--resize-backend', backend)
+        args = arguments(*flags['folder'], *augmentation, '--workers', 0, '--resize-backend', backend)
         batches[backend] = list(load(args)[0].epoch(1))
     for (images, targets), (others, other_targets) in zip(*batches.values(), strict=True):
         assert torch.equal(targets, other_targets)

@@ -5,9 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from timm.data import FastCollateMixup
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from timm_depla.data import PositionedBatches, SeededBatches, seed_position
 
@@ -23,11 +22,11 @@ class Noise(Dataset):
         return pixels.astype(np.uint8), index % 10
 
 
-def load(num_workers=0, epoch=0, step=0, rank=0, world_size=1, seed=3, batch_size=4, mix_epochs=None):
+def load(num_workers=0, epoch=0, step=0, rank=0, world_size=1, seed=3, batch_size=4):
     sampler = DistributedSampler(Noise(), num_replicas=world_size, rank=rank, seed=seed)
     batches = PositionedBatches(sampler, batch_size, rank, world_size)
     batches.set_position(epoch, step)
-    dataset = SeededBatches(Noise(), FastCollateMixup(0.4, num_classes=10), seed, mix_epochs)
+    dataset = SeededBatches(Noise(), default_collate, seed)
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=lambda batch: batch, num_workers=num_workers)
     return list(loader)
 
@@ -70,28 +69,19 @@ def test_epochs_and_seeds_differ():
 
 def test_processes_share_the_epoch():
     """Two processes together draw what one does: the same samples, augmented alike."""
-    collate = torch.utils.data.default_collate
     places = []
     for rank in range(2):
         sampler = DistributedSampler(Noise(), num_replicas=2, rank=rank, seed=3)
         places += [place for batch in PositionedBatches(sampler, 5, rank, 2) for place in batch]
     single = [p for batch in PositionedBatches(DistributedSampler(Noise(), 1, 0, seed=3), 10) for p in batch]
     assert sorted(places) == sorted(single)
-    dataset = SeededBatches(Noise(), collate, seed=3)
+    dataset = SeededBatches(Noise(), default_collate, seed=3)
     assert torch.equal(dataset.__getitems__(sorted(places))[0], dataset.__getitems__(sorted(single))[0])
 
 
 def test_repeated_samples_are_augmented_anew():
     batches = PositionedBatches(RepeatAugSampler(Noise(), 1, 0, num_repeats=3, selected_round=0), 6)
-    (images, targets) = SeededBatches(Noise(), torch.utils.data.default_collate, 0).__getitems__(next(iter(batches)))
+    (images, targets) = SeededBatches(Noise(), default_collate, 0).__getitems__(next(iter(batches)))
     assert targets[0] == targets[1] == targets[2]
     assert not torch.equal(images[0], images[1])
     assert not torch.equal(images[1], images[2])
-
-
-def test_mixing_ends():
-    def is_mixed(batches):
-        return any(((targets > 0.05) & (targets < 0.9)).any() for _, targets in batches)
-
-    assert is_mixed(load(epoch=1, mix_epochs=2, num_workers=1))
-    assert not is_mixed(load(epoch=2, mix_epochs=2, num_workers=1))

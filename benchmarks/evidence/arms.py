@@ -143,8 +143,8 @@ ARMS: Dict[str, Arm] = {
     'depla': _depla('DEPLA'),
     'adaptive': _depla('adaptive DEPLA', bfn='adaptive'),
     'kept': _depla('DEPLA, candidate kept', keep_candidate=True),
-    'adaptive-kept': _depla('adaptive DEPLA, candidate kept', bfn='adaptive', keep_candidate=True),
-    'se-depla': replace(_context('SE + DEPLA', 'se'), model='narrow_resnet_depla', base='se'),
+    'adaptive-kept': replace(_depla('adaptive DEPLA, candidate kept', bfn='adaptive', keep_candidate=True), seeds=5),
+    'se-depla': replace(_context('SE + DEPLA', 'se'), model='narrow_resnet_depla', base='se', seeds=5),
     'pooled': Arm('control: pooled bottleneck', 'narrow_resnet_pooled'),
 }
 ARMS |= {f'{name}-sgd': _sgd(ARMS[name]) for name in ('base', 'se', 'depla', 'adaptive', 'kept')}

@@ -1,8 +1,8 @@
 """Random numbers by position: they depend only on the seed and the position in training.
 
-Augmentation is seeded by (seed, epoch, place in the epoch's order), mixing by (seed, epoch, place of the batch's first
-sample), the model by (seed, epoch, step, rank). So an interrupted run resumes from two integers, epoch and step, with
-the samples and random numbers of an uninterrupted run, for any number of workers.
+Augmentation is seeded by (seed, epoch, place in the epoch's order); mixing, erasing and the model by (seed, epoch,
+step, rank). So an interrupted run resumes from two integers, epoch and step, with the samples and random numbers of an
+uninterrupted run, for any number of workers.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ Place = Tuple[int, int, int]  # epoch, place in the epoch's order over all proce
 class Draw:
     """What draws at a position: an additional integer of the seed, so that no two uses share random numbers."""
 
-    SAMPLE, BATCH, ERASE, MODEL, INIT = range(5)
+    SAMPLE, MIX, ERASE, MODEL, INIT = range(5)
 
 
 def seed_position(*position: int) -> None:
@@ -77,30 +77,24 @@ class PositionedBatches(Sampler[List[Place]]):
 
 
 class SeededBatches(Dataset):
-    """Loads and collates the batches of `PositionedBatches`; each sample and each batch has its own seed.
+    """Loads and collates the batches of `PositionedBatches`; each sample has its own seed.
 
     Args:
         dataset: A map-style data set with its transform.
-        collate: Collates a list of samples into (images, targets); may draw random numbers (mixup).
+        collate: Collates a list of samples into (images, targets).
         seed: The run's seed.
-        mix_epochs: The first epochs, in which `collate` mixes; all if None.
     """
 
-    def __init__(self, dataset: Any, collate: Callable, seed: int, mix_epochs: Any = None):
+    def __init__(self, dataset: Any, collate: Callable, seed: int):
         self.dataset = dataset
         self.collate = collate
         self.seed = seed
-        self.mix_epochs = mix_epochs
 
     def __getitems__(self, places: Sequence[Place]) -> Tuple[torch.Tensor, torch.Tensor]:
         samples = []
         for epoch, place, index in places:
             _seed_host((self.seed, epoch, place, Draw.SAMPLE))
             samples.append(self.dataset[index])
-        epoch, first, _ = places[0]
-        _seed_host((self.seed, epoch, first, Draw.BATCH))
-        if self.mix_epochs is not None:
-            self.collate.mixup_enabled = epoch < self.mix_epochs
         return self.collate(samples)
 
 

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Union
 import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
-from torchvision.transforms.v2.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
+from torchvision.transforms.v2.functional import InterpolationMode, pil_to_tensor, resize
 
 from .images import read_image
 
@@ -33,7 +33,9 @@ def read_pixels(file: BinaryIO, mode: str) -> Union[torch.Tensor, Image.Image]:
 
 
 class TensorResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's random resized crop by PyTorch, with the same random boxes and interpolations; rounding may differ.
+    """timm's random resized crop by PyTorch to pixels (3, H, W), with the same random boxes and interpolations.
+
+    Rounding may differ.
 
     Args:
         crop: timm's transform to replace.
@@ -50,7 +52,7 @@ class TensorResizedCrop(RandomResizedCropAndInterpolation):
             raise ValueError(f'PyTorch resizes bilinearly and bicubically, not by {unknown.pop().value}')
         self.__dict__.update(crop.__dict__)
 
-    def __call__(self, img: Union[torch.Tensor, Image.Image]) -> Image.Image:
+    def __call__(self, img: Union[torch.Tensor, Image.Image]) -> torch.Tensor:
         top, left, height, width = self.get_params(img, self.scale, self.ratio)
         modes = self.interpolation
         mode = random.choice(modes) if isinstance(modes, (tuple, list)) else modes
@@ -59,4 +61,4 @@ class TensorResizedCrop(RandomResizedCropAndInterpolation):
             pixels = rows.contiguous().permute(2, 0, 1)  # copied in memory order, which is fastest
         else:
             pixels = pil_to_tensor(img.crop((left, top, left + width, top + height)))
-        return to_pil_image(resize(pixels, list(self.size), mode, antialias=True))
+        return resize(pixels, list(self.size), mode, antialias=True)

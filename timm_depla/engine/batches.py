@@ -26,23 +26,14 @@ class ResumableLoader:
         args: The run's arguments: `batch_size`, `seed`, `workers`, `pin_mem`.
         dataset: A map-style data set with its transform.
         sampler: Draws an epoch's indices; see `PositionedBatches`.
-        collate: Collates a list of samples into a batch; may draw random numbers.
+        collate: Collates a list of samples into a batch.
         world: The processes that share the samples.
-        mix_epochs: The first epochs, in which `collate` mixes; all if None.
     """
 
-    def __init__(
-        self,
-        args: Namespace,
-        dataset: Any,
-        sampler: Any,
-        collate: Callable,
-        world: World,
-        mix_epochs: Optional[int] = None,
-    ):
+    def __init__(self, args: Namespace, dataset: Any, sampler: Any, collate: Callable, world: World):
         self.batches = PositionedBatches(sampler, args.batch_size, world.rank, world.size)
         self.loader = DataLoader(
-            SeededBatches(dataset, collate, args.seed, mix_epochs),
+            SeededBatches(dataset, collate, args.seed),
             batch_sampler=self.batches,
             collate_fn=_as_it_is,
             persistent_workers=args.workers > 0,

@@ -9,11 +9,12 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from PIL import Image
-from timm.data import AugMixDataset, FastCollateMixup, IterableImageDataset, create_transform, resolve_data_config
+from timm.data import AugMixDataset, IterableImageDataset, Mixup, create_transform, resolve_data_config
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, DistributedSampler, Subset, default_collate
+from torchvision.transforms import RandomHorizontalFlip, RandomVerticalFlip, ToPILImage
 
 from timm_depla.data import (
     CheckedImages,
@@ -102,19 +103,27 @@ def _train_transform(args: Namespace, data_config: Dict[str, Any]) -> Any:
             steps[0] = TensorResizedCrop(steps[0])
         except ValueError as error:
             raise ConfigError(f'{error}: leave out --resize-backend torch') from error
+        flips = sum(isinstance(step, (RandomHorizontalFlip, RandomVerticalFlip)) for step in steps)
+        if args.aug_splits or flips + 2 < len(steps):  # more than the crop and the conversion to a tensor
+            steps.insert(1 + flips, ToPILImage())  # Pillow is faster at the rest
     return transform
 
 
-def _collate(args: Namespace) -> Any:
-    if args.aug_splits and not mixes(args):
-        return fast_collate
+def _stack(samples: List[Tuple[torch.Tensor, int]]) -> List[torch.Tensor]:
+    """Collate images (C, H, W) in the memory order that they are decoded to, channels last, into shared memory."""
+    rows, targets = default_collate([(image.permute(1, 2, 0), target) for image, target in samples])
+    return [rows.permute(0, 3, 1, 2), targets]
+
+
+def _mixup(args: Namespace) -> Optional[Mixup]:
+    """timm's mixup and cutmix on the device, None if the arguments do not mix."""
     if not mixes(args):
-        return default_collate  # like fast_collate, but directly into shared memory
+        return None
     if args.batch_size % 2:
         raise ConfigError(f'mixing takes an even batch, not {args.batch_size}: change --batch-size')
     if args.aug_splits:
         raise ConfigError('--aug-splits does not go with mixup and cutmix: drop one of them')
-    return FastCollateMixup(
+    return Mixup(
         args.mixup,
         args.cutmix,
         args.cutmix_minmax,
@@ -155,7 +164,8 @@ class TrainLoader:
         self.world = world
         check_channels(args, data_config)
         self.transform = _train_transform(args, data_config)
-        self.collate = _collate(args)
+        self.collate = fast_collate if args.aug_splits else _stack
+        self.mixup = _mixup(args)
         self.is_stream = isinstance(dataset, IterableImageDataset)
         decode = read_pixels if args.resize_backend == 'torch' else read_image
         checked = not self.is_stream and hasattr(dataset, 'reader')
@@ -196,8 +206,7 @@ class TrainLoader:
             sampler = DistributedSampler(self.dataset, seed=args.seed, **replicas)
         self.dataset.transform = self.transform
         augmented = AugMixDataset(self.dataset, args.aug_splits) if args.aug_splits > 1 else self.dataset
-        mix_epochs = args.mixup_off_epoch if mixes(args) and args.mixup_off_epoch else None
-        self.ahead = ResumableLoader(args, augmented, sampler, self.collate, world, mix_epochs)
+        self.ahead = ResumableLoader(args, augmented, sampler, self.collate, world)
         self.loader = _prefetch(self.ahead, self.data_config, world.device)
 
     def _open_stream(self, epoch: int, start: int) -> Iterator[Any]:
@@ -207,8 +216,6 @@ class TrainLoader:
         dataset.transform = self.transform
         dataset.set_loader_cfg(num_workers=max(args.workers, 1))
         dataset.set_epoch(epoch)
-        if mixes(args) and args.mixup_off_epoch:
-            self.collate.mixup_enabled = epoch < args.mixup_off_epoch
         position, channels = (args.seed, epoch, world.rank), self.data_config['input_size'][0]
         stream = SeededStream(dataset, self.collate, position, args.batch_size, channels, start, self.unreadable.names)
         loader = DataLoader(
@@ -235,13 +242,16 @@ class TrainLoader:
         else:
             self.ahead.seek(epoch, start)
             loaded = iter(self.loader)
+        memory_format = torch.channels_last if self.args.channels_last else torch.contiguous_format
         for step, (images, targets) in enumerate(loaded, start):
+            if self.mixup is not None:
+                seed_position(self.args.seed, epoch, step, Draw.MIX, self.world.rank)
+                self.mixup.mixup_enabled = not self.args.mixup_off_epoch or epoch < self.args.mixup_off_epoch
+                images, targets = self.mixup(images, targets)
             if self.erasing is not None:
                 seed_position(self.args.seed, epoch, step, Draw.ERASE, self.world.rank)
                 images = self.erasing(images)
-            if self.args.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            yield images, targets
+            yield images.contiguous(memory_format=memory_format), targets
 
     def files(self, epoch: int, step: int) -> List[str]:
         """The files of a batch; empty if the data set does not know them."""

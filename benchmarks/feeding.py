@@ -1,0 +1,175 @@
+"""What a training image costs to load with the recipe `better`: CPU time by step, ours and the alternatives.
+
+The JPEGs are those of the benchmark `pipeline`. All arms read them from memory in one process with one thread, batch by
+batch in turn, so that the times are those of a core. timm is the transforms and the collate function of its `train.py`,
+whose mixing happens here; ours mixes on the device. torchvision is its transforms v2 on tensors. DALI is NVIDIA's on
+the CPU alone, measured where `pip install nvidia-dali-cuda120` has been run. Both have AutoAugment's ImageNet policy as
+they implement it, bilinear interpolation alone, and no mixing.
+"""
+
+import argparse
+import io
+import random
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+
+import torch
+from torch.utils.data import default_collate
+from torchvision.io import decode_jpeg
+from torchvision.transforms import v2
+
+from timm_depla.data import read_image
+from timm_depla.engine.classification.flags import create_train_parser
+from timm_depla.engine.classification.train import build
+from timm_depla.engine.config import parse_args
+from timm_depla.engine.run import Run
+from timm_depla.engine.world import setup_world
+
+from .pairs import ratio_text
+from .pipeline import write_images
+from .record import table
+from .throughput import PlainLoop
+
+SIZE = 224  # pixels
+STEPS = ('decode', 'crop', 'flip', 'augment', 'convert', 'collate')
+Seconds = Dict[str, float]  # by step
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--rounds', type=int, default=40, help='batches of each, after three to warm up')
+    parser.add_argument('--batch-size', type=int, default=64, help='images')
+
+
+def _step(transform: Callable) -> str:
+    name = type(transform).__name__
+    known = dict(Crop='crop', Flip='flip', Augment='augment', PIL='convert')
+    return next(step for part, step in known.items() if part in name)
+
+
+def in_steps(decode: Callable, transforms: Sequence[Callable], collate: Callable) -> Callable[[List[bytes]], Seconds]:
+    """A function that loads a batch of files, and returns what each step takes of the processor."""
+
+    def load(files: List[bytes]) -> Seconds:
+        seconds: Seconds = defaultdict(float)
+
+        def timed(name: str, step: Callable, *args: Any) -> Any:
+            start = time.process_time()
+            result = step(*args)
+            seconds[name] += time.process_time() - start
+            return result
+
+        samples = []
+        for data in files:
+            image = timed('decode', decode, data)
+            for transform in transforms:
+                image = timed(_step(transform), transform, image)
+            samples.append((image, 0))
+        timed('collate', collate, samples)
+        return seconds
+
+    return load
+
+
+def create_run(data: Path, batch_size: int, backend: str) -> Run:
+    flags = [str(data), '--recipe', 'better', '--model', 'test_resnet_depla', '--img-size', str(SIZE)]
+    flags += ['--num-classes', '1000', '--workers', '0', '--device', 'cpu', '--batch-size', str(batch_size)]
+    args = parse_args(create_train_parser(), [*flags, '--output', str(data.parent), '--resize-backend', backend])
+    return build(args, setup_world('cpu'))
+
+
+def load_by_timm(data: Path, batch_size: int) -> Callable[[List[bytes]], Seconds]:
+    loader = PlainLoop(create_run(data, batch_size, 'pil')).loader
+    transforms = loader.dataset.transform.transforms
+    return in_steps(lambda data: read_image(io.BytesIO(data), 'RGB'), transforms, loader.loader.collate_fn)
+
+
+def load_by_ours(data: Path, batch_size: int, backend: str) -> Callable[[List[bytes]], Seconds]:
+    loader = create_run(data, batch_size, backend).loader
+    decode, transforms = loader.dataset.decode, loader.transform.transforms
+    return in_steps(lambda data: decode(io.BytesIO(data), 'RGB'), transforms, loader.collate)
+
+
+def load_by_torchvision() -> Callable[[List[bytes]], Seconds]:
+    transforms = (v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip(), v2.AutoAugment())
+    return in_steps(
+        lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)), transforms, default_collate
+    )
+
+
+def load_by_dali(data: Path, batch_size: int) -> Callable[[List[bytes]], Seconds]:
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.auto_aug import auto_augment
+
+    in_turn = dict(num_threads=1, exec_async=False, exec_pipelined=False, prefetch_queue_depth=1)
+
+    @pipeline_def(enable_conditionals=True, batch_size=batch_size, device_id=None, seed=0, **in_turn)
+    def pipeline() -> Tuple[Any, Any]:
+        files, labels = fn.readers.file(file_root=str(data / 'train'), random_shuffle=True)
+        images = fn.decoders.image_random_crop(files, random_area=[0.08, 1], random_aspect_ratio=[3 / 4, 4 / 3])
+        images = fn.resize(images, size=(SIZE, SIZE), interp_type=types.INTERP_LINEAR, antialias=True)
+        images = fn.flip(images, horizontal=fn.random.coin_flip())
+        return auto_augment.auto_augment_image_net(images, shape=(SIZE, SIZE)), labels
+
+    loader = pipeline()
+
+    def load(files: List[bytes]) -> Seconds:
+        start = time.process_time()
+        loader.run()
+        return {'all': time.process_time() - start}
+
+    return load
+
+
+def batches(data: Path, batch_size: int) -> Iterator[List[bytes]]:
+    """Files without end, in random order."""
+    draw, paths = random.Random(0), sorted(data.glob('train/*/*.jpg'))
+    while True:
+        yield [path.read_bytes() for path in draw.sample(paths, batch_size)]
+
+
+def run(args: argparse.Namespace) -> Dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, 'data')
+        write_images(data, 640)
+        arms = {
+            'timm': load_by_timm(data, args.batch_size),
+            'ours': load_by_ours(data, args.batch_size, 'pil'),
+            'ours, --resize-backend torch': load_by_ours(data, args.batch_size, 'torch'),
+            'torchvision v2': load_by_torchvision(),
+        }
+        if find_spec('nvidia') and find_spec('nvidia.dali'):
+            arms['DALI, on the CPU'] = load_by_dali(data, args.batch_size)
+        samples: Dict[str, List[Seconds]] = {name: [] for name in arms}
+        files = batches(data, args.batch_size)
+        for number in range(-3, args.rounds):
+            batch = next(files)
+            for name in arms if number % 2 else reversed(arms):
+                random.seed(number)
+                torch.manual_seed(number)
+                seconds = arms[name](batch)
+                if number >= 0:
+                    samples[name].append({step: 1000 * each / args.batch_size for step, each in seconds.items()})
+    return dict(milliseconds=samples)
+
+
+def render(results: Dict[str, Any]) -> str:
+    samples = results['milliseconds']
+    totals = {name: [sum(batch.values()) for batch in found] for name, found in samples.items()}
+    rows = []
+    for name, found in samples.items():
+        steps = [statistics.median(batch[step] for batch in found) if step in found[0] else None for step in STEPS]
+        total = statistics.median(totals[name])
+        ratios = [a / b for a, b in zip(totals['timm'], totals[name], strict=True)]
+        cells = ['' if step is None else f'{step:.2f}' for step in steps]
+        speed = '1' if name == 'timm' else ratio_text(ratios)
+        rows.append([name, *cells, f'{total:.2f}', f'{1000 / total:.0f}', speed])
+    header = ['milliseconds an image', *STEPS, 'in all', 'images a second and core', 'speed to timm (95% interval)']
+    count = len(totals['timm'])
+    return f'{SIZE} pixels; medians of {count} batches, each with the same files for all arms.\n\n' + table(
+        header, rows
+    )
