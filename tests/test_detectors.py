@@ -1,5 +1,6 @@
 """FPN-DEPLA against a literal transcription, and the detectors against torchvision's."""
 
+import copy
 import json
 from collections import OrderedDict
 
@@ -55,6 +56,34 @@ def test_matches_literal_transcription(depla, memory_format):
     assert list(results) == ['level0', 'level1', 'level2']
     for actual, wanted in zip(results.values(), expected, strict=True):
         assert (actual - wanted).abs().max() < 1e-10 * wanted.abs().max()
+
+
+@pytest.mark.parametrize('norm_layer', [None, torch.nn.BatchNorm2d])
+@pytest.mark.parametrize('bfn', ['adaptive', 'plain'])
+def test_training_saves_no_lateral_features(bfn, norm_layer):
+    """Logits and queries straight from the backbone's maps: same outputs, gradients and statistics, less memory."""
+    composed = FeaturePyramidNetworkDepla([5, 7, 9], 6, None, norm_layer, depla={**ARGS, 'bfn': bfn}).double()
+    plain = copy.deepcopy(composed)
+    for block in plain.top_down_blocks:
+        block.register_forward_hook(lambda *_: None)
+    results, saved = [], []
+    for fpn in (composed, plain):
+        maps = create_maps((8, 6), (4, 3), (2, 2), dtype=torch.float64)
+        inputs = [level.requires_grad_() for level in maps.values()]
+        storages = {}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = list(fpn(maps).values())
+        saved.append(sum(storages.values()))
+        sum((out.sin() * torch.arange(out.shape[1]).view(-1, 1, 1)).sum() for out in outputs).backward()
+        gradients = [tensor.grad for tensor in (*inputs, *fpn.parameters())]
+        results.append([*outputs, *gradients, *fpn.buffers()])
+    torch.testing.assert_close(*results)
+    assert saved[0] < saved[1] if norm_layer is None else saved[0] == saved[1]
 
 
 @pytest.mark.parametrize('extra', [LastLevelMaxPool(), LastLevelP6P7(9, 6), None])

@@ -144,7 +144,7 @@ def test_hooks_hear_what_the_signatures_say_and_change_nothing(memory_format):
         torch.testing.assert_close(torch.relu(refined), out)
         rpn_inputs, maps = heard['depla.rpn']
         assert torch.equal(rpn_inputs[0], x) and maps.shape == (3, 16, 4, 42)
-        (bfn_identity, pooled, bfn_maps, _), (features, heatmaps) = heard['depla.bfn']
+        (bfn_identity, pooled, bfn_maps, *_), (features, heatmaps) = heard['depla.bfn']
         assert torch.equal(bfn_identity, x) and torch.equal(bfn_maps, maps)
         assert pooled.shape == features.shape == (3, 16, 16) and heatmaps.shape == (3, 16, 42)
 

@@ -79,9 +79,13 @@ class SoftRPN(nn.Module):
         self.upsample = upsample
         self.logits = ConvNorm(in_chs, num_groups * maps_per_group, **layers)
 
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        """Map X (B, C1, H, W) to ROI maps M (B, L, D, N), up-sampled to the other map's size if that is larger."""
-        logits = self.logits(x)
+    def forward(self, x: Tensor, other: Tensor, logits: Optional[Tensor] = None) -> Tensor:
+        """Map X (B, C1, H, W) to ROI maps M (B, L, D, N), up-sampled to the other map's size if that is larger.
+
+        `logits` are those of X (B, D*L, H, W), if they are known.
+        """
+        if logits is None:
+            logits = self.logits(x)
         if self.temperature != 1.0:
             logits = logits / self.temperature
         logits = match_size(logits, other, self.upsample)
@@ -98,7 +102,9 @@ class PlainBFN(nn.Module):
         self.heatmap = ConvNorm(num_groups * maps_per_group, num_groups, norm_layer, **dd)
         self.transform = Linear(pooled_chs, pooled_chs, **dd)
 
-    def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor, like: Tensor) -> Tuple[Tensor, Tensor]:
+    def forward(
+        self, identity: Tensor, pooled: Tensor, maps: Tensor, like: Tensor, query: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
         """Map Z (B, L, C) and M (B, L, D, N) to Z' (B, L, C) and heatmaps B (B, L, N)."""
         levels = (maps * maps.shape[3]).clamp(min=1e-6).log()  # log(N M), ruling 4(b)
         logits = self.heatmap(levels.transpose(1, 2).flatten(1, 2).unsqueeze(3))  # (B, D*L, N, 1) -> (B, L, N, 1)
@@ -117,9 +123,16 @@ class AdaptiveBFN(nn.Module):
         self.key = Linear(pooled_chs, pooled_chs, **dd)
         self.transform = Linear(pooled_chs, pooled_chs, **dd)
 
-    def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor, like: Tensor) -> Tuple[Tensor, Tensor]:
-        """Map X (B, C1, h, w) and Z (B, L, C) to Z' (B, L, C) and heatmaps B (B, L, N), in the size of `like`."""
-        query = match_size(self.query(identity), like, self.upsample).flatten(2)  # (B, C, N)
+    def forward(
+        self, identity: Tensor, pooled: Tensor, maps: Tensor, like: Tensor, query: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
+        """Map X (B, C1, h, w) and Z (B, L, C) to Z' (B, L, C) and heatmaps B (B, L, N), in the size of `like`.
+
+        `query` is that of X (B, C, h, w), if it is known.
+        """
+        if query is None:
+            query = self.query(identity)
+        query = match_size(query, like, self.upsample).flatten(2)  # (B, C, N)
         key = F.normalize(self.key(pooled), dim=2)  # (B, L, C), ruling 10
         return self.transform(pooled), matmul(key, query).softmax(dim=2)
 
@@ -203,33 +216,39 @@ class Depla(nn.Module):
         nn.init.constant_(self.rpn.logits.norm.weight, 0.5)
         nn.init.constant_(self.norm.weight, self.init_scale)
 
-    def forward(self, identity: Tensor, candidate: Tensor) -> Tensor:
+    def forward(
+        self, identity: Tensor, candidate: Tensor, logits: Optional[Tensor] = None, query: Optional[Tensor] = None
+    ) -> Tensor:
         """Refine the identity X (B, C1, H, W) with the candidate Y (B, C2, h, w).
 
-        The result has the larger of the two sizes: smaller maps are up-sampled after their 1x1 convolutions.
+        The result has the larger of the two sizes: smaller maps are up-sampled after their 1x1 convolutions. `logits`
+        and `query` are SoftRPN's and the adaptive back-filling network's of X, if they are known.
         """
         if identity.shape[1] != self.identity_chs or candidate.shape[1] != self.candidate_chs:
             raise ValueError(
                 f'this Depla was built for {self.identity_chs} identity and {self.candidate_chs} candidate channels, '
                 f'but got {identity.shape[1]} and {candidate.shape[1]}; set identity_chs and candidate_chs to match'
             )
-        refinement = self.aggregate(identity, self.candidate(candidate))
+        refinement = self.aggregate(identity, self.candidate(candidate), logits, query)
         if not self.add_identity:
             return match_size(candidate, refinement, self.upsample) + self.drop_path(refinement)
         if self.keep_candidate:
             refinement = refinement + match_size(candidate, refinement, self.upsample)
         return match_size(identity, refinement, self.upsample) + self.drop_path(refinement)
 
-    def aggregate(self, identity: Tensor, values: Tensor) -> Tensor:
+    def aggregate(
+        self, identity: Tensor, values: Tensor, logits: Optional[Tensor] = None, query: Optional[Tensor] = None
+    ) -> Tensor:
         """Compute the refinement (B, C1, H, W) of X from the transformed candidate Y' (B, D*C, H, W)."""
         values = match_size(values, identity, self.upsample)  # Y'
-        maps = self.rpn(identity, values)  # M (B, L, D, N)
+        maps = self.rpn(identity, values, logits)  # M (B, L, D, N)
         pooled = soft_roi_pool(maps, values)  # Z (B, L, C)
-        features, heatmaps = self.bfn(identity, pooled, maps, values)  # Z' (B, L, C), B (B, L, N)
+        features, heatmaps = self.bfn(identity, pooled, maps, values, query)  # Z' (B, L, C), B (B, L, N)
         features = self.proj(features)  # (B, L, C1); cheaper before back-filling: L vectors, not N positions
         heatmaps = heatmaps * heatmaps.shape[2]  # ruling 4(a)
         if not torch.jit.is_scripting():
-            if self.training and heatmaps[:, 0].numel() > 1 and can_fold(self.norm):  # else as BatchNorm answers it
+            is_answerable = not self.norm.training or heatmaps[:, 0].numel() > 1  # else as BatchNorm answers it
+            if is_answerable and can_fold(self.norm):
                 features, heatmaps = fold_into_features(self.norm, features, heatmaps)
                 return back_fill(features, heatmaps, values, identity.dtype).type_as(identity)
         return self.norm(back_fill(features, heatmaps, values, identity.dtype)).type_as(identity)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .linear import Conv1x1, ConvNorm, convolve, matmul
 
-__all__ = ['can_fold', 'compose', 'fold_into_features', 'has_hooks']
+__all__ = ['can_fold', 'compose', 'compose_linear', 'fold_into_features', 'has_hooks']
 
 LINEAR = (nn.BatchNorm2d, BatchNormAct2d, nn.Identity, nn.Conv2d, Conv1x1, ConvNorm)  # activations are not linear
 
@@ -43,26 +43,33 @@ def _update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None
 
 
 def fold_into_features(norm: nn.BatchNorm2d, features: Tensor, heatmaps: Tensor) -> Tuple[Tensor, Tensor]:
-    """Fold the norm of a back-filled map, in training, into the vectors that fill the map.
+    """Fold the norm of a back-filled map into the vectors that fill the map.
 
-    Each heatmap is its mean, one, plus its contrast. So the mean of the map is that of the summed vectors, and its
-    variance follows from the Gram matrix of the contrasts.
+    In training, each heatmap is its mean, one, plus its contrast. So the mean of the map is that of the summed vectors,
+    and its variance follows from the Gram matrix of the contrasts; the norm's running statistics are updated.
 
-    Takes features (B, L, C) and heatmaps (B, L, N) of mean one; updates the norm's running statistics. Returns vectors
-    (B, L + 1, C) and heatmaps (B, L + 1, N) that fill the normalised map: the contrasts, and a constant heatmap.
+    Takes features (B, L, C) and heatmaps (B, L, N) of mean one. Returns vectors (B, L + 1, C) and heatmaps
+    (B, L + 1, N) that fill the normalised map; the last heatmap is one everywhere.
     """
-    dtype, contrast = features.dtype, heatmaps - 1
-    features, products = features.type_as(norm.weight), contrast.type_as(norm.weight)
-    count = products.shape[0] * products.shape[2]
-    means = features.sum(1)  # (B, C), over the positions
-    between, mean = torch.var_mean(means, 0, correction=0)  # of the images
-    gram = matmul(products, products.transpose(1, 2))  # (B, L, L)
-    var = torch.add(between, (features * matmul(gram, features)).sum((0, 1)), alpha=1 / count)
-    _update(norm, mean, var, count)
-    scale = norm.weight * (var + norm.eps).rsqrt()
-    level = torch.addcmul(norm.bias, means - mean, scale)  # (B, C)
-    vectors = torch.cat([features * scale, level.unsqueeze(1)], dim=1).to(dtype)
-    return vectors, torch.cat([contrast, torch.ones_like(contrast[:, :1])], dim=1)
+    dtype = features.dtype
+    features = features.type_as(norm.weight)
+    if norm.training:
+        heatmaps = heatmaps - 1
+    filling = torch.cat([heatmaps, torch.ones_like(heatmaps[:, :1])], dim=1)
+    if norm.training:
+        contrasts = filling[:, :-1].type_as(norm.weight)
+        count = contrasts.shape[0] * contrasts.shape[2]
+        means = features.sum(1)  # (B, C), over the positions
+        between, mean = torch.var_mean(means, 0, correction=0)  # of the images
+        gram = matmul(contrasts, contrasts.transpose(1, 2))  # (B, L, L)
+        var = torch.add(between, (features * matmul(gram, features)).sum((0, 1)), alpha=1 / count)
+        _update(norm, mean, var, count)
+        scale = norm.weight * (var + norm.eps).rsqrt()
+        level = torch.addcmul(norm.bias, means - mean, scale).unsqueeze(1)  # (B, 1, C)
+    else:
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        level = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1).expand(features.shape[0], 1, -1)
+    return torch.cat([features * scale, level], dim=1).to(dtype), filling
 
 
 class Moments(torch.autograd.Function):
@@ -109,3 +116,11 @@ def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -
     bias = matmul(kernel, norm.bias.to(dtype) - mean * scale)
     kernel = matmul(kernel * scale, weight).unsqueeze(2).unsqueeze(3)
     return layer.norm(convolve(x, kernel.type_as(x), bias.type_as(x)).type_as(layer.conv.weight))
+
+
+def compose_linear(conv: nn.Conv2d, layer: ConvNorm, x: Tensor) -> Tensor:
+    """Compute layer(conv(x)) as one convolution of x (B, P, H, W), so that autograd need not save conv(x)."""
+    kernel = layer.conv.weight.flatten(1)
+    bias = None if conv.bias is None else matmul(kernel, conv.bias).type_as(x)
+    kernel = matmul(kernel, conv.weight.flatten(1)).unsqueeze(2).unsqueeze(3)
+    return layer.norm(convolve(x, kernel.type_as(x), bias).type_as(layer.conv.weight))
