@@ -128,6 +128,28 @@ def test_matches_literal_transcription(bfn, keep_candidate, temperature, sizes):
             assert (actual - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
+@pytest.mark.parametrize('size', [(4, 6), (6, 3), (5, 7)])  # repeated in both directions, in one, and unevenly
+@pytest.mark.parametrize('keep_candidate', [False, True])
+@pytest.mark.parametrize('bfn', BFNS)
+def test_nearest_up_sampling_of_the_identity_is_up_sampling_first(bfn, keep_candidate, size):
+    candidate_chs = 6 if keep_candidate else 5
+    kwargs = dict(ARGS, bfn=bfn, keep_candidate=keep_candidate, temperature=0.5, upsample='nearest')
+    block = randomized(Depla(6, candidate_chs, **kwargs)).train()
+    first = copy.deepcopy(block)
+    x = torch.randn(2, 6, 2, 3).double().requires_grad_()
+    y = torch.randn(2, candidate_chs, *size).double().requires_grad_()
+    results = []
+    for module, identity in ((block, x), (first, nn.functional.interpolate(x, size))):
+        for norm in (module.rpn.logits.norm, *([module.bfn.query.norm] if bfn == 'adaptive' else [])):
+            norm.eval()  # uneven repetition changes the statistics
+        out = module(identity, y)
+        gradients = torch.autograd.grad(out.sin().sum(), [x, y, *module.parameters()])
+        results.append([out, *gradients, *(buffer for name, buffer in module.named_buffers() if 'var' not in name)])
+    torch.testing.assert_close(*results)
+    with torch.no_grad():
+        torch.testing.assert_close(block.eval()(x, y), torch.jit.script(block)(x, y))
+
+
 @pytest.mark.parametrize('sizes', [((2, 3), (2, 3)), ((4, 3), (2, 2)), ((2, 2), (3, 4))])
 @pytest.mark.parametrize('bfn', BFNS)
 def test_gradcheck(bfn, sizes):

@@ -128,10 +128,10 @@ def test_file_that_is_no_checkpoint(content, message, tmp_path):
         ('fishnet99', 16_628_904, 4.264),
         ('fishnet150', 24_959_400, 6.398),
         ('fishnet201', 44_584_552, 10.514),
-        ('fishnet99_depla', 17_101_896, 4.414),
-        ('fishnet150_depla', 25_432_392, 6.548),
-        ('fishnet201_depla', 45_057_544, 10.665),
-        ('test_fishnet_depla', 635_440, 0.044),
+        ('fishnet99_depla', 17_101_896, 4.392),
+        ('fishnet150_depla', 25_432_392, 6.526),
+        ('fishnet201_depla', 45_057_544, 10.643),
+        ('test_fishnet_depla', 635_440, 0.041),
     ],
 )
 def test_cost(name, parameters, gmacs):

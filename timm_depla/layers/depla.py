@@ -32,6 +32,22 @@ def match_size(x: Tensor, other: Tensor, mode: str) -> Tensor:
     return F.interpolate(x, size=[height, width], mode=mode)
 
 
+@register_notrace_function
+def pool_repeated(x: Tensor, other: Tensor) -> Tensor:
+    """Average x (B, C, H, W) over each block of positions for which nearest up-sampling repeats one of the other map.
+
+    Then the other map need not be up-sampled: every sum of Equation 1 and of back-filling has equal terms in a block.
+    Returns x if the other map is not smaller by whole factors.
+    """
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_exporting():  # whose sizes may be symbols
+            return x
+    rows, columns = x.shape[2] // other.shape[2], x.shape[3] // other.shape[3]
+    if rows * other.shape[2] != x.shape[2] or columns * other.shape[3] != x.shape[3] or rows * columns <= 1:
+        return x
+    return F.avg_pool2d(x, [rows, columns])
+
+
 def softmax_positions(x: Tensor) -> Tensor:
     """Softmax over the positions, from logits (B, K, H, W) to (B, K, N), in the memory format of the logits."""
     if x.is_contiguous(memory_format=torch.channels_last):
@@ -51,18 +67,21 @@ def soft_roi_pool(maps: Tensor, values: Tensor) -> Tensor:
     return matmul(maps.permute(0, 1, 3, 2).flatten(2), rows)
 
 
-def back_fill(features: Tensor, heatmaps: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Back-filling, F[c, n] = sum over l of features[l, c] * heatmaps[l, n].
+def back_fill(
+    features: Tensor, heatmaps: Tensor, like: Tensor, dtype: torch.dtype, level: Optional[Tensor] = None
+) -> Tensor:
+    """Back-filling, F[c, n] = sum over l of features[l, c] * heatmaps[l, n], plus level[c].
 
-    Takes features (B, L, C1) and heatmaps (B, L, N), and the type of the map that F is added to; returns F
-    (B, C1, H, W) in the size and memory format of `like`.
+    Takes features (B, L, C1), heatmaps (B, L, N), a level (1, 1, C1) that is zero if None, and the type of the map that
+    F is added to; returns F (B, C1, H, W) in the size and memory format of `like`.
     """
     if dtype == torch.bfloat16:  # half the memory, and the range of float32, which float16 has not (ruling 9)
         features, heatmaps = features.to(dtype), heatmaps.to(dtype)
+        level = None if level is None else level.to(dtype)
     if like.is_contiguous(memory_format=torch.channels_last):
-        filled = matmul(heatmaps.transpose(1, 2), features).transpose(1, 2)
+        filled = matmul(heatmaps.transpose(1, 2), features, level).transpose(1, 2)
     else:
-        filled = matmul(features.transpose(1, 2), heatmaps)
+        filled = matmul(features.transpose(1, 2), heatmaps, None if level is None else level.transpose(1, 2))
     return filled.unflatten(2, like.shape[2:])
 
 
@@ -229,12 +248,18 @@ class Depla(nn.Module):
                 f'this Depla was built for {self.identity_chs} identity and {self.candidate_chs} candidate channels, '
                 f'but got {identity.shape[1]} and {candidate.shape[1]}; set identity_chs and candidate_chs to match'
             )
-        refinement = self.aggregate(identity, self.candidate(candidate), logits, query)
-        if not self.add_identity:
-            return match_size(candidate, refinement, self.upsample) + self.drop_path(refinement)
+        values = self.candidate(candidate)
+        if self.upsample == 'nearest':
+            values = pool_repeated(values, identity)
+        refinement = self.aggregate(identity, values, logits, query)
         if self.keep_candidate:
-            refinement = refinement + match_size(candidate, refinement, self.upsample)
-        return match_size(identity, refinement, self.upsample) + self.drop_path(refinement)
+            refinement = match_size(refinement, candidate, self.upsample)
+            candidate = match_size(candidate, refinement, self.upsample)
+            if not self.add_identity:
+                return candidate + self.drop_path(refinement)
+            refinement = refinement + candidate
+        refined = match_size(identity, refinement, self.upsample) + self.drop_path(refinement)
+        return match_size(refined, candidate, self.upsample)
 
     def aggregate(
         self, identity: Tensor, values: Tensor, logits: Optional[Tensor] = None, query: Optional[Tensor] = None
@@ -249,6 +274,6 @@ class Depla(nn.Module):
         if not torch.jit.is_scripting():
             is_answerable = not self.norm.training or heatmaps[:, 0].numel() > 1  # else as BatchNorm answers it
             if is_answerable and can_fold(self.norm):
-                features, heatmaps = fold_into_features(self.norm, features, heatmaps)
-                return back_fill(features, heatmaps, values, identity.dtype).type_as(identity)
+                features, heatmaps, level = fold_into_features(self.norm, features, heatmaps)
+                return back_fill(features, heatmaps, values, identity.dtype, level).type_as(identity)
         return self.norm(back_fill(features, heatmaps, values, identity.dtype)).type_as(identity)

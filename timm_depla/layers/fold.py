@@ -4,7 +4,7 @@ The statistics of a linear layer's output follow from the mean and covariance of
 modules that it replaces. If `can_fold` is False, as when one of them has hooks, call the modules instead.
 """
 
-from typing import Any, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -42,34 +42,35 @@ def _update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None
     norm.running_var.lerp_((var * (count / (count - 1))).type_as(norm.running_var), norm.momentum)
 
 
-def fold_into_features(norm: nn.BatchNorm2d, features: Tensor, heatmaps: Tensor) -> Tuple[Tensor, Tensor]:
+def fold_into_features(
+    norm: nn.BatchNorm2d, features: Tensor, heatmaps: Tensor
+) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
     """Fold the norm of a back-filled map into the vectors that fill the map.
 
     In training, each heatmap is its mean, one, plus its contrast. So the mean of the map is that of the summed vectors,
     and its variance follows from the Gram matrix of the contrasts; the norm's running statistics are updated.
 
-    Takes features (B, L, C) and heatmaps (B, L, N) of mean one. Returns vectors (B, L + 1, C) and heatmaps
-    (B, L + 1, N) that fill the normalised map; the last heatmap is one everywhere.
+    Takes features (B, L, C) and heatmaps (B, L, N) of mean one. Returns what fills the normalised map: vectors,
+    heatmaps, and a vector (1, 1, C) to add everywhere. In training, this is None: the last of L + 1 vectors has a
+    heatmap of ones, so that one product has all gradients.
     """
     dtype = features.dtype
     features = features.type_as(norm.weight)
-    if norm.training:
-        heatmaps = heatmaps - 1
-    filling = torch.cat([heatmaps, torch.ones_like(heatmaps[:, :1])], dim=1)
-    if norm.training:
-        contrasts = filling[:, :-1].type_as(norm.weight)
-        count = contrasts.shape[0] * contrasts.shape[2]
-        means = features.sum(1)  # (B, C), over the positions
-        between, mean = torch.var_mean(means, 0, correction=0)  # of the images
-        gram = matmul(contrasts, contrasts.transpose(1, 2))  # (B, L, L)
-        var = torch.add(between, (features * matmul(gram, features)).sum((0, 1)), alpha=1 / count)
-        _update(norm, mean, var, count)
-        scale = norm.weight * (var + norm.eps).rsqrt()
-        level = torch.addcmul(norm.bias, means - mean, scale).unsqueeze(1)  # (B, 1, C)
-    else:
+    if not norm.training:
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        level = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1).expand(features.shape[0], 1, -1)
-    return torch.cat([features * scale, level], dim=1).to(dtype), filling
+        level = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1).to(dtype)
+        return (features * scale).to(dtype), heatmaps, level.expand(1, 1, -1)
+    filling = torch.cat([heatmaps - 1, torch.ones_like(heatmaps[:, :1])], dim=1)
+    contrasts = filling[:, :-1].type_as(norm.weight)
+    count = contrasts.shape[0] * contrasts.shape[2]
+    means = features.sum(1)  # (B, C), over the positions
+    between, mean = torch.var_mean(means, 0, correction=0)  # of the images
+    gram = matmul(contrasts, contrasts.transpose(1, 2))  # (B, L, L)
+    var = torch.add(between, (features * matmul(gram, features)).sum((0, 1)), alpha=1 / count)
+    _update(norm, mean, var, count)
+    scale = norm.weight * (var + norm.eps).rsqrt()
+    level = torch.addcmul(norm.bias, means - mean, scale)  # (B, C)
+    return torch.cat([features * scale, level.unsqueeze(1)], dim=1).to(dtype), filling, None
 
 
 class Moments(torch.autograd.Function):

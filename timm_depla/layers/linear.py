@@ -11,15 +11,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 __all__ = ['Conv1x1', 'ConvNorm', 'Linear', 'convolve', 'matmul']
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in the precision of its operands, also under autocast (ruling 9)."""
+def matmul(a: Tensor, b: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """a @ b, plus a bias to batches of matrices, in the precision of the operands, also under autocast (ruling 9)."""
     if not torch.jit.is_scripting():
         device = a.device.type  # torch 2.8 cannot compile the question whether it has autocast
         is_known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
         if is_known and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return a @ b
-    return a @ b
+                return a @ b if bias is None else torch.baddbmm(bias, a, b)
+    return a @ b if bias is None else torch.baddbmm(bias, a, b)
 
 
 class Linear(nn.Linear):
