@@ -15,6 +15,7 @@ from . import (
     crash,
     feeding,
     finetune,
+    grid,
     init,
     maps,
     neck,
@@ -25,12 +26,28 @@ from . import (
     throughput,
 )
 
-MODULES = (attack, block, bound, cost, crash, feeding, finetune, init, maps, neck, pipeline, scaling, speed, throughput)
+MODULES = (
+    attack,
+    block,
+    bound,
+    cost,
+    crash,
+    feeding,
+    finetune,
+    grid,
+    init,
+    maps,
+    neck,
+    pipeline,
+    scaling,
+    speed,
+    throughput,
+)
 BENCHMARKS = {module.__name__.split('.')[-1]: module for module in MODULES}
 DOCS = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
 
 
-PLOTTED = ('scaling', 'speed-batch8', 'speed-rivals')  # records whose plot adds to their table
+PLOTTED = ('grid', 'scaling', 'speed-batch8', 'speed-rivals')  # records whose plot adds to their table
 
 
 def render_docs() -> str:

@@ -2,9 +2,9 @@
 
 The JPEGs are those of the benchmark `pipeline`. All arms read them from memory in one process with one thread, batch by
 batch in turn, so that the times are those of a core. timm is the transforms and the collate function of its `train.py`,
-whose mixing happens here; ours mixes on the device. torchvision is its transforms v2 on tensors. DALI is NVIDIA's on
-the CPU alone, measured where `pip install nvidia-dali-cuda120` has been run. Both have AutoAugment's ImageNet policy as
-they implement it, bilinear interpolation alone, and no mixing.
+whose mixing happens here; ours mixes on the device. torchvision is its transforms v2 on tensors, decoded by TorchCodec.
+DALI is NVIDIA's on the CPU alone, measured where `pip install nvidia-dali-cuda120` has been run. Both have their own
+AutoAugment with the ImageNet policy, bilinear interpolation alone, and no mixing.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from torch.utils.data import default_collate
-from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 
 from timm_depla.data import read_image
@@ -95,10 +94,10 @@ def load_by_ours(data: Path, batch_size: int, backend: str) -> Callable[[List[by
 
 
 def load_by_torchvision() -> Callable[[List[bytes]], Seconds]:
+    from torchcodec.decoders import decode_jpeg  # torchvision's own is deprecated
+
     transforms = (v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip(), v2.AutoAugment())
-    return in_steps(
-        lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)), transforms, default_collate
-    )
+    return in_steps(decode_jpeg, transforms, default_collate)
 
 
 def load_by_dali(data: Path, batch_size: int) -> Callable[[List[bytes]], Seconds]:
