@@ -132,6 +132,7 @@ def batches(data: Path, batch_size: int) -> Iterator[List[bytes]]:
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
+    torch.set_num_threads(1)  # as in a loading process
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, 'data')
         write_images(data, 640)

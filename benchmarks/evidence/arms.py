@@ -30,6 +30,7 @@ class Arm:
         task: 'classification' or 'detection'.
         flags: Of training, over the recipe's.
         seeds: Runs that count.
+        trunk: The arm whose network of the same seed it starts from; from scratch if empty.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Arm:
     task: str = 'classification'
     flags: Tuple[str, ...] = ()
     seeds: int = 10
+    trunk: str = ''
 
 
 class PooledBottleneck(nn.Module):
@@ -148,7 +150,10 @@ ARMS: Dict[str, Arm] = {
     'pooled': Arm('control: pooled bottleneck', 'narrow_resnet_pooled'),
 }
 ARMS |= {f'{name}-sgd': _sgd(ARMS[name]) for name in ('base', 'se', 'depla', 'adaptive', 'kept')}
+TUNED = dict(trunk='base', base='again', flags=('--epochs', '2', '--val-interval', '2'))
 ARMS |= {
+    'again': Arm('base, trained again', 'narrow_resnet', **TUNED),
+    'inserted': replace(_depla('base with DEPLA inserted', keep_candidate=True), **TUNED),
     'fishnet': Arm('FishNet', 'narrow_fishnet', base='fishnet', seeds=5),
     'fishnet-depla': Arm('FishNet-DEPLA', 'narrow_fishnet_depla', base='fishnet', seeds=5),
     'fpn': _detector('FPN', 'test_resnet_fpn', 'fpn'),

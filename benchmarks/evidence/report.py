@@ -37,6 +37,7 @@ CLAIMS = (
     ('adaptive-sgd', 'base-sgd', None),
     ('kept-sgd', 'base-sgd', None),
     ('fishnet-depla', 'fishnet', None),
+    ('inserted', 'again', None),
 )
 DETECTION = (
     ('fpn-depla-0.2', 'fpn', (_FPN, ['fpn_depla', 0.2], 'fpn', 'box_ap')),
@@ -48,7 +49,10 @@ DETECTION = (
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two means by Welch's t test, as networks of one seed share little but the order of the data."""
+    """A difference of two means by Welch's t test, as networks of one seed share little but the order of the data.
+
+    Networks that start from the same trunks are compared in pairs.
+    """
 
     mean: float
     half: float
@@ -80,7 +84,7 @@ def difference(data: str, arm: str, other: str) -> Optional[Difference]:
     values, others = final(data, arm), final(data, other)
     if values is None or others is None:
         return None
-    test = stats.ttest_ind(values, others, equal_var=False)
+    test = stats.ttest_rel(values, others) if ARMS[arm].trunk else stats.ttest_ind(values, others, equal_var=False)
     low, high = test.confidence_interval(0.95)
     return Difference((low + high) / 2, (high - low) / 2, float(test.pvalue))
 

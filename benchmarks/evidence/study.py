@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional
 
+from timm_depla.data import digits_folder
 from timm_depla.engine.classification import train as classification
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args, updated
@@ -98,22 +100,8 @@ def final_jobs(data: str, arm: str) -> List[Job]:
 
 def train(job: Job) -> Dict[str, Any]:
     """Train an arm and record it. The caller sets the number of threads, which changes the rounding of sums."""
-    arm = ARMS[job.arm]
-    flags = ['--model', arm.model, '--seed', str(job.seed), '--device', 'cpu', '--workers', '0', '--lr', str(job.lr)]
-    kwargs = arm.kwargs
-    if arm.task == 'classification':
-        flags += PROXIES[job.data].flags()
-        kwargs = {**kwargs, **(PROXIES[job.data].kwargs if arm.model.startswith('narrow_resnet') else {})}
-        parser, engine = create_train_parser(), classification
-    else:
-        flags += ['--recipe', 'scenes', '--val-interval', '4']
-        parser, engine = create_detection_parser(), detection
     with tempfile.TemporaryDirectory() as output:
-        args = parse_args(parser, [*flags, *arm.flags, '--output', output, '--experiment', 'run'])
-        args = updated(args, model_kwargs={**args.model_kwargs, **kwargs})
-        if code := engine.train(args):  # stopped by a signal
-            raise SystemExit(code)
-        rows = list(csv.DictReader(Path(output, 'run', 'summary.csv').read_text().splitlines()))
+        rows = _fit(job, Path(output))
     results = {
         key: [float(row[key]) for row in rows if row[key]]
         for key in rows[-1]
@@ -122,6 +110,41 @@ def train(job: Job) -> Dict[str, Any]:
     entry = create_record(job.command, results, **job._asdict())
     save(entry)
     return entry
+
+
+def _fit(job: Job, output: Path) -> List[Dict[str, str]]:
+    """Train an arm into the folder `run` of an output folder; returns the rows of its summary."""
+    arm = ARMS[job.arm]
+    flags = ['--model', arm.model, '--seed', str(job.seed), '--device', 'cpu', '--workers', '0', '--lr', str(job.lr)]
+    kwargs = arm.kwargs
+    if arm.trunk:
+        flags += ['--initial-checkpoint', str(_trunk(job))]
+    if arm.task == 'classification':
+        flags += PROXIES[job.data].flags()
+        kwargs = {**kwargs, **(PROXIES[job.data].kwargs if arm.model.startswith('narrow_resnet') else {})}
+        parser, engine = create_train_parser(), classification
+    else:
+        flags += ['--recipe', 'scenes', '--val-interval', '4']
+        parser, engine = create_detection_parser(), detection
+    args = parse_args(parser, [*flags, *arm.flags, '--output', str(output), '--experiment', 'run'])
+    args = updated(args, model_kwargs={**args.model_kwargs, **kwargs})
+    if code := engine.train(args):  # stopped by a signal
+        raise SystemExit(code)
+    return list(csv.DictReader((output / 'run' / 'summary.csv').read_text().splitlines()))
+
+
+def _trunk(job: Job) -> Path:
+    """The run of the arm that a job starts from, in the cache; trained if it is not there."""
+    arm = ARMS[job.arm].trunk
+    trunk = Job(job.data, arm, job.seed, best_rate(job.data, arm))
+    folder = digits_folder().parent / 'trunks' / '-'.join(map(str, trunk))
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as output:
+            _fit(trunk, Path(output))
+            with suppress(OSError):  # another process was faster
+                Path(output, 'run').rename(folder)
+    return folder
 
 
 def _run(job: Job) -> None:

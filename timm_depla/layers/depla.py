@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor
 
-from .fold import can_fold, fold_into_features
+from .fold import can_fold, fold_into_features, has_hooks, scale_and_level
 from .linear import ConvNorm, Linear, matmul
 
 __all__ = ['SoftRPN', 'soft_roi_pool', 'PlainBFN', 'AdaptiveBFN', 'Depla', 'match_size']
@@ -83,6 +83,17 @@ def back_fill(
     else:
         filled = matmul(features.transpose(1, 2), heatmaps, None if level is None else level.transpose(1, 2))
     return filled.unflatten(2, like.shape[2:])
+
+
+class Level(nn.Module):
+    """What remains of a norm whose factor is in the weights before it: adds a vector (C,) at each position."""
+
+    def __init__(self, level: Tensor) -> None:
+        super().__init__()
+        self.register_buffer('level', level)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.level.view(-1, 1, 1)
 
 
 class SoftRPN(nn.Module):
@@ -235,6 +246,14 @@ class Depla(nn.Module):
         nn.init.constant_(self.rpn.logits.norm.weight, 0.5)
         nn.init.constant_(self.norm.weight, self.init_scale)
 
+    def reparameterize(self) -> None:
+        """Fuse the output's norm for inference; timm's `reparameterize_model` calls this."""
+        if isinstance(self.norm, nn.BatchNorm2d) and can_fold(self.norm):
+            with torch.no_grad():
+                scale, level = scale_and_level(self.norm)
+                self.proj.weight.mul_(scale.unsqueeze(1))
+            self.norm = Level(level)
+
     def forward(
         self, identity: Tensor, candidate: Tensor, logits: Optional[Tensor] = None, query: Optional[Tensor] = None
     ) -> Tensor:
@@ -272,6 +291,9 @@ class Depla(nn.Module):
         features = self.proj(features)  # (B, L, C1); cheaper before back-filling: L vectors, not N positions
         heatmaps = heatmaps * heatmaps.shape[2]  # ruling 4(a)
         if not torch.jit.is_scripting():
+            if isinstance(self.norm, Level) and not has_hooks(self.norm):
+                level = self.norm.level.view(1, 1, -1)
+                return back_fill(features, heatmaps, values, identity.dtype, level).type_as(identity)
             is_answerable = not self.norm.training or heatmaps[:, 0].numel() > 1  # else as BatchNorm answers it
             if is_answerable and can_fold(self.norm):
                 features, heatmaps, level = fold_into_features(self.norm, features, heatmaps)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .linear import Conv1x1, ConvNorm, convolve, matmul
 
-__all__ = ['can_fold', 'compose', 'compose_linear', 'fold_into_features', 'has_hooks']
+__all__ = ['can_fold', 'compose', 'compose_linear', 'fold_into_features', 'has_hooks', 'scale_and_level']
 
 LINEAR = (nn.BatchNorm2d, BatchNormAct2d, nn.Identity, nn.Conv2d, Conv1x1, ConvNorm)  # activations are not linear
 
@@ -42,6 +42,12 @@ def _update(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None
     norm.running_var.lerp_((var * (count / (count - 1))).type_as(norm.running_var), norm.momentum)
 
 
+def scale_and_level(norm: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
+    """The factor and the summand, of shape (C,), by which a norm in evaluation mode maps each channel."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
+
+
 def fold_into_features(
     norm: nn.BatchNorm2d, features: Tensor, heatmaps: Tensor
 ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
@@ -57,9 +63,8 @@ def fold_into_features(
     dtype = features.dtype
     features = features.type_as(norm.weight)
     if not norm.training:
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        level = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1).to(dtype)
-        return (features * scale).to(dtype), heatmaps, level.expand(1, 1, -1)
+        scale, level = scale_and_level(norm)
+        return (features * scale).to(dtype), heatmaps, level.to(dtype).expand(1, 1, -1)
     filling = torch.cat([heatmaps - 1, torch.ones_like(heatmaps[:, :1])], dim=1)
     contrasts = filling[:, :-1].type_as(norm.weight)
     count = contrasts.shape[0] * contrasts.shape[2]
