@@ -12,6 +12,7 @@ from timm.utils import reparameterize_model
 import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.engine.plan import count_cost, count_macs
 from timm_depla.layers import Depla
+from timm_depla.layers.fold import pays
 from timm_depla.models.placement import default_positions
 
 MODELS = timm.list_models(module='resnet_depla')
@@ -159,6 +160,16 @@ def test_a_hook_on_a_part_of_depla_is_heard():
             torch.testing.assert_close(block(x), expected)
             handle.remove()
             assert heard or name == 'drop_path', name
+
+
+def test_few_small_operations_where_each_is_launched():
+    """On other devices than the CPU, norms of small maps are not folded, and training composes nothing."""
+    for device, batch, folds in (('cpu', 1, True), ('meta', 1, False), ('meta', 256, True)):
+        assert pays(torch.empty(batch, 16, 1024, device=device), torch.empty(batch, 16, 196, device=device)) == folds
+    for device in ('cpu', 'meta'):
+        block = timm.create_model('resnet50_depla', device=device).layer3[1]
+        assert block.eval().can_compose()
+        assert block.train().can_compose() == (device == 'cpu')
 
 
 @pytest.mark.parametrize('name', ['resnet50_depla', 'seresnet50_depla', 'resnet50_depla_adaptive'])

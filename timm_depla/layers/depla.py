@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor
 
-from .fold import can_fold, fold_into_features, has_hooks, scale_and_level
+from .fold import can_fold, fold_into_features, has_hooks, pays, scale_and_level
 from .linear import ConvNorm, Linear, matmul
 
 __all__ = ['SoftRPN', 'soft_roi_pool', 'PlainBFN', 'AdaptiveBFN', 'Depla', 'match_size']
@@ -32,16 +32,14 @@ def match_size(x: Tensor, other: Tensor, mode: str) -> Tensor:
     return F.interpolate(x, size=[height, width], mode=mode)
 
 
-@register_notrace_function
 def pool_repeated(x: Tensor, other: Tensor) -> Tensor:
     """Average x (B, C, H, W) over each block of positions for which nearest up-sampling repeats one of the other map.
 
     Then the other map need not be up-sampled: every sum of Equation 1 and of back-filling has equal terms in a block.
-    Returns x if the other map is not smaller by whole factors.
+    Returns x if the other map is not smaller by whole factors, or in an export, whose sizes may be symbols.
     """
-    if not torch.jit.is_scripting():
-        if torch.compiler.is_exporting():  # whose sizes may be symbols
-            return x
+    if torch.compiler.is_exporting():
+        return x
     rows, columns = x.shape[2] // other.shape[2], x.shape[3] // other.shape[3]
     if rows * other.shape[2] != x.shape[2] or columns * other.shape[3] != x.shape[3] or rows * columns <= 1:
         return x
@@ -268,8 +266,9 @@ class Depla(nn.Module):
                 f'but got {identity.shape[1]} and {candidate.shape[1]}; set identity_chs and candidate_chs to match'
             )
         values = self.candidate(candidate)
-        if self.upsample == 'nearest':
-            values = pool_repeated(values, identity)
+        if not torch.jit.is_scripting():
+            if self.upsample == 'nearest' and not has_hooks(self):
+                values = pool_repeated(values, identity)
         refinement = self.aggregate(identity, values, logits, query)
         if self.keep_candidate:
             refinement = match_size(refinement, candidate, self.upsample)
@@ -295,7 +294,7 @@ class Depla(nn.Module):
                 level = self.norm.level.view(1, 1, -1)
                 return back_fill(features, heatmaps, values, identity.dtype, level).type_as(identity)
             is_answerable = not self.norm.training or heatmaps[:, 0].numel() > 1  # else as BatchNorm answers it
-            if is_answerable and can_fold(self.norm):
+            if is_answerable and can_fold(self.norm) and pays(features, heatmaps):
                 features, heatmaps, level = fold_into_features(self.norm, features, heatmaps)
                 return back_fill(features, heatmaps, values, identity.dtype, level).type_as(identity)
         return self.norm(back_fill(features, heatmaps, values, identity.dtype)).type_as(identity)

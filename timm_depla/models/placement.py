@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm_depla.layers import Depla, check_depla_args
-from timm_depla.layers.fold import can_fold, compose, has_hooks
+from timm_depla.layers.fold import can_fold, compose, has_hooks, launches_cost
 
 __all__ = ['can_compose', 'create_depla', 'default_positions', 'fuse_candidate', 'refine_composed', 'split_depla_args']
 
@@ -58,11 +58,12 @@ def can_compose(conv: nn.Module, norm: nn.Module, depla: Depla) -> bool:
     """Whether only linear layers of DEPLA read the candidate norm(conv(x)), and no module has hooks.
 
     In training, composing takes the covariance of the convolution's input channels, which is worth it only if the
-    convolution at least doubles the width.
+    convolution at least doubles the width, and not on a GPU, for which it is too many small operations (benchmark
+    `bound`).
     """
     if depla.keep_candidate or has_hooks(depla) or not can_fold(conv, norm, depla.candidate):
         return False
-    return not norm.training or 2 * conv.in_channels <= conv.out_channels
+    return not norm.training or (2 * conv.in_channels <= conv.out_channels and not launches_cost(conv.weight))
 
 
 def refine_composed(conv: nn.Conv2d, norm: nn.BatchNorm2d, depla: Depla, identity: Tensor, x: Tensor) -> Tensor:
