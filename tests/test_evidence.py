@@ -94,6 +94,19 @@ def tune(data, arm, rate, score):
         fake(data, arm, seed, rate, score)
 
 
+def test_insertion_starts_as_the_base_ended(small):
+    """Both arms start from the base of their seed, which is trained once."""
+    with pytest.raises(SystemExit, match='run garments base'):
+        study.train(study.Job('garments', 'inserted', 0, 1e-6))
+    for rate in study.RATES[:4]:
+        tune('garments', 'base', rate, 90 - rate)
+    jobs = [study.Job('garments', arm, 0, 1e-6) for arm in ('again', 'inserted')]
+    first, second = (study.train(job)['results']['train_loss'][0] for job in jobs)
+    trunks = list((small / 'cache' / 'timm_depla' / 'trunks').iterdir())
+    assert [folder.name for folder in trunks] == ['garments-base-0-0.001']
+    assert first == pytest.approx(second, rel=1e-5)  # of the only batch of an epoch, before the first update
+
+
 def test_grid_goes_on_beyond_a_best_rate_at_its_edge(small):
     assert study.tuning('digits', 'base') == {0.003: None, 0.009: None, 0.027: None}
     assert list(study.tuning('digits', 'base-sgd')) == [0.027, 0.081, 0.243]

@@ -136,7 +136,9 @@ def _fit(job: Job, output: Path) -> List[Dict[str, str]]:
 def _trunk(job: Job) -> Path:
     """The run of the arm that a job starts from, in the cache; trained if it is not there."""
     arm = ARMS[job.arm].trunk
-    trunk = Job(job.data, arm, job.seed, best_rate(job.data, arm))
+    if (rate := best_rate(job.data, arm)) is None:
+        raise SystemExit(f'{job.arm} starts from {arm}: python -m benchmarks.evidence run {job.data} {arm}')
+    trunk = Job(job.data, arm, job.seed, rate)
     folder = digits_folder().parent / 'trunks' / '-'.join(map(str, trunk))
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
