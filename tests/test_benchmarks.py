@@ -15,6 +15,7 @@ SPEED = (
     'speed --model test_resnet_depla test_resnet:cbam --base test_resnet --img-size 64 --batch-size 2 --pairs 2 --amp'
 )
 SCALING = 'scaling --model test_resnet_depla --base test_resnet --img-size 64 96 --pairs 2'
+ONNX = 'grid --model test_resnet_depla --batch-size 2 --img-size 64 --seconds 0.1 --mode onnx --record grid-onnx'
 PIPELINE = 'pipeline --model test_resnet_depla --images 80 --img-size 32 --batch-size 16 --epochs 2'
 
 
@@ -27,6 +28,7 @@ PIPELINE = 'pipeline --model test_resnet_depla --images 80 --img-size 32 --batch
         (SCALING, '| non-local block |'),
         ('bound --model resnet50_depla --batch-size 8', '| `resnet50_depla` | training step | 9'),
         ('grid --model test_resnet_depla --batch-size 1 2 --img-size 64 --seconds 0.1', '| `test_resnet_depla` | 2 | '),
+        (ONNX, 'CPU, onnx'),
         ('init --batch-size 2', '`rpn.logits.conv.weight`'),
         ('neck --img-size 96 --pairs 2', 'neck, training step'),
         ('feeding --rounds 2 --batch-size 4', '| torchvision v2 |'),
