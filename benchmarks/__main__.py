@@ -3,47 +3,18 @@
 import argparse
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from timm.utils import setup_default_logging
 
-from . import (
-    attack,
-    block,
-    bound,
-    cost,
-    crash,
-    feeding,
-    finetune,
-    grid,
-    init,
-    maps,
-    neck,
-    pipeline,
-    record,
-    scaling,
-    speed,
-    throughput,
-)
+from . import record
 
-MODULES = (
-    attack,
-    block,
-    bound,
-    cost,
-    crash,
-    feeding,
-    finetune,
-    grid,
-    init,
-    maps,
-    neck,
-    pipeline,
-    scaling,
-    speed,
-    throughput,
-)
-BENCHMARKS = {module.__name__.split('.')[-1]: module for module in MODULES}
+NAMES = (
+    'attack', 'block', 'bound', 'cost', 'crash', 'feeding', 'finetune', 'grid', 'init', 'maps', 'neck', 'pipeline',
+    'scaling', 'speed', 'throughput',
+)  # fmt: skip
+BENCHMARKS = {name: import_module(f'benchmarks.{name}') for name in NAMES}
 DOCS = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
 
 

@@ -5,9 +5,9 @@ bfloat16. Each operation that PyTorch dispatches counts as one kernel, unless it
 backward pass of a convolution counts as one for each gradient. A kernel reads its inputs and writes its outputs once:
 its time is at least that of these bytes at the GPU's bandwidth, and that of its multiply-adds at the GPU's matrix rate;
 a model's device time is the sum over its kernels. Eager execution takes at least as long as launching them all takes.
-The paths are those that the block takes on a GPU.
-The numbers of the GPU are its maker's (H100 SXM: 3.35 TB/s, 989 TFLOPS dense in bfloat16); a launch is taken as 5 us.
-None of this is a measurement, and the operations are those of a CPU's autocast, whose list of types differs a little.
+The paths are those that the block takes on a GPU. The numbers of the GPU are its maker's (H100 SXM: 3.35 TB/s, 989
+TFLOPS dense in bfloat16); a launch is taken as 5 us. None of this is a measurement, and the operations are those of a
+CPU's autocast, whose list of types differs a little.
 `speed --device cuda --amp` measures.
 """
 

@@ -75,16 +75,11 @@ def measure(name: str, batch_size: int, args: argparse.Namespace) -> Dict[str, A
     for kind in KINDS:
         for model in models:
             model.train(kind == KINDS[1])
-        calls = [partial(train_step if kind == KINDS[1] else _infer, model, x, amp) for model in called]
+        calls = [partial(train_step if kind == KINDS[1] else infer, model, x, amp) for model in called]
         cell[kind] = _time(calls, args.seconds)
     state = [sum(tensor.nbytes for tensor in model.state_dict().values()) for model in models]
     cell['memory'] = [peak_memory(call) + size for call, size in zip(calls, state, strict=True)]
     return cell
-
-
-def _infer(model: torch.nn.Module, x: torch.Tensor, amp: bool) -> None:
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-        infer(model, x)
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:

@@ -155,8 +155,6 @@ def render(results: Dict[str, Any]) -> str:
     rows = []
     named = dict(loading='loading alone', input='input', loop=f'training `{results["model"]}`')
     for kind, what in named.items():
-        if kind not in results:
-            continue
         result = results[kind]
         plain = result['training']['plain'][1:]
         for name, seconds in result['training'].items():

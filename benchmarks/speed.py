@@ -70,8 +70,8 @@ def listen(module: torch.nn.Module, inputs: Any, output: Any) -> None:
     """A hook that does nothing, but switches its module to the plain path."""
 
 
-def infer(model: Callable, x: torch.Tensor) -> None:
-    with torch.inference_mode():
+def infer(model: Callable, x: torch.Tensor, amp: bool = False) -> None:
+    with torch.inference_mode(), torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
         model(x)
 
 
@@ -80,11 +80,6 @@ def train_step(model: torch.nn.Module, x: torch.Tensor, amp: bool = False) -> No
     with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
         loss = model(x).logsumexp(1).mean()
     loss.backward()
-
-
-def _infer(model: torch.nn.Module, x: torch.Tensor, amp: bool) -> None:
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
-        infer(model, x)
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
@@ -102,7 +97,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     if args.device == 'cuda':
         results['gpu'] = torch.cuda.get_device_name()
     called = [torch.compile(model) if args.torchcompile else model for model in models]
-    for kind, function, rounds in zip(KINDS, (_infer, train_step), (3 * args.pairs, args.pairs), strict=True):
+    for kind, function, rounds in zip(KINDS, (infer, train_step), (3 * args.pairs, args.pairs), strict=True):
         for model in models:
             model.train(kind == 'training step')
         calls = [partial(function, model, x, args.amp) for model in called]

@@ -68,8 +68,11 @@ def test_command_lines_parse(block):
 
 
 @pytest.mark.parametrize('block', list(blocks('python')))
-def test_python_runs(block, monkeypatch):
-    """Each block alone, from the project's folder; weights of the Hub stay away, and RUN and the like are not there."""
+def test_python_runs(block, monkeypatch, capsys):
+    """Each block alone, from the project's folder, prints what its comments say.
+
+    Weights of the Hub stay away, and RUN and the like are not there.
+    """
     if re.search(r'output/|ORG/NAME|_ckpt.tar|coco/', block):
         compile(block, 'block', 'exec')
         return
@@ -81,6 +84,9 @@ def test_python_runs(block, monkeypatch):
     block = '\n'.join(lines).replace("load_trunk(model, 'resnet50.a1_in1k')", plain)
     monkeypatch.chdir(ROOT)
     exec(compile(block, 'block', 'exec'), {})
+    printed = capsys.readouterr().out
+    for expected in re.findall(r'^print\(.*\)  # (.*)$', block, re.MULTILINE):
+        assert expected in printed
 
 
 def test_fine_tuning_page(tmp_path, monkeypatch, capfd):

@@ -1,6 +1,7 @@
 """Trains the arms, each learning rate and seed once: what is on record is not trained again."""
 
 import csv
+import hashlib
 import json
 import os
 import shlex
@@ -139,7 +140,9 @@ def _trunk(job: Job) -> Path:
     if (rate := best_rate(job.data, arm)) is None:
         raise SystemExit(f'{job.arm} starts from {arm}: python -m benchmarks.evidence run {job.data} {arm}')
     trunk = Job(job.data, arm, job.seed, rate)
-    folder = digits_folder().parent / 'trunks' / '-'.join(map(str, trunk))
+    recipes = b''.join(path.read_bytes() for path in sorted(Path(__file__).parent.glob('*.yaml')))
+    version = hashlib.sha256(recipes).hexdigest()[:12]  # other recipes have other trunks
+    folder = digits_folder().parent / 'trunks' / '-'.join(map(str, (*trunk, version)))
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as output:

@@ -33,7 +33,7 @@ def read_pixels(file: BinaryIO, mode: str) -> Union[torch.Tensor, Image.Image]:
 
 
 class TensorResizedCrop(RandomResizedCropAndInterpolation):
-    """timm's random resized crop by PyTorch to pixels (3, H, W), with the same random boxes and interpolations.
+    """timm's random resized crop by PyTorch to pixels (C, H, W), with the same random boxes and interpolations.
 
     Rounding may differ.
 
