@@ -135,7 +135,7 @@ class PlainBFN(nn.Module):
     ) -> Tuple[Tensor, Tensor]:
         """Map Z (B, L, C) and M (B, L, D, N) to Z' (B, L, C) and heatmaps B (B, L, N)."""
         levels = (maps * maps.shape[3]).clamp(min=1e-6).log()  # log(N M), ruling 4(b)
-        logits = self.heatmap(levels.transpose(1, 2).flatten(1, 2).unsqueeze(3))  # (B, D*L, N, 1) -> (B, L, N, 1)
+        logits = self.heatmap(levels.transpose(1, 2).flatten(1, 2).unflatten(2, like.shape[2:]))  # (B, L, H, W)
         return self.transform(pooled), softmax_positions(logits)
 
 
