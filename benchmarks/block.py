@@ -4,7 +4,8 @@ Forward reads X and Y and writes the output. Backward reads X, Y and the output'
 has twice the multiply-adds. The floor is the time of these bytes at the copy bandwidth (read and written) plus that of
 the multiply-adds at the rate of a large matrix product, both measured alternately with the block. Each timing repeats
 the call until the block has 5 G multiply-adds, at most 20 times. A training step, forward and backward, is compared
-with the plain path of the same block: hooks, so that no norm is folded, and PyTorch's own convolutions.
+with the plain path of the same block: hooks, so that no norm is folded, and PyTorch's own convolutions. The profile is
+that of PyTorch's profiler, whose own time is in the small operations.
 """
 
 import argparse
@@ -14,6 +15,8 @@ from functools import partial
 from typing import Any, Callable, Dict, List
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_depla.engine.plan import count_macs
 from timm_depla.engine.world import keep_memory
@@ -29,6 +32,13 @@ FORMATS = {'channels last': torch.channels_last, 'contiguous': torch.contiguous_
 COPIED = 2**24  # elements
 SIDE = 1024  # of the matrices
 TIMED = 5 * 10**9  # multiply-adds
+KINDS = {
+    'convolutions': ('mkldnn_convolution', 'convolution_backward', '_slow_conv2d_forward'),
+    'matrix products': ('mm', 'bmm', 'baddbmm', 'addmm'),
+    'sums and copies': ('add', 'add_', 'sum', 'copy_', 'cat'),
+    'norms': ('native_batch_norm', 'native_batch_norm_backward', 'var_mean', 'lerp_', 'rsqrt', 'addcmul'),
+    'softmax and others by element': ('_softmax', '_softmax_backward_data', 'log', 'clamp', 'div', 'where', 'mul'),
+}
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +79,35 @@ def _measure(bfn: str, shape: List[int], memory_format: torch.memory_format, rou
     samples = time_rounds([partial(_repeat, call, times) for call in calls], rounds)
     samples = [[seconds / times for seconds in sample] for sample in samples]
     memory = [peak_memory(step) for step in steps]
-    return dict(macs=macs, bytes=x.nbytes, samples=samples, memory=memory)
+    return dict(
+        macs=macs, bytes=x.nbytes, samples=samples, memory=memory, profile=_profile(block, x, y, gradient, times)
+    )
+
+
+def _profile(
+    block: Depla, x: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor, times: int
+) -> Dict[str, Dict[str, float]]:
+    """Operations, seconds and multiply-adds of a step by kind of operation."""
+
+    def step() -> None:
+        for tensor in (x, y, *block.parameters()):
+            tensor.grad = None
+        block(x, y).backward(gradient)
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        _repeat(step, times)
+    kind_of = {name: kind for kind, names in KINDS.items() for name in names}
+    found = {kind: dict(operations=0.0, seconds=0.0, macs=0.0) for kind in (*KINDS, 'other')}
+    for event in profiler.key_averages():
+        entry = found[kind_of.get(event.key.removeprefix('aten::'), 'other')]
+        entry['operations'] += event.count / times
+        entry['seconds'] += event.self_cpu_time_total / 1e6 / times
+    for operation, flops in counter.get_flop_counts()['Global'].items():
+        is_conv = 'conv' in str(operation)
+        found['convolutions' if is_conv else 'matrix products']['macs'] += flops / 2
+    return found
 
 
 def _step(block: Depla, x: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -129,12 +167,23 @@ def render(results: Dict[str, Any]) -> str:
             f'{fast / 2**20:.1f} MiB', f'{plain / 2**20:.1f} MiB', f'{fast / plain:.3f}',
         ])  # fmt: skip
     samples = [sample for result in results.values() for sample in result['samples']]
-    bandwidth = statistics.median(8 * COPIED / copied for _, _, copied, *_ in samples)
     rate = statistics.median(SIDE**3 / product for _, _, _, product, *_ in samples)
+    profiles = [
+        [
+            name if kind == 'convolutions' else '', kind, '' if kind == 'other' else f'{entry["operations"]:.0f}',
+            seconds_text(entry['macs'] / rate) if entry['macs'] else '', seconds_text(entry['seconds']),
+            f'{entry["seconds"] / sum(other["seconds"] for other in result["profile"].values()):.0%}',
+        ]
+        for name, result in results.items()
+        for kind, entry in result['profile'].items()
+    ]  # fmt: skip
+    bandwidth = statistics.median(8 * COPIED / copied for _, _, copied, *_ in samples)
     return (
         f'Copy bandwidth {bandwidth / 1e9:.1f} GB/s, matrix product {rate / 1e9:.0f} G multiply-adds a second. Times '
         'are medians, the ratio is that to the sum of the two floors, round by round: median (95% interval).\n\n'
         + table(['block', '', 'moved', 'multiply-adds', 'floor, bytes', 'floor, multiply-adds', 'time', 'ratio'], rows)
         + '\n\n'
         + table(['training step', 'fast', 'plain path', 'ratio', 'peak memory', 'plain path', 'ratio'], steps)
+        + '\n\n'
+        + table(['training step', 'operation', 'number', 'floor, multiply-adds', 'time', 'share'], profiles)
     )

@@ -34,9 +34,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--base', default='resnet50', help='model to compare them with')
     parser.add_argument('--batch-size', type=int, default=8, help='images')
     parser.add_argument('--img-size', type=int, default=224, help='pixels')
-    parser.add_argument(
-        '--pairs', type=int, default=40, help='timings of each training step; of inference thrice as many'
-    )
+    parser.add_argument('--pairs', type=int, default=80, help='timings of each model, of inference and of a step')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--amp', action='store_true', help='under autocast to bfloat16')
     parser.add_argument('--torchcompile', action='store_true', help='compile every model')
@@ -97,11 +95,11 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     if args.device == 'cuda':
         results['gpu'] = torch.cuda.get_device_name()
     called = [torch.compile(model) if args.torchcompile else model for model in models]
-    for kind, function, rounds in zip(KINDS, (infer, train_step), (3 * args.pairs, args.pairs), strict=True):
+    for kind, function in zip(KINDS, (infer, train_step), strict=True):
         for model in models:
             model.train(kind == 'training step')
         calls = [partial(function, model, x, args.amp) for model in called]
-        results[kind] = time_rounds(calls, rounds, args.device)
+        results[kind] = time_rounds(calls, args.pairs, args.device)
     results['peak memory'] = []
     for model, call in zip(models, calls, strict=True):
         model.zero_grad()

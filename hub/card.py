@@ -148,9 +148,9 @@ def create_card(record: Dict[str, Any], recipe: Dict[str, Any], source: str, lic
     left_out = () if recipe['sched'] == 'multistep' else ('decay_milestones',)
     shown = [key for key in _ARGUMENTS if recipe.get(key) and key not in left_out]
     arguments = ', '.join(f'`{key}={recipe[key]!r}`' for key in shown)
-    summary = (
-        f'`{name}` trained on {data["name"]} by timm-depla: DEPLA, of [Aggregation with Feature Detection]({_PAPER}).'
-    )
+    what = '' if 'depla' in name else f'the base of `{name}_depla`, without '
+    summary = f'`{name}` trained on {data["name"]} by timm-depla: {what}DEPLA, of '
+    summary += f'[Aggregation with Feature Detection]({_PAPER}).'
     if 'candidates' in results:
         scores = ', '.join(f'{key} {value:.4g}' for key, value in results['candidates'].items())
         summary += f' The weights are the {results["weights"]} ({results["selected_by"]}: {scores}).'
@@ -163,7 +163,8 @@ def create_card(record: Dict[str, Any], recipe: Dict[str, Any], source: str, lic
         usage=usage.format(source=source, mode='RGB' if size[0] == 3 else 'L'),
         details=_table(details, ['', '']),
         evaluation=f'{data["name"]}, split {data["split"]}, {results["images"]} images.\n\n'
-        + _table(rows, ['metric', 'value']),
+        + _table(rows, ['metric', 'value'])
+        + (f'\n\n{data["benchmark"]}' if 'benchmark' in data else ''),
         record=record,
         versions=', '.join(f'{package} {version}' for package, version in record['versions'].items()),
         training=f'Epochs: {results["epochs"]}, of the recipe `{record["recipe"]}`, with {arguments}; all are in '

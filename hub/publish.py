@@ -56,6 +56,16 @@ SCENES = dict(
     limitations='It knows handwritten digits pasted on textured backgrounds, and nothing else: it shows that the '
     'detector trains, and is no measure of the paper.',
 )
+FASHION = dict(
+    id='fashion_mnist',
+    name='Fashion-MNIST',
+    split='test',
+    limitations='It knows small grey images of single garments on black, 28 x 28 pixels enlarged, and nothing else: it '
+    'is no measure of the paper.',
+    benchmark="The data set's [list of submitted results](https://github.com/zalandoresearch/fashion-mnist#benchmark), "
+    'which its authors have not tested, has 87.6% for two convolutions, 94.9% for a ResNet-18, 95.4% for a DenseNet of '
+    '0.77 M parameters and 96.7% for a wide ResNet of 8.9 M.',
+)
 OTHER = 'It has been measured on this data only. Whoever uses it elsewhere should measure it there first.'
 
 
@@ -99,9 +109,11 @@ def describe_data(args: Namespace, trained: Dict[str, Any], is_detector: bool) -
         known = SCENES
     elif not is_detector and folder.resolve() == digits_folder().resolve():
         known = DIGITS
+    elif trained.get('dataset') == 'torch/fashion_mnist':
+        known = FASHION
     else:
         raise ConfigError('name the data set for the card with --dataset-name, such as "ImageNet-1k"')
-    return {**known, 'split': split, **({'hub_id': args.dataset_hub_id} if args.dataset_hub_id else {})}
+    return {'split': split, **known, **({'hub_id': args.dataset_hub_id} if args.dataset_hub_id else {})}
 
 
 def evaluate(folder: Path, is_detector: bool) -> Dict[str, Any]:

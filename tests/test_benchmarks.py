@@ -23,7 +23,7 @@ PIPELINE = 'pipeline --model test_resnet_depla --images 80 --img-size 32 --batch
     'arguments,expected',
     [
         ('cost --model test_resnet_depla', '| `test_resnet_depla` | 128 |'),
-        (SPEED, '6 of inference and 2 of training step'),
+        (SPEED, '2 of inference and 2 of training step'),
         ('block --shape 2x32x6x7 --pairs 2', '| adaptive, (2, 32, 6, 7), contiguous | backward |'),
         (SCALING, '| non-local block |'),
         ('bound --model resnet50_depla --batch-size 8', '| `resnet50_depla` | training step | 9'),

@@ -19,6 +19,7 @@ from .errors import ConfigError
 
 __all__ = [
     'create_model', 'load_model', 'load_weights', 'model_config', 'resumed_recipe', 'run_arguments', 'trained_data',
+    'trained_on',
 ]  # fmt: skip
 
 DATA = (
@@ -212,3 +213,12 @@ def trained_data(target: str, data_dir: Optional[str] = None) -> Dict[str, str]:
             '--data-dir and --dataset'
         )
     return found
+
+
+def trained_on(target: str, dataset: str) -> bool:
+    """Whether a published folder says that it was trained on an embedded data set, by its id in the card."""
+    record = Path(target.removeprefix('local-dir:'), 'record.json')
+    try:
+        return record.is_file() and read_mapping(record)['dataset']['id'] == dataset
+    except (KeyError, TypeError, ValueError):
+        return False

@@ -16,11 +16,9 @@ from timm.data import RealLabelsImagenet
 from timm.layers import apply_test_time_pool
 from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 
-from timm_depla.files import read_mapping
-
 from ..config import updated
 from ..errors import ConfigError, TrainingError, UserError
-from ..models import load_model, run_arguments, trained_data
+from ..models import load_model, run_arguments, trained_data, trained_on
 from ..report import check_results, progress, write_results
 from ..setup import autocast, check_compile
 from ..world import Interrupt, World, explain_lost_peers, setup_world
@@ -94,15 +92,6 @@ def evaluate(
     }
 
 
-def trained_on_digits(target: str) -> bool:
-    """Whether a published folder says that it was trained on the embedded digits."""
-    record = Path(target.removeprefix('local-dir:'), 'record.json')
-    try:
-        return record.is_file() and read_mapping(record)['dataset']['id'] == 'digits'
-    except (KeyError, TypeError, ValueError):
-        return False
-
-
 def is_data(target: str) -> bool:
     """Whether a target is a folder that holds neither a run nor a model."""
     path = Path(target)
@@ -161,7 +150,7 @@ def _find_data(args: Namespace, target: str) -> Namespace:
     if args.data_dir is not None or args.dataset:
         return args
     trained = trained_data(target)
-    if not trained and trained_on_digits(target):
+    if not trained and trained_on(target, 'digits'):
         trained = {'data_dir': embedded_digits()}
     if not trained:
         raise ConfigError(

@@ -18,11 +18,23 @@ from ..errors import ConfigError
 from ..report import UnreadableImages
 from ..world import World
 
-__all__ = ['DetectionLoader', 'ValidationLoader', 'find_data', 'open_split', 'open_splits']
+__all__ = ['DetectionLoader', 'ValidationLoader', 'embedded_scenes', 'find_data', 'open_split', 'open_splits']
 
 _logger = logging.getLogger(__name__)
 
 Batch = Tuple[List[Tensor], List[Dict[str, Any]]]  # images (3, H, W), targets of CocoDetection
+
+
+def embedded_scenes() -> str:
+    """The folder of the digits in scenes.
+
+    Raises:
+        ConfigError: If they cannot be written.
+    """
+    try:
+        return str(scenes_folder())
+    except (ModuleNotFoundError, OSError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def find_data(args: Namespace) -> str:
@@ -34,10 +46,7 @@ def find_data(args: Namespace) -> str:
     if args.data_dir:
         return args.data_dir
     _logger.info('no data folder given: training on digits in scenes')
-    try:
-        return str(scenes_folder())
-    except (ModuleNotFoundError, OSError) as error:
-        raise ConfigError(str(error)) from error
+    return embedded_scenes()
 
 
 def open_split(args: Namespace, split: str, is_training: bool = False) -> CocoDetection:

@@ -16,11 +16,11 @@ from timm_depla.detection.coco import CocoDetection, evaluate_coco, to_results
 
 from ..config import updated
 from ..errors import ConfigError
-from ..models import load_weights, run_arguments, trained_data
+from ..models import load_weights, run_arguments, trained_data, trained_on
 from ..report import check_results, progress, write_results
 from ..setup import autocast
 from ..world import Interrupt, World, explain_lost_peers, setup_world
-from .loaders import ValidationLoader, open_split
+from .loaders import ValidationLoader, embedded_scenes, open_split
 
 __all__ = ['Evaluation', 'evaluate', 'validate']
 
@@ -113,6 +113,8 @@ def validate(args: Namespace) -> Evaluation:
     """
     split = args.val_split or run_arguments(args.target).get('val_split', 'val')
     args = updated(args, data_dir=args.data_dir or trained_data(args.target).get('data_dir'), val_split=split)
+    if not args.data_dir and trained_on(args.target, 'digits-in-scenes'):
+        args = updated(args, data_dir=embedded_scenes())
     if not args.data_dir:
         raise ConfigError(
             f"'{args.target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
