@@ -357,6 +357,30 @@ def test_shipped_weights(folder):
         assert f'{found["images"]} images: top-1 {found["top1"]:.2f}  top-5' in result.stderr, result.stderr
 
 
+def test_shipped_weights_are_pulled(tmp_path):
+    """From a server of the Hub's protocol, the same weights and the same label names."""
+    script = f"""
+names = {{}}
+for folder in map(pathlib.Path, {[str(folder) for folder in WEIGHTS]}):
+    is_detector = timm_depla.detection.is_detector(folder)
+    load = from_pretrained if is_detector else lambda source: timm.create_model(source, pretrained=True)
+    sources = f'hf-hub:user/{{folder.name}}', str(folder) if is_detector else f'local-dir:{{folder}}'
+    pulled, local = map(load, sources)
+    pairs = zip(pulled.state_dict().items(), local.state_dict().items(), strict=True)
+    assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs), folder
+    names[folder.name] = pulled.class_names if is_detector else pulled.pretrained_cfg['label_names']
+print(json.dumps(names))
+"""
+    with serve() as hub:
+        for folder in WEIGHTS:
+            hub.commit(f'user/{folder.name}', {path.name: path.read_bytes() for path in folder.iterdir()})
+        result = run_script(script, tmp_path, HF_ENDPOINT=hub.url)
+    assert result.returncode == 0, result.stderr
+    names = json.loads(result.stdout)
+    assert list(names) == [folder.name for folder in WEIGHTS]
+    assert all(len(labels) == 10 for labels in names.values())
+
+
 @pytest.mark.parametrize('folder', [path for path in WEIGHTS if path.suffix == '.digits'], ids=lambda path: path.name)
 def test_shipped_weights_know_a_digit(folder):
     """What the README shows."""

@@ -31,6 +31,7 @@ class Arm:
         flags: Of training, over the recipe's.
         seeds: Runs that count.
         trunk: The arm whose network of the same seed it starts from; from scratch if empty.
+        rate_of: The arm whose learning rate it takes; tuned on its own if empty.
     """
 
     label: str
@@ -41,6 +42,7 @@ class Arm:
     flags: Tuple[str, ...] = ()
     seeds: int = 10
     trunk: str = ''
+    rate_of: str = ''
 
 
 class PooledBottleneck(nn.Module):
@@ -158,7 +160,10 @@ ARMS |= {
     'fishnet-depla': Arm('FishNet-DEPLA', 'narrow_fishnet_depla', base='fishnet', seeds=5),
     'fpn': _detector('FPN', 'test_resnet_fpn', 'fpn'),
     **{
-        f'fpn-depla-{t}': _detector(f'FPN-DEPLA, T = {t}', 'test_resnet_fpn_depla', 'fpn', temperature=t)
+        f'fpn-depla-{t}': replace(
+            _detector(f'FPN-DEPLA, T = {t}', 'test_resnet_fpn_depla', 'fpn', temperature=t),
+            rate_of='' if t == 0.5 else 'fpn-depla-0.5',
+        )
         for t in (0.2, 0.5, 1.0)
     },
     'backbone-fishnet': _detector('FishNet', 'test_fishnet_fpn', 'backbone-fishnet'),

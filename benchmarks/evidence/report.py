@@ -12,7 +12,7 @@ from scipy import stats
 from ..record import save_plot, table
 from . import study
 from .arms import ARMS, CONTEXT
-from .conditioning import conditioning, search
+from .conditioning import conditioning, search, starts
 from .proxies import PROXIES
 from .study import RATES, best_rate, final_jobs
 
@@ -168,9 +168,10 @@ def tuning() -> str:
         for name in ARMS:
             cells = []
             for rate in RATES:
-                runs = [run for job in study.tuning_jobs(data, name, rate) if (run := study.load(job))]
+                jobs = study.tuning_jobs(data, name, rate)
+                runs = [run for job in jobs if (run := study.load(job))]
                 scores = [run['results'][study.metric(name)][-1] * (100 if data == 'scenes' else 1) for run in runs]
-                part = '' if len(scores) in (0, len(study.TUNING_SEEDS)) else f' ({len(scores)} of 3)'
+                part = '' if len(scores) in (0, len(jobs)) else f' ({len(scores)} of {len(jobs)})'
                 cells.append(f'{statistics.mean(scores):.2f}{part}' if scores else '')
             if any(cells):
                 rows.append([data, ARMS[name].label, *cells])
@@ -217,7 +218,7 @@ def write() -> None:
     """Write each table between its markers in the pages, where there are any, and draw the plot."""
     for name in ('evidence.md', 'search.md'):
         text = (DOCS / name).read_text()
-        for make in (calibration, claims, detection, networks, tuning, pilot, conditioning, search):
+        for make in (calibration, claims, detection, networks, tuning, pilot, conditioning, starts, search):
             start, end = f'<!-- {make.__name__} -->\n', '\n<!-- end -->'
             if start in text:
                 before, rest = text.split(start)

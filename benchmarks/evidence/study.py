@@ -27,8 +27,8 @@ from .proxies import PROXIES
 
 RECORDS = Path(__file__).with_name('records.jsonl')  # a line a run
 RATES = (0.001, 0.003, 0.009, 0.027, 0.081, 0.243, 0.729, 2.187)  # each arm uses its best
-FIRST_RATES = {'adamw': (1, 4), 'sgd': (3, 6)}  # slice that every arm tries; extended while the best is at its end
-TUNING_SEEDS = (100, 101, 102)  # to choose the learning rate
+FIRST_RATES = {'adamw': (1, 4), 'sgd': (3, 6), 'scenes': (2, 5)}  # slice to try; extended while the best is at its end
+TUNING_SEEDS = (100, 101, 102)  # to choose the learning rate; the first alone in detection
 
 
 class Job(NamedTuple):
@@ -67,7 +67,7 @@ def metric(arm: str) -> str:
 
 def tuning(data: str, arm: str) -> Dict[float, Optional[float]]:
     """Mean over the tuning seeds at each learning rate that an arm is to try, None until all are on record."""
-    low, high = FIRST_RATES['sgd' if 'sgd' in ARMS[arm].flags or data == 'scenes' else 'adamw']
+    low, high = FIRST_RATES['scenes' if data == 'scenes' else 'sgd' if 'sgd' in ARMS[arm].flags else 'adamw']
     known = _index(RECORDS)
     while True:
         found = {}
@@ -84,12 +84,12 @@ def tuning(data: str, arm: str) -> Dict[float, Optional[float]]:
 
 
 def tuning_jobs(data: str, arm: str, rate: float) -> List[Job]:
-    return [Job(data, arm, seed, rate) for seed in TUNING_SEEDS]
+    return [Job(data, arm, seed, rate) for seed in TUNING_SEEDS[: 1 if data == 'scenes' else None]]
 
 
 def best_rate(data: str, arm: str) -> Optional[float]:
     """The learning rate with the best mean of the tuning seeds, once all have been tried."""
-    found = tuning(data, arm)
+    found = tuning(data, ARMS[arm].rate_of or arm)
     return None if None in found.values() else max(found, key=found.__getitem__)
 
 
@@ -171,7 +171,7 @@ def run(data: str, arms: Iterable[str], jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool:
         while missing := [
             job
-            for arm in arms
+            for arm in dict.fromkeys(ARMS[arm].rate_of or arm for arm in arms)
             for rate, found in tuning(data, arm).items()
             if found is None
             for job in tuning_jobs(data, arm, rate)
