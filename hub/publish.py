@@ -228,6 +228,7 @@ def publish(args: Namespace) -> Path:
         (folder / 'config.json').write_bytes((checkpoint / 'config.json').read_bytes())
         shutil.copy(folders[best] / 'model.safetensors', folder)
         (folder / SUMS).write_bytes(list_sums({path.name: path.read_bytes() for path in folder.iterdir()}))
+        recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())  # whose order is the card's
         create_card(record, recipe, source, args.licence).save(folder / 'README.md')  # without a sum: it may be edited
         try:
             for name in (SUMS, *(name for name in FILES if name != SUMS)):  # sums first: they reveal a partial write

@@ -351,14 +351,14 @@ def main() -> None:
 
 
 def find_models(targets: List[str]) -> Dict[str, str]:
-    """The models of the page, by name: the targets, or the shipped weights.
+    """The models of the page, by name: the targets, or the shipped classifiers of digits.
 
     Raises:
         ConfigError: If there are none, or one does not load.
     """
     models = {Path(target).name: target for target in targets}
     if not models and WEIGHTS.is_dir():
-        models = {folder.name: f'local-dir:{folder}' for folder in sorted(WEIGHTS.iterdir(), reverse=True)}
+        models = {folder.name: f'local-dir:{folder}' for folder in sorted(WEIGHTS.glob('*.digits'), reverse=True)}
     if not models:
         raise ConfigError('no networks here: name runs or pretrained models with --model')
     for target in models.values():
