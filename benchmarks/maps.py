@@ -19,7 +19,7 @@ WEIGHTS = Path(__file__).parent.parent / 'hub' / 'weights'
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    names = sorted(folder.name for folder in WEIGHTS.iterdir())
+    names = sorted(folder.name for folder in WEIGHTS.glob('*.digits'))
     parser.add_argument('--weights', nargs='+', default=names, help='folders of hub/weights')
 
 
