@@ -6,8 +6,8 @@ the multiply-adds at the rate of a large matrix product, both measured alternate
 the call until the block has 5 G multiply-adds, at most 20 times. A training step, forward and backward, is compared
 with the plain path of the same block: hooks, so that no norm is folded, and PyTorch's own convolutions. The profile is
 that of PyTorch's profiler, whose own time is in the small operations. It shows what is above the floor: convolutions to
-64 channels and products of 16 or 17 terms are slower than the large product, in the backward pass above all; the sum
-with X and that of its two gradients write a map each; the rest are small operations by element.
+64 channels and products of 16 or 17 terms are slower than the large product; the sum with X and that of its two
+gradients write a map each; the rest are small operations.
 """
 
 import argparse
