@@ -1,4 +1,7 @@
-"""FPN-DEPLA against FPN at the size of detection: the whole detector, and the neck alone."""
+"""FPN-DEPLA against FPN at the size of detection: the whole detector, and the neck alone.
+
+The C library keeps freed memory, as in train_detection.py.
+"""
 
 import argparse
 from collections import OrderedDict
@@ -9,6 +12,7 @@ import torch
 from torch import nn
 
 from timm_depla.detection import create_detector
+from timm_depla.engine.world import keep_memory
 
 from .pairs import memory_row, peak_memory, render_rows, time_rounds, time_row
 
@@ -37,6 +41,7 @@ def _train_step(neck: nn.Module, maps: Dict[str, torch.Tensor]) -> None:
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     torch.manual_seed(0)
+    keep_memory()
     kwargs = dict(min_size=args.img_size, max_size=args.img_size)
     detectors = [create_detector(name, **kwargs).eval() for name in (args.model, args.base)]
     image = torch.rand(3, args.img_size, args.img_size)
