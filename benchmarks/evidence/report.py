@@ -179,13 +179,15 @@ def tuning() -> str:
 
 
 def pilot() -> str:
-    """The runs before the protocol."""
-    rows = []
+    """The runs before the protocol, those of one set, optimizer, rate and seed in a row."""
+    rows: Dict[Tuple[Any, ...], Dict[str, str]] = {}
     for run in map(json.loads, study.RECORDS.with_name('pilot.jsonl').read_text().splitlines()):
-        results = run['results']
-        scores = f'{results["eval_top1"][-1]:.2f}', f'{results["train_loss"][-1]:.3f}'
-        rows.append([run['set'], run['optimizer'], run['lr'], run['seed'], ARMS[run['arm']].label, *scores])
-    return table(['set', 'optimizer', 'learning rate', 'seed', '', 'top-1', 'training loss'], sorted(rows))
+        top1, loss = (run['results'][key][-1] for key in (TOP1, 'train_loss'))
+        row = rows.setdefault(tuple(run[key] for key in ('set', 'optimizer', 'lr', 'seed')), {})
+        row[run['arm']] = f'{top1:.2f} ({loss:.3f})'
+    arms = ('base', 'se', 'gc', 'depla')
+    header = ['set', 'optimizer', 'learning rate', 'seed', *(ARMS[arm].label for arm in arms)]
+    return table(header, [[*key, *(row.get(arm, '') for arm in arms)] for key, row in sorted(rows.items())])
 
 
 def plot() -> None:
