@@ -1,10 +1,11 @@
 """What a training image costs to load with the recipe `better`: CPU time by step, ours and the alternatives.
 
-The JPEGs are those of the benchmark `pipeline`. All arms read them from memory in one process with one thread, batch by
-batch in turn, so that the times are those of a core. timm is the transforms and the collate function of its `train.py`,
-whose mixing happens here; ours mixes on the device. torchvision is its transforms v2 on tensors, decoded by TorchCodec.
-DALI is NVIDIA's on the CPU alone, measured where `pip install nvidia-dali-cuda120` has been run. Both have their own
-AutoAugment with the ImageNet policy, bilinear interpolation alone, and no mixing.
+The JPEGs are those of the benchmark `pipeline`. All arms run in one process with one thread, batch by batch in turn, so
+that the times are those of a core. All but DALI, which takes its own files from the folder, read the same from memory.
+timm is the transforms and the collate function of its `train.py`, whose mixing happens here; ours mixes on the device.
+torchvision is its transforms v2 on tensors, decoded by TorchCodec. DALI is NVIDIA's on the CPU alone, measured where
+`pip install nvidia-dali-cuda120` has been run. Both have their own AutoAugment with the ImageNet policy, bilinear
+interpolation alone, and no mixing.
 """
 
 import argparse
@@ -170,6 +171,4 @@ def render(results: Dict[str, Any]) -> str:
         rows.append([name, *cells, f'{total:.2f}', f'{1000 / total:.0f}', speed])
     header = ['milliseconds an image', *STEPS, 'in all', 'images a second and core', 'speed to timm (95% interval)']
     count = len(totals['timm'])
-    return f'{SIZE} pixels; medians of {count} batches, each with the same files for all arms.\n\n' + table(
-        header, rows
-    )
+    return f'{SIZE} pixels; medians of {count} batches.\n\n' + table(header, rows)

@@ -147,6 +147,9 @@ def create_card(record: Dict[str, Any], recipe: Dict[str, Any], source: str, lic
     rows['images per second'] = f'{results["images_per_second"]:.1f}'
     left_out = () if recipe['sched'] == 'multistep' else ('decay_milestones',)
     shown = [key for key in _ARGUMENTS if recipe.get(key) and key not in left_out]
+    epochs = f'{results["epochs"]}'
+    if results['epochs'] < recipe['epochs']:
+        epochs += f' of {recipe["epochs"]}, the best on the split above'
     arguments = ', '.join(f'`{key}={recipe[key]!r}`' for key in shown)
     what = '' if 'depla' in name else f'the base of `{name}_depla`, without '
     summary = f'`{name}` trained on {data["name"]} by timm-depla: {what}DEPLA, of '
@@ -167,7 +170,7 @@ def create_card(record: Dict[str, Any], recipe: Dict[str, Any], source: str, lic
         + (f'\n\n{data["benchmark"]}' if 'benchmark' in data else ''),
         record=record,
         versions=', '.join(f'{package} {version}' for package, version in record['versions'].items()),
-        training=f'Epochs: {results["epochs"]}, of the recipe `{record["recipe"]}`, with {arguments}; all are in '
+        training=f'Epochs: {epochs}, of the recipe `{record["recipe"]}`, with {arguments}; all are in '
         '`recipe.yaml`. Time and energy of training were not recorded.',
         limitations=data['limitations'],
         licence=licence,
