@@ -126,7 +126,8 @@ def _compare(claims: Sequence[Tuple[str, str, Any]], sets: Sequence[str]) -> str
         found = [difference(data, arm, other) for arm, other, _ in claims]
         for (arm, other, paper), each, p in zip(claims, found, correct(found), strict=True):
             if each is not None:
-                row = [data, f'{ARMS[arm].label} less {ARMS[other].label}', str(each), f'{p:.3f}' if p >= 0.001 else '< 0.001']
+                row = [data, f'{ARMS[arm].label} less {ARMS[other].label}', str(each)]
+                row.append(f'{p:.3f}' if p >= 0.001 else '< 0.001')
                 row.append('' if paper is None else _paper_difference(*paper))
                 rows.append([*row, f'**{verdict(each, p)}**'])
     return table(['set', 'difference', '95% interval', 'corrected p', "the paper's, on ImageNet or COCO", ''], rows)
