@@ -134,8 +134,8 @@ def test_tables(small, monkeypatch):
     found = report.difference('digits', 'depla', 'base')
     assert (found.mean, found.half) == pytest.approx((3.0, 1.401), abs=1e-3)
     text = report.claims()
-    assert '| digits | DEPLA less base | +3.00 ± 1.40 | 0.001 | +1.7 | **gains** |' in text
-    assert '| digits | adaptive DEPLA less base | -3.00 ± 1.40 | 0.001 | +1.9 | **costs** |' in text
+    assert '| digits | DEPLA less base | +3.00 ± 1.40 | < 0.001 | +1.7 | **gains** |' in text
+    assert '| digits | adaptive DEPLA less base | -3.00 ± 1.40 | < 0.001 | +1.9 | **costs** |' in text
     assert '| digits | DEPLA less control: pooled bottleneck | -0.01 ± 1.40 | 0.988 |  | **undecided** |' in text
     assert len(text.splitlines()) == 5 and len(report.calibration().splitlines()) == 2
     for name in ('evidence.md', 'search.md'):
