@@ -149,7 +149,7 @@ def create_card(record: Dict[str, Any], recipe: Dict[str, Any], source: str, lic
     shown = [key for key in _ARGUMENTS if recipe.get(key) and key not in left_out]
     epochs = f'{results["epochs"]}'
     if results['epochs'] < recipe['epochs']:
-        epochs += f' of {recipe["epochs"]}, the best on the split above'
+        epochs += f" of {recipe['epochs']} (a run's `best` checkpoint is chosen on the split above)"
     arguments = ', '.join(f'`{key}={recipe[key]!r}`' for key in shown)
     what = '' if 'depla' in name else f'the base of `{name}_depla`, without '
     summary = f'`{name}` trained on {data["name"]} by timm-depla: {what}DEPLA, of '

@@ -106,7 +106,6 @@ def page(address):
         page.on('request', lambda request: requests.append(request.url))
         page.goto(address)
         page.wait_for_selector('text=What DEPLA sees', timeout=60_000)
-        page.errors = errors
         yield page
         assert errors == []
         assert all(url.startswith((address, 'data:', 'blob:')) for url in requests)  # it works offline
