@@ -1,0 +1,93 @@
+"""The block and its networks on a GPU: the results of a CPU, exact repetition, compilers and graphs."""
+
+import copy
+
+import pytest
+import torch
+from helpers import create
+
+from timm_depla.layers import Depla
+from timm_depla.layers.depla import BFNS
+from timm_depla.layers.fold import pays
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+
+NETWORKS = ['test_resnet_depla', 'test_fishnet_depla']
+
+
+def step(network, *inputs):
+    """The output of a training step, and the gradients of the inputs and parameters."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = network.train()(*inputs)
+    network.zero_grad()
+    (out.float() if out.dtype != torch.float64 else out).sin().sum().backward()
+    return [out.detach(), *(x.grad for x in inputs), *(p.grad for p in network.parameters())]
+
+
+@pytest.mark.parametrize('shape', [(2, 64, 9, 7), (4, 256, 128, 128)])  # the norm of the larger map is folded
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('bfn', BFNS)
+def test_block_as_on_a_cpu(bfn, memory_format, shape):
+    block = Depla(shape[1], bfn=bfn, temperature=0.5).double()
+    on_gpu = copy.deepcopy(block).cuda()
+    assert pays(torch.empty(shape[0], 16, shape[1]).cuda(), torch.empty(1, 16, shape[2] * shape[3])) == (shape[2] > 9)
+    x, y = torch.randn(2, *shape, dtype=torch.float64)
+    inputs = [t.contiguous(memory_format=memory_format) for t in (x, y)]
+    expected = step(block, *inputs)
+    actual = step(on_gpu, *(t.cuda() for t in inputs))
+    assert actual[0].is_contiguous(memory_format=memory_format)
+    for found, right in zip([*actual, *on_gpu.buffers()], [*expected, *block.buffers()], strict=True):
+        torch.testing.assert_close(found.cpu(), right)
+
+
+@pytest.mark.parametrize('dtype,bound', [(torch.float16, 5e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize('size', [16, 256])
+@pytest.mark.parametrize('bfn', BFNS)
+def test_autocast(bfn, size, dtype, bound):
+    block = Depla(64, bfn=bfn, temperature=0.5).cuda()
+    x, y = torch.randn(2, 4, 64, size, size, device='cuda')
+    expected = copy.deepcopy(block).double().train()(x.double(), y.double())
+    with torch.autocast('cuda', dtype):
+        actual = step(block, x, y)
+    assert (actual[0] - expected).abs().max() < bound * expected.abs().max()
+    assert all(gradient.isfinite().all() for gradient in actual)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_a_step_repeats_exactly(name, monkeypatch):
+    monkeypatch.setenv('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    x = torch.randn(4, 3, 96, 96, device='cuda')
+    torch.use_deterministic_algorithms(True)  # an operation without an exact form raises
+    try:
+        first, second = (step(create(name).cuda(), x) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_compiled_step(name):
+    network = create(name).double().cuda()
+    x = torch.randn(4, 3, 96, 96, device='cuda', dtype=torch.float64)
+    expected = step(copy.deepcopy(network), x)
+    for actual, right in zip(step(torch.compile(network), x), expected, strict=True):
+        torch.testing.assert_close(actual, right)
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_graph_of_inference(name):
+    """A CUDA graph of the network gives for other images what the network gives."""
+    network, images = create(name).cuda(), torch.randn(2, 1, 3, 96, 96, device='cuda')
+    x = images[0].clone()
+    with torch.inference_mode():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            network(x)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = network(x)
+        for image in images:
+            x.copy_(image)
+            graph.replay()
+            torch.testing.assert_close(out, network(image))
