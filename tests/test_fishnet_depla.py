@@ -183,6 +183,18 @@ def test_sharing_memory_changes_no_gradient(memory_format):
     torch.testing.assert_close(*gradients)
 
 
+def test_sharing_memory_keeps_the_type():
+    """Autocast's trunk may be wider than its branch: then the joined map is no view of what a convolution saved."""
+    depla = Depla(16, 8, upsample='nearest').train()
+    trunk = torch.randn(2, 16, 4, 4)
+    branch = torch.randn(2, 8, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16):
+        joined = join_sharing_memory(depla, trunk, branch * 1)
+    assert joined.dtype == torch.float32
+    joined.sin().sum().backward()
+    assert branch.grad.isfinite().all()
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_features(name):
     x = torch.randn(1, 3, SIZE, 96, device='meta')

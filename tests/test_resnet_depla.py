@@ -8,11 +8,13 @@ import torch
 from helpers import create
 from timm.layers import create_feature_extractor
 from timm.utils import reparameterize_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.engine.plan import count_cost, count_macs
 from timm_depla.layers import Depla
-from timm_depla.layers.fold import pays
+from timm_depla.layers.fold import compose, pays
+from timm_depla.layers.linear import matmul
 from timm_depla.models.placement import default_positions
 
 MODELS = timm.list_models(module='resnet_depla')
@@ -170,6 +172,27 @@ def test_few_small_operations_where_each_is_launched():
         block = timm.create_model('resnet50_depla', device=device).layer3[1]
         assert block.eval().can_compose()
         assert block.train().can_compose() == (device == 'cpu')
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_composing_keeps_single_precision_under_the_autocast_of_a_gpu(dtype, monkeypatch):
+    """Compiled for a GPU, training composes; on tensors without data, which need no GPU."""
+
+    def product(a, b, bias=None):
+        assert a.dtype == b.dtype == torch.float32
+        return matmul(a, b, bias)
+
+    monkeypatch.setattr('timm_depla.layers.fold.matmul', product)
+    with FakeTensorMode():
+        block = timm.create_model('resnet50_depla', device='cuda').layer3[1].train()
+        x = torch.randn(2, 256, 6, 6, device='cuda', dtype=dtype)
+        torch.set_autocast_enabled('cuda', True)  # torch.autocast would refuse where there is no GPU
+        torch.set_autocast_dtype('cuda', dtype)
+        try:
+            compose(block.conv3, block.bn3, block.depla.candidate, x)
+        finally:
+            torch.set_autocast_enabled('cuda', False)
+            torch.set_autocast_dtype('cuda', torch.float16)
 
 
 @pytest.mark.parametrize('name', ['resnet50_depla', 'seresnet50_depla', 'resnet50_depla_adaptive'])

@@ -163,7 +163,10 @@ class Bridge(nn.Module):
 
 
 def join_sharing_memory(depla: Depla, x: Tensor, branch: Tensor) -> Tensor:
-    """Concatenate depla(x, branch) and branch; autograd saves branch as a view of the result, not as a copy."""
+    """Concatenate depla(x, branch) and branch; autograd saves branch as a view of the result, not as a copy.
+
+    Where the result has another type than branch, as autocast can give it, branch is saved itself.
+    """
     kept = [branch]
 
     def pack(tensor: Tensor) -> Any:
@@ -175,7 +178,8 @@ def join_sharing_memory(depla: Depla, x: Tensor, branch: Tensor) -> Tensor:
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         x = depla(x, branch)
     joined = torch.cat([x, branch], dim=1)
-    kept[0] = joined.detach()[:, x.shape[1] :]
+    if joined.dtype == branch.dtype:
+        kept[0] = joined.detach()[:, x.shape[1] :]
     return joined
 
 
