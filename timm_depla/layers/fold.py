@@ -129,7 +129,7 @@ def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -
     if norm.training:
         rows = x.movedim(1, 3).flatten(0, 2)  # (B*N, P)
         means, moments = Moments.apply(rows)
-        covariance = moments - means.outer(means)  # (P, P); a GPU's autocast would round torch.addr
+        covariance = moments.addr_(means, means, alpha=-1)  # (P, P); in place, since a GPU's autocast rounds torch.addr
         mean = matmul(weight, means)
         var = (matmul(weight, covariance) * weight).sum(1).clamp(min=0)  # rounding may make it negative
         _update(norm, mean, var, len(rows))
