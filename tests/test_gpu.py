@@ -74,6 +74,18 @@ def test_compiled_step(name):
         torch.testing.assert_close(actual, right)
 
 
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('name', NETWORKS)
+def test_step_under_autocast(name, compiled):
+    network, x = create(name).cuda(), torch.randn(4, 3, 96, 96, device='cuda')
+    expected = step(copy.deepcopy(network).double(), x.double())[0]
+    with torch.autocast('cuda', torch.bfloat16):
+        out = (torch.compile(network) if compiled else network).train()(x)
+    assert (out - expected).abs().max() < 0.1 * expected.abs().max()
+    out.float().sin().sum().backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
 @pytest.mark.parametrize('name', NETWORKS)
 def test_graph_of_inference(name):
     """A CUDA graph of the network gives for other images what the network gives."""
