@@ -91,7 +91,7 @@ def _infer(model: torch.nn.Module, x: torch.Tensor) -> None:
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     results: Dict[str, Any] = dict(batch_size=args.batch_size, img_size=args.img_size, names=[*args.model, args.base])
-    modules = ('timm_depla.layers.fold', 'timm_depla.models.placement')
+    modules = ('timm_depla.layers.depla', 'timm_depla.models.placement')
     on_gpu = [patch(f'{module}.launches_cost', return_value=True) for module in modules]
     with FakeTensorMode(), on_gpu[0], on_gpu[1]:
         for name in results['names']:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor
 
-from .fold import can_fold, fold_into_features, has_hooks, pays, scale_and_level
+from .fold import can_fold, fold_into_features, has_hooks, launches_cost, scale_and_level
 from .linear import ConvNorm, Linear, matmul
 
 __all__ = ['SoftRPN', 'soft_roi_pool', 'PlainBFN', 'AdaptiveBFN', 'Depla', 'match_size']
@@ -289,12 +289,12 @@ class Depla(nn.Module):
         features, heatmaps = self.bfn(identity, pooled, maps, values, query)  # Z' (B, L, C), B (B, L, N)
         features = self.proj(features)  # (B, L, C1); cheaper before back-filling: L vectors, not N positions
         heatmaps = heatmaps * heatmaps.shape[2]  # ruling 4(a)
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting() and not launches_cost(features):  # a GPU is faster with a norm of the map
             if isinstance(self.norm, Level) and not has_hooks(self.norm):
                 level = self.norm.level.view(1, 1, -1)
                 return back_fill(features, heatmaps, values, identity.dtype, level).type_as(identity)
             is_answerable = not self.norm.training or heatmaps[:, 0].numel() > 1  # else as BatchNorm answers it
-            if is_answerable and can_fold(self.norm) and pays(features, heatmaps):
+            if is_answerable and can_fold(self.norm):
                 features, heatmaps, level = fold_into_features(self.norm, features, heatmaps)
                 return back_fill(features, heatmaps, values, identity.dtype, level).type_as(identity)
         return self.norm(back_fill(features, heatmaps, values, identity.dtype)).type_as(identity)

@@ -14,11 +14,9 @@ from torch import Tensor
 from .linear import Conv1x1, ConvNorm, convolve, matmul
 
 __all__ = [
-    'can_fold', 'compose', 'compose_linear', 'fold_into_features', 'has_hooks', 'launches_cost', 'pays',
-    'scale_and_level',
+    'can_fold', 'compose', 'compose_linear', 'fold_into_features', 'has_hooks', 'launches_cost', 'scale_and_level',
 ]  # fmt: skip
 
-LARGE = 2**24  # elements: a map that a GPU reads in the time that it takes to launch a few operations
 LINEAR = (nn.BatchNorm2d, BatchNormAct2d, nn.Identity, nn.Conv2d, Conv1x1, ConvNorm)  # activations are not linear
 
 
@@ -41,13 +39,6 @@ def can_fold(*modules: nn.Module) -> bool:
 def launches_cost(x: Tensor) -> bool:
     """Whether an operation takes a while to start, however small: on a GPU, unless a compiler joins it to others."""
     return x.device.type != 'cpu' and not torch.compiler.is_compiling()
-
-
-def pays(features: Tensor, heatmaps: Tensor) -> bool:
-    """Whether a map of features (B, L, C) filled by heatmaps (B, L, N) is large enough for its norm to be folded."""
-    if not launches_cost(features):
-        return True
-    return features.shape[0] * features.shape[2] * heatmaps.shape[2] >= LARGE
 
 
 @torch.no_grad()

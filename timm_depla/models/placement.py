@@ -12,6 +12,8 @@ from timm_depla.layers.fold import can_fold, compose, has_hooks, launches_cost
 
 __all__ = ['can_compose', 'create_depla', 'default_positions', 'fuse_candidate', 'refine_composed', 'split_depla_args']
 
+LARGE = 2**24  # elements of a map that a GPU writes in the time that it takes to launch some ten operations
+
 
 def default_positions(num_blocks: int) -> Tuple[int, ...]:
     """Indices of the DEPLA blocks in a stage: three, evenly spread, ending with the last (ruling 3).
@@ -54,16 +56,18 @@ def create_depla(
     return Depla(chs, **depla, norm_layer=norm_layer, drop_path=drop_path, device=device, dtype=dtype)
 
 
-def can_compose(conv: nn.Module, norm: nn.Module, depla: Depla) -> bool:
+def can_compose(conv: nn.Module, norm: nn.Module, depla: Depla, x: Optional[Tensor] = None) -> bool:
     """Whether only linear layers of DEPLA read the candidate norm(conv(x)), and no module has hooks.
 
     In training, composing takes the covariance of the convolution's input channels, which is worth it only if the
-    convolution at least doubles the width, and not on a GPU, for which it is too many small operations (benchmark
-    `bound`).
+    convolution at least doubles the width. On a GPU, for which it is many small operations, the candidate of the input
+    x (B, P, H, W) must be large (benchmark `speed`); without x, this is not asked.
     """
     if depla.keep_candidate or has_hooks(depla) or not can_fold(conv, norm, depla.candidate):
         return False
-    return not norm.training or (2 * conv.in_channels <= conv.out_channels and not launches_cost(conv.weight))
+    if norm.training and 2 * conv.in_channels > conv.out_channels:
+        return False
+    return x is None or not launches_cost(x) or x.numel() // conv.in_channels * conv.out_channels >= LARGE
 
 
 def refine_composed(conv: nn.Conv2d, norm: nn.BatchNorm2d, depla: Depla, identity: Tensor, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class RegNetBottleneckDepla(nn.Module):
         identity = self.downsample(x)
         x = self.se(self.conv2(self.conv1(x)))
         if not torch.jit.is_scripting():
-            if can_compose(self.conv3.conv, self.conv3.bn, self.depla):
+            if can_compose(self.conv3.conv, self.conv3.bn, self.depla, x):
                 return self.act3(refine_composed(self.conv3.conv, self.conv3.bn, self.depla, identity, x))
         return self.act3(self.depla(identity, self.conv3(x)))
 

@@ -60,15 +60,15 @@ class BottleneckDepla(Bottleneck):
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
         if not torch.jit.is_scripting():
-            if self.can_compose():
+            if self.can_compose(x):
                 return self.act3(refine_composed(self.conv3, self.bn3, self.depla, identity, x))
         x = self.bn3(self.conv3(x))
         if self.se is not None:
             x = self.se(x)
         return self.act3(self.depla(identity, x))
 
-    def can_compose(self) -> bool:
-        return self.se is None and can_compose(self.conv3, self.bn3, self.depla)
+    def can_compose(self, x: Optional[torch.Tensor] = None) -> bool:
+        return self.se is None and can_compose(self.conv3, self.bn3, self.depla, x)
 
     def reparameterize(self) -> None:
         """Fuse the candidate's convolutions for inference; timm's `reparameterize_model` calls this."""
