@@ -11,11 +11,12 @@ import timm
 import torch
 from helpers import create
 from timm.layers import create_feature_extractor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_depla.layers import Depla
 from timm_depla.models import load_trunk
-from timm_depla.models.fishnet_blocks import join_sharing_memory
+from timm_depla.models.fishnet_blocks import Blocks, JoinStage, join_sharing_memory
 
 FOLDER = Path(__file__).parent / 'fishnet'
 MODELS = timm.list_models(module='fishnet_depla')
@@ -181,6 +182,25 @@ def test_sharing_memory_changes_no_gradient(memory_format):
         out = join(depla, *inputs)
         gradients.append(torch.autograd.grad(out.sin().sum(), [*inputs, *depla.parameters()]))
     torch.testing.assert_close(*gradients)
+
+
+def test_maps_keep_their_type_under_the_autocast_of_a_gpu():
+    """On tensors without data, which need no GPU: no map becomes one of float32, which would take twice the memory."""
+    model, types = timm.create_model('test_fishnet_depla', device='meta').train(), {}
+    for name, module in model.named_modules():
+        if isinstance(module, (Blocks, JoinStage)):
+            module.register_forward_hook(lambda _, inputs, out, name=name: types.update({name: out.dtype}))
+    state = model.state_dict()
+    with FakeTensorMode():
+        state = {k: torch.empty(v.shape, dtype=v.dtype, device='cuda') for k, v in state.items()}
+        torch.set_autocast_enabled('cuda', True)  # torch.autocast would refuse where there is no GPU
+        torch.set_autocast_dtype('cuda', torch.bfloat16)
+        try:
+            torch.func.functional_call(model, state, torch.empty(2, 3, 96, 96, device='cuda'))
+        finally:
+            torch.set_autocast_enabled('cuda', False)
+            torch.set_autocast_dtype('cuda', torch.float16)
+    assert len(types) > 12 and set(types.values()) == {torch.bfloat16}, types
 
 
 def test_sharing_memory_keeps_the_type():

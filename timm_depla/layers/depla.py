@@ -18,17 +18,24 @@ from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor
 
 from .fold import can_fold, fold_into_features, has_hooks, launches_cost, scale_and_level
-from .linear import ConvNorm, Linear, matmul
+from .linear import ConvNorm, Linear, is_autocast, matmul
 
 __all__ = ['SoftRPN', 'soft_roi_pool', 'PlainBFN', 'AdaptiveBFN', 'Depla', 'match_size']
 
 
 @register_notrace_function
 def match_size(x: Tensor, other: Tensor, mode: str) -> Tensor:
-    """Up-sample x (B, C, H, W) to the maximum of its own and the other map's height and width."""
+    """Up-sample x (B, C, H, W) to the maximum of its own and the other map's height and width, in its type.
+
+    On a GPU, autocast would make it a map of float32.
+    """
     height, width = max(x.shape[2], other.shape[2]), max(x.shape[3], other.shape[3])
     if height == x.shape[2] and width == x.shape[3]:
         return x
+    if not torch.jit.is_scripting():
+        if is_autocast(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return F.interpolate(x, size=[height, width], mode=mode)
     return F.interpolate(x, size=[height, width], mode=mode)
 
 

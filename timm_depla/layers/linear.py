@@ -8,16 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ['Conv1x1', 'ConvNorm', 'Linear', 'convolve', 'matmul']
+__all__ = ['Conv1x1', 'ConvNorm', 'Linear', 'convolve', 'is_autocast', 'matmul']
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast applies to operations on x."""
+    device = x.device.type  # torch 2.8 cannot compile the question whether it has autocast
+    is_known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return is_known and torch.is_autocast_enabled(device)
 
 
 def matmul(a: Tensor, b: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """a @ b, plus a bias to batches of matrices, in the precision of the operands, also under autocast (ruling 9)."""
     if not torch.jit.is_scripting():
-        device = a.device.type  # torch 2.8 cannot compile the question whether it has autocast
-        is_known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-        if is_known and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+        if is_autocast(a):
+            with torch.autocast(a.device.type, enabled=False):
                 return a @ b if bias is None else torch.baddbmm(bias, a, b)
     return a @ b if bias is None else torch.baddbmm(bias, a, b)
 

@@ -42,7 +42,7 @@ class ChannelSum(nn.Module):
         self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (-1, self.size)).sum(2)  # (B, C, H, W) -> (B, C / size, H, W)
+        return x.unflatten(1, (-1, self.size)).sum(2, dtype=x.dtype)  # (B, C, H, W) -> (B, C / size, H, W)
 
 
 def conv_norm(in_chs: int, out_chs: int, norm_layer: Type[nn.Module], stride: int = 1, **dd) -> nn.Sequential:
