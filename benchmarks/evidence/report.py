@@ -18,7 +18,6 @@ from .study import RATES, best_rate, final_jobs
 
 DOCS = Path(__file__).parents[2] / 'docs'
 PAPER = Path(__file__).parents[1] / 'paper_results.json'
-TOP1 = 'eval_top1'
 LEVEL = 0.05  # of a verdict, after Holm's correction
 
 # Each claim: an arm, the one that it is compared with, and the rows of the paper's tables that say the same.
@@ -179,18 +178,6 @@ def tuning() -> str:
     return table(['set', '', *RATES], rows)
 
 
-def pilot() -> str:
-    """The runs before the protocol, those of one set, optimizer, rate and seed in a row."""
-    rows: Dict[Tuple[Any, ...], Dict[str, str]] = {}
-    for run in map(json.loads, study.RECORDS.with_name('pilot.jsonl').read_text().splitlines()):
-        top1, loss = (run['results'][key][-1] for key in (TOP1, 'train_loss'))
-        row = rows.setdefault(tuple(run[key] for key in ('set', 'optimizer', 'lr', 'seed')), {})
-        row[run['arm']] = f'{top1:.2f} ({loss:.3f})'
-    arms = ('base', 'se', 'gc', 'depla')
-    header = ['set', 'optimizer', 'learning rate', 'seed', *(ARMS[arm].label for arm in arms)]
-    return table(header, [[*key, *(row.get(arm, '') for arm in arms)] for key, row in sorted(rows.items())])
-
-
 def plot() -> None:
     """Plot the difference of each finished claim, a panel for each set."""
     from matplotlib import pyplot as plt
@@ -221,7 +208,7 @@ def write() -> None:
     """Write each table between its markers in the pages, where there are any, and draw the plot."""
     for name in ('evidence.md', 'search.md'):
         text = (DOCS / name).read_text()
-        for make in (calibration, claims, detection, networks, tuning, pilot, conditioning, starts, search):
+        for make in (calibration, claims, detection, networks, tuning, conditioning, starts, search):
             start, end = f'<!-- {make.__name__} -->\n', '\n<!-- end -->'
             if start in text:
                 before, rest = text.split(start)
