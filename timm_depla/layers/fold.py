@@ -38,7 +38,7 @@ def can_fold(*modules: nn.Module) -> bool:
 
 def launches_cost(x: Tensor) -> bool:
     """Whether an operation takes a while to start, however small: on a GPU, unless a compiler joins it to others."""
-    return x.device.type != 'cpu' and not torch.compiler.is_compiling()
+    return x.device.type not in ('cpu', 'meta') and not torch.compiler.is_compiling()
 
 
 @torch.no_grad()
