@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import timm
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.engine.classification import validate as validation
@@ -22,6 +24,19 @@ def create(name, **kwargs):
     """A network with the same weights every time, in evaluation mode."""
     torch.manual_seed(0)
     return timm.create_model(name, **kwargs).eval()
+
+
+@contextmanager
+def gpu_autocast(dtype):
+    """A GPU's autocast on tensors without data, which need no GPU; `torch.autocast` would refuse."""
+    with FakeTensorMode():
+        torch.set_autocast_enabled('cuda', True)
+        torch.set_autocast_dtype('cuda', dtype)
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled('cuda', False)
+            torch.set_autocast_dtype('cuda', torch.float16)  # PyTorch's default
 
 
 def fit(*argv):

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import create
+from helpers import create, gpu_autocast
 from timm.layers import create_feature_extractor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_depla.layers import Depla
@@ -185,21 +184,15 @@ def test_sharing_memory_changes_no_gradient(memory_format):
 
 
 def test_maps_keep_their_type_under_the_autocast_of_a_gpu():
-    """On tensors without data, which need no GPU: no map becomes one of float32, which would take twice the memory."""
+    """No map becomes one of float32, which would take twice the memory."""
     model, types = timm.create_model('test_fishnet_depla', device='meta').train(), {}
     for name, module in model.named_modules():
         if isinstance(module, (Blocks, JoinStage)):
             module.register_forward_hook(lambda _, inputs, out, name=name: types.update({name: out.dtype}))
     state = model.state_dict()
-    with FakeTensorMode():
+    with gpu_autocast(torch.bfloat16):
         state = {k: torch.empty(v.shape, dtype=v.dtype, device='cuda') for k, v in state.items()}
-        torch.set_autocast_enabled('cuda', True)  # torch.autocast would refuse where there is no GPU
-        torch.set_autocast_dtype('cuda', torch.bfloat16)
-        try:
-            torch.func.functional_call(model, state, torch.empty(2, 3, 96, 96, device='cuda'))
-        finally:
-            torch.set_autocast_enabled('cuda', False)
-            torch.set_autocast_dtype('cuda', torch.float16)
+        torch.func.functional_call(model, state, torch.empty(2, 3, 96, 96, device='cuda'))
     assert len(types) > 12 and set(types.values()) == {torch.bfloat16}, types
 
 
