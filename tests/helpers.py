@@ -10,7 +10,6 @@ import timm
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.engine.classification import validate as validation
 from timm_depla.engine.classification.flags import create_train_parser, create_validate_parser
 from timm_depla.engine.classification.train import train

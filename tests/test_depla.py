@@ -320,6 +320,23 @@ def test_folded_norm_is_batch_norm_of_the_map(bfn, memory_format):
         torch.testing.assert_close(*results)
 
 
+def test_fused_norm_where_a_gpu_adds_it_to_the_map(monkeypatch):
+    """The sum has the type of the map, half precision under autocast."""
+    block = Depla(8, **ARGS)
+    x, y = torch.randn(2, 3, 8, 6, 7)
+    block(x, y)  # statistics of its own
+    expected = block.eval()(x, y)
+    block.reparameterize()
+    monkeypatch.setattr('timm_depla.layers.depla.launches_cost', lambda x: True)
+    torch.testing.assert_close(block(x, y), expected)
+    types = []
+    block.norm.register_forward_hook(lambda _, inputs, out: types.append((inputs[0].dtype, out.dtype)))
+    with torch.autocast('cpu', torch.bfloat16):
+        half = block(x.bfloat16(), y.bfloat16())
+    assert types == [(torch.bfloat16, torch.bfloat16)]
+    assert (half - expected).abs().max() < 0.03 * expected.abs().max()
+
+
 @pytest.mark.parametrize('norm_dtype', [torch.bfloat16, torch.float32])
 def test_half_precision_weights(norm_dtype):
     block = Depla(8).train()

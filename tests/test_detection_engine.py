@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.data import scenes
 from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import METRICS, CocoDetection, evaluate_coco

@@ -13,7 +13,6 @@ from helpers import ROOT, run
 from PIL import Image
 from safetensors.torch import load_file
 
-import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.data import digits_folder, scenes
 from timm_depla.engine.checkpoint import list_checkpoints
 from timm_depla.engine.world import run_command

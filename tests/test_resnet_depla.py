@@ -10,7 +10,6 @@ from timm.layers import create_feature_extractor
 from timm.utils import reparameterize_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.engine.plan import count_cost, count_macs
 from timm_depla.layers import Depla
 from timm_depla.layers.fold import compose

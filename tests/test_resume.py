@@ -22,7 +22,6 @@ from helpers import run as execute
 from PIL import Image
 from safetensors.torch import load_file
 
-import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.data import digits_folder
 from timm_depla.engine import checkpoint, run
 from timm_depla.engine.checkpoint import differences, list_checkpoints

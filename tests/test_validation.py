@@ -11,7 +11,6 @@ import yaml
 from helpers import fit, validate
 from safetensors.torch import load_file, save_file
 
-import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.data import digits_folder
 from timm_depla.engine.classification import validate as validation
 from timm_depla.engine.classification.flags import create_train_parser

@@ -9,7 +9,6 @@ import torch
 from helpers import ROOT, create, run
 from PIL import Image
 
-import timm_depla  # noqa: F401  (registers the models)
 from timm_depla.data import digits_folder
 from timm_depla.detection import create_detector
 from timm_depla.layers.depla import back_fill, match_size, soft_roi_pool

@@ -91,14 +91,14 @@ def back_fill(
 
 
 class Level(nn.Module):
-    """What remains of a norm whose factor is in the weights before it: adds a vector (C,) at each position."""
+    """What remains of a norm whose factor is in the weights before it: adds a vector (C,), in the type of the map."""
 
     def __init__(self, level: Tensor) -> None:
         super().__init__()
         self.register_buffer('level', level)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.level.view(-1, 1, 1)
+        return x + self.level.type_as(x).view(-1, 1, 1)
 
 
 class SoftRPN(nn.Module):
