@@ -28,6 +28,8 @@ def main() -> None:
     train.add_argument('arm', choices=ARMS, metavar='ARM', help=f'one of {", ".join(ARMS)}')
     train.add_argument('--seed', type=int, default=0)
     train.add_argument('--lr', type=float, help='learning rate; the one chosen for the arm by default')
+    for command in (run, train):
+        command.add_argument('--device', default='cpu', help="'cpu' or 'cuda'")
     for name in paper.TABLES:
         parts = commands.add_parser(name, help=f"the runs of the paper's tables on {name}", description=paper.__doc__)
         paper.add_args(parts, name)
@@ -37,14 +39,20 @@ def main() -> None:
     if args.name == 'data':
         scattered.write(args.folder, scattered.SETS[args.set])
     elif args.name == 'run':
-        study.run(args.data, [arm for arm in ARMS if any(fnmatch(arm, pattern) for pattern in args.arms)], args.jobs)
+        study.run(
+            args.data,
+            [arm for arm in ARMS if any(fnmatch(arm, pattern) for pattern in args.arms)],
+            args.jobs,
+            args.device,
+        )
     elif args.name == 'train':
         rate = args.lr or study.best_rate(args.data, args.arm)
         if rate is None:
             parser.error(f"no learning rate is chosen yet for '{args.arm}': give --lr")
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)  # sharp maps have denormal gradients, which are slow
-        for key, values in study.train(study.Job(args.data, args.arm, args.seed, rate))['results'].items():
+        job = study.Job(args.data, args.arm, args.seed, rate)
+        for key, values in study.train(job, args.device)['results'].items():
             print(key, values[-1])
     elif args.name in paper.TABLES:
         sys.exit(paper.main(args.name, args))

@@ -11,8 +11,11 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional
+
+import torch
 
 from timm_depla.data import digits_folder
 from timm_depla.engine.classification import train as classification
@@ -99,27 +102,32 @@ def final_jobs(data: str, arm: str) -> List[Job]:
     return [] if rate is None else [Job(data, arm, seed, rate) for seed in range(ARMS[arm].seeds)]
 
 
-def train(job: Job) -> Dict[str, Any]:
+def train(job: Job, device: str = 'cpu') -> Dict[str, Any]:
     """Train an arm and record it. The caller sets the number of threads, which changes the rounding of sums."""
     with tempfile.TemporaryDirectory() as output:
-        rows = _fit(job, Path(output))
+        rows = _fit(job, Path(output), device)
     results = {
         key: [float(row[key]) for row in rows if row[key]]
         for key in rows[-1]
         if key == 'train_loss' or key.startswith('eval_')
     }
-    entry = create_record(job.command, results, **job._asdict())
+    more = job._asdict() if device == 'cpu' else {**job._asdict(), 'gpu': torch.cuda.get_device_name(device)}
+    entry = create_record(_command(job, device), results, **more)
     save(entry)
     return entry
 
 
-def _fit(job: Job, output: Path) -> List[Dict[str, str]]:
+def _command(job: Job, device: str) -> str:
+    return job.command if device == 'cpu' else f'{job.command} --device {device}'
+
+
+def _fit(job: Job, output: Path, device: str) -> List[Dict[str, str]]:
     """Train an arm into the folder `run` of an output folder; returns the rows of its summary."""
     arm = ARMS[job.arm]
-    flags = ['--model', arm.model, '--seed', str(job.seed), '--device', 'cpu', '--workers', '0', '--lr', str(job.lr)]
+    flags = ['--model', arm.model, '--seed', str(job.seed), '--device', device, '--workers', '0', '--lr', str(job.lr)]
     kwargs = arm.kwargs
     if arm.trunk:
-        flags += ['--initial-checkpoint', str(_trunk(job))]
+        flags += ['--initial-checkpoint', str(_trunk(job, device))]
     if arm.task == 'classification':
         flags += PROXIES[job.data].flags()
         kwargs = {**kwargs, **(PROXIES[job.data].kwargs if arm.model.startswith('narrow_resnet') else {})}
@@ -134,7 +142,7 @@ def _fit(job: Job, output: Path) -> List[Dict[str, str]]:
     return list(csv.DictReader((output / 'run' / 'summary.csv').read_text().splitlines()))
 
 
-def _trunk(job: Job) -> Path:
+def _trunk(job: Job, device: str) -> Path:
     """The run of the arm that a job starts from, in the cache; trained if it is not there."""
     arm = ARMS[job.arm].trunk
     if (rate := best_rate(job.data, arm)) is None:
@@ -146,26 +154,24 @@ def _trunk(job: Job) -> Path:
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as output:
-            _fit(trunk, Path(output))
+            _fit(trunk, Path(output), device)
             with suppress(OSError):  # another process was faster
                 Path(output, 'run').rename(folder)
     return folder
 
 
-def _run(job: Job) -> None:
+def _run(job: Job, device: str) -> None:
     """Train in a new process, unless there is a record; its output is shown only if it fails."""
     if load(job) is not None:
         return
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [sys.executable, *shlex.split(job.command)[1:]], env=environment, capture_output=True, text=True
-    )
+    command, environment = _command(job, device), {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f'{job.command} failed:\n{done.stderr[-3000:]}')
-    print(f'{job.command}: {load(job)["results"][metric(job.arm)][-1]:.2f}', flush=True)
+        raise SystemExit(f'{command} failed:\n{done.stderr[-3000:]}')
+    print(f'{command}: {load(job)["results"][metric(job.arm)][-1]:.2f}', flush=True)
 
 
-def run(data: str, arms: Iterable[str], jobs: int) -> None:
+def run(data: str, arms: Iterable[str], jobs: int, device: str = 'cpu') -> None:
     """Train arms, `jobs` networks at a time: first the tuning runs, then those that count, seed by seed."""
     arms = list(arms)
     with ThreadPoolExecutor(jobs) as pool:
@@ -176,6 +182,6 @@ def run(data: str, arms: Iterable[str], jobs: int) -> None:
             if found is None
             for job in tuning_jobs(data, arm, rate)
         ]:
-            list(pool.map(_run, missing))
+            list(pool.map(partial(_run, device=device), missing))
         final = [job for arm in arms for job in final_jobs(data, arm)]
-        list(pool.map(_run, sorted(final, key=lambda job: job.seed)))
+        list(pool.map(partial(_run, device=device), sorted(final, key=lambda job: job.seed)))
