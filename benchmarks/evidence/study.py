@@ -133,8 +133,8 @@ def _fit(job: Job, output: Path, device: str) -> List[Dict[str, str]]:
         kwargs = {**kwargs, **(PROXIES[job.data].kwargs if arm.model.startswith('narrow_resnet') else {})}
         parser, engine = create_train_parser(), classification
     else:
-        flags += ['--recipe', 'scenes', '--val-interval', '4']
-        flags += [] if device == 'cpu' else ['--no-deterministic']  # RoI align's exact form is slow on a GPU
+        flags += ['--recipe', 'scenes', '--val-interval', '8']
+        flags += [] if device == 'cpu' else ['--no-deterministic']  # RoI align's exact form is slow there
         parser, engine = create_detection_parser(), detection
     args = parse_args(parser, [*flags, *arm.flags, '--output', str(output), '--experiment', 'run'])
     args = updated(args, model_kwargs={**args.model_kwargs, **kwargs})
