@@ -189,6 +189,19 @@ def test_norms_of_the_backbone(norm):
         assert len(body.train()(torch.randn(2, 3, 64, 64))) == 4
 
 
+@pytest.mark.parametrize('neck', ['fpn', 'fpn_depla'])
+def test_norms_of_the_neck(neck):
+    """With norms, the pyramid does not depend on the scale of the features."""
+    for neck_norm in (None, 'batchnorm2d'):
+        backbone = BackboneWithFPN('test_resnet', neck, neck_norm=neck_norm, out_channels=32)
+        channels, fpn = backbone.body.feature_info.channels(), backbone.fpn.train()
+        features = {str(i): torch.randn(2, number, 16 >> i, 16 >> i) for i, number in enumerate(channels)}
+        assert sum(isinstance(layer[-1], torch.nn.BatchNorm2d) for layer in fpn.layer_blocks) == 4 * bool(neck_norm)
+        small, large = (fpn({name: scale * x for name, x in features.items()}) for scale in (1, 10))
+        is_same = torch.allclose(small['0'], large['0'], atol=1e-2)
+        assert is_same == bool(neck_norm)
+
+
 @pytest.mark.parametrize(
     'name,kwargs,error,message',
     [
@@ -203,6 +216,7 @@ def test_norms_of_the_backbone(norm):
         ('fasterrcnn_swin_tiny_patch4_window7_224_fpn', {}, ValueError, 'layout NHWC, a pyramid takes NCHW'),
         ('fasterrcnn_resnet18_fpn', dict(trainable_backbone_layers=6), ValueError, "0 to 5 for 'resnet18', got 6"),
         ('fasterrcnn_resnet18_fpn', dict(backbone_norm='froze'), ValueError, "backbone_norm must be one of .*'froze'"),
+        ('fasterrcnn_resnet18_fpn', dict(neck_norm='bn'), ValueError, "no norm 'bn'; take 'batchnorm2d' or"),
         ('fasterrcnn_resnet18_fpn', dict(depla=dict(temperature=0.2)), ValueError, "take neck 'fpn_depla'"),
         ('fasterrcnn_resnet18_fpn_depla', dict(depla=dict(temprature=0.2)), TypeError, 'unknown depla argument'),
         ('fasterrcnn_resnet18_fpn', dict(min_sise=320), TypeError, r"unknown argument \['min_sise'\]; .*'min_size'"),

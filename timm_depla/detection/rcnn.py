@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch.nn as nn
-from timm.layers import Format, convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.layers import Format, convert_sync_batchnorm, freeze_batch_norm_2d, get_norm_layer
 from timm.models import group_parameters
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -76,6 +76,7 @@ class BackboneWithFPN(nn.Module):
         trainable_layers: Optional[int] = None,
         norm: Optional[str] = None,
         depla: Optional[Dict[str, Any]] = None,
+        neck_norm: Optional[str] = None,
         **backbone_kwargs,
     ) -> None:
         super().__init__()
@@ -105,13 +106,18 @@ class BackboneWithFPN(nn.Module):
         for name, parameter in body.named_parameters():
             parameter.requires_grad_(layers[name] >= num_layers - trainable_layers)
         self.body = NORMS[norm](body)
-        kwargs = dict(in_channels_list=self.body.feature_info.channels(), out_channels=out_channels)
+        try:
+            norm_layer = get_norm_layer(neck_norm)
+        except KeyError as error:
+            raise ValueError(f"neck_norm: timm has no norm {neck_norm!r}; take 'batchnorm2d' or 'groupnorm'") from error
+        kwargs = dict(extra_blocks=LastLevelMaxPool(), norm_layer=norm_layer)
+        channels = self.body.feature_info.channels()
         if neck == 'fpn_depla':
-            self.fpn = FeaturePyramidNetworkDepla(**kwargs, extra_blocks=LastLevelMaxPool(), depla=depla)
+            self.fpn = FeaturePyramidNetworkDepla(channels, out_channels, **kwargs, depla=depla)
         elif depla:
             raise ValueError(f"neck '{neck}' has no DEPLA to set {sorted(depla)} of; take neck 'fpn_depla'")
         else:
-            self.fpn = FeaturePyramidNetwork(**kwargs, extra_blocks=LastLevelMaxPool())
+            self.fpn = FeaturePyramidNetwork(channels, out_channels, **kwargs)
         self.out_channels = out_channels
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
@@ -127,6 +133,7 @@ def create_detector(
     backbone_norm: Optional[str] = None,
     backbone_kwargs: Optional[Dict[str, Any]] = None,
     depla: Optional[Dict[str, Any]] = None,
+    neck_norm: Optional[str] = None,
     out_channels: int = 256,
     anchor_sizes: Sequence[int] = ANCHOR_SIZES,
     **kwargs,
@@ -146,6 +153,8 @@ def create_detector(
             between processes. By default 'frozen' if the backbone is pretrained, else 'batch'.
         backbone_kwargs: Arguments of the backbone.
         depla: Arguments of FPN-DEPLA, such as temperature.
+        neck_norm: timm's name of a norm after each convolution of the pyramid, such as 'batchnorm2d'; by default none,
+            as in the paper. From scratch, heads start sooner on FishNet's large features with one (docs/search.md).
         out_channels: Channels of the pyramid; the heads' widths are in proportion.
         anchor_sizes: Sizes of the anchors in pixels, one for each of the five levels.
         **kwargs: Arguments of torchvision's FasterRCNN or MaskRCNN.
@@ -162,7 +171,7 @@ def create_detector(
         raise TypeError(f'unknown argument {unknown}; there are {sorted(known)}')
     backbone = BackboneWithFPN(
         backbone_name, neck, pretrained_backbone, out_channels, trainable_backbone_layers, backbone_norm, depla,
-        **(backbone_kwargs or {}),
+        neck_norm, **(backbone_kwargs or {}),
     )  # fmt: skip
     config = backbone.body.pretrained_cfg if hasattr(backbone.body, 'pretrained_cfg') else {}
     kwargs = {'image_mean': config.get('mean'), 'image_std': config.get('std'), **kwargs}
