@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 import torch
 from timm.utils import setup_default_logging
 
-from . import paper, report, scattered, study
+from . import paper, report, scattered, starts, study
 from .arms import ARMS
 from .proxies import PROXIES
 
@@ -28,6 +28,8 @@ def main() -> None:
     train.add_argument('arm', choices=ARMS, metavar='ARM', help=f'one of {", ".join(ARMS)}')
     train.add_argument('--seed', type=int, default=0)
     train.add_argument('--lr', type=float, help='learning rate; the one chosen for the arm by default')
+    early = commands.add_parser('starts', help=starts.__doc__.splitlines()[0], description=starts.__doc__)
+    early.add_argument('--seed', type=int, default=0)
     for command in (run, train):
         command.add_argument('--device', default='cpu', help="'cpu' or 'cuda'")
     for name in paper.TABLES:
@@ -36,21 +38,20 @@ def main() -> None:
     commands.add_parser('docs', help='write the tables and plots of docs/evidence.md from the records')
     args = parser.parse_args()
     setup_default_logging()
+    if args.name in ('train', 'starts'):
+        torch.set_num_threads(1)
+        torch.set_flush_denormal(True)  # sharp maps have denormal gradients, which are slow
     if args.name == 'data':
         scattered.write(args.folder, scattered.SETS[args.set])
     elif args.name == 'run':
-        study.run(
-            args.data,
-            [arm for arm in ARMS if any(fnmatch(arm, pattern) for pattern in args.arms)],
-            args.jobs,
-            args.device,
-        )
+        chosen = [arm for arm in ARMS if any(fnmatch(arm, pattern) for pattern in args.arms)]
+        study.run(args.data, chosen, args.jobs, args.device)
+    elif args.name == 'starts':
+        starts.run(args.seed)
     elif args.name == 'train':
         rate = args.lr or study.best_rate(args.data, args.arm)
         if rate is None:
             parser.error(f"no learning rate is chosen yet for '{args.arm}': give --lr")
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(True)  # sharp maps have denormal gradients, which are slow
         job = study.Job(args.data, args.arm, args.seed, rate)
         for key, values in study.train(job, args.device)['results'].items():
             print(key, values[-1])

@@ -131,11 +131,11 @@ def _sgd(arm: Arm) -> Arm:
     return replace(arm, label=f'{arm.label}, SGD', base=f'{arm.base}-sgd', flags=flags)
 
 
-def _detector(label: str, model: str, base: str, **depla: Any) -> Arm:
-    kwargs = dict(depla=depla) if depla else {}
-    return Arm(label, f'maskrcnn_{model}', kwargs, base, 'detection', ('--epochs', '8'), seeds=5)
+def _detector(label: str, model: str, base: str, rate_of: str = '', **kwargs: Any) -> Arm:
+    return Arm(label, f'maskrcnn_{model}', kwargs, base, 'detection', ('--epochs', '8'), seeds=5, rate_of=rate_of)
 
 
+NORM = dict(neck_norm='batchnorm2d')
 CONTEXT = ('se', 'gc', 'cbam', 'nl')  # modules that are known to gain on ImageNet: what a proxy is calibrated by
 
 ARMS: Dict[str, Arm] = {
@@ -160,12 +160,25 @@ ARMS |= {
     'fishnet-depla': Arm('FishNet-DEPLA', 'narrow_fishnet_depla', base='fishnet', seeds=5),
     'fpn': _detector('FPN', 'test_resnet_fpn', 'fpn'),
     **{
-        f'fpn-depla-{t}': replace(
-            _detector(f'FPN-DEPLA, T = {t}', 'test_resnet_fpn_depla', 'fpn', temperature=t),
+        f'fpn-depla-{t}': _detector(
+            f'FPN-DEPLA, T = {t}',
+            'test_resnet_fpn_depla',
+            'fpn',
             rate_of='' if t == 0.5 else 'fpn-depla-0.5',
+            depla=dict(temperature=t),
         )
         for t in (0.2, 0.5, 1.0)
     },
     'backbone-fishnet': _detector('FishNet', 'test_fishnet_fpn', 'backbone-fishnet'),
     'backbone-fishnet-depla': _detector('FishNet-DEPLA', 'test_fishnet_depla_fpn', 'backbone-fishnet'),
+    'backbone-fishnet-norm': _detector(
+        'FishNet, norms in the pyramid', 'test_fishnet_fpn', 'backbone-fishnet-norm', 'backbone-fishnet', **NORM
+    ),
+    'backbone-fishnet-depla-norm': _detector(
+        'FishNet-DEPLA, norms in the pyramid',
+        'test_fishnet_depla_fpn',
+        'backbone-fishnet-norm',
+        'backbone-fishnet-depla',
+        **NORM,
+    ),
 }

@@ -34,20 +34,6 @@ def conditioning() -> str:
     return table(['', *map(str, RATES)], rows)
 
 
-def starts() -> str:
-    """Detectors over FishNet-DEPLA, of the first version and as it is: how fast each seed starts, and where it ends."""
-    rows = []
-    for is_first in (True, False):
-        for rate in (0.009, 0.027, 0.03):
-            jobs = [study.Job('scenes', 'backbone-fishnet-depla', seed, rate) for seed in range(5)]
-            found = [run['results'] for job in jobs if (run := study.load(job, FIRST if is_first else None))]
-            if found:
-                losses = ' '.join(f'{results["train_loss"][2]:.2f}' for results in found)
-                scores = ' '.join(f'{100 * results["eval_AP"][-1]:.1f}' for results in found)
-                rows.append(['first version' if is_first else 'as it is', rate, losses, scores])
-    return table(['', 'learning rate', 'training loss of the third epoch, each seed', 'box AP, each seed'], rows)
-
-
 def search() -> str:
     """The runs by which the form of the block was chosen; rejected forms are no longer in the code."""
     lines = Path(__file__).with_name('search.jsonl').read_text().splitlines()

@@ -12,8 +12,9 @@ from scipy import stats
 from ..record import save_plot, table
 from . import study
 from .arms import ARMS, CONTEXT
-from .conditioning import conditioning, search, starts
+from .conditioning import conditioning, search
 from .proxies import PROXIES
+from .starts import seeds, starts
 from .study import RATES, best_rate, final_jobs
 
 DOCS = Path(__file__).parents[2] / 'docs'
@@ -43,6 +44,7 @@ DETECTION = (
     ('fpn-depla-0.5', 'fpn', (_FPN, ['fpn_depla', 0.5], 'fpn', 'box_ap')),
     ('fpn-depla-1.0', 'fpn', (_FPN, ['fpn_depla', 1.0], 'fpn', 'box_ap')),
     ('backbone-fishnet-depla', 'backbone-fishnet', (_COCO, 'fishnet150_depla', 'fishnet150', 'mask_rcnn_box_ap_s_m_l')),
+    ('backbone-fishnet-depla-norm', 'backbone-fishnet-norm', None),
 )
 
 
@@ -208,7 +210,7 @@ def write() -> None:
     """Write each table between its markers in the pages, where there are any, and draw the plot."""
     for name in ('evidence.md', 'search.md'):
         text = (DOCS / name).read_text()
-        for make in (calibration, claims, detection, networks, tuning, conditioning, starts, search):
+        for make in (calibration, claims, detection, networks, tuning, conditioning, starts, seeds, search):
             start, end = f'<!-- {make.__name__} -->\n', '\n<!-- end -->'
             if start in text:
                 before, rest = text.split(start)

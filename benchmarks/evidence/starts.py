@@ -1,0 +1,114 @@
+"""Why a detector over FishNet learns late: two epochs with features, or a pyramid, of another scale.
+
+If the scale is the cause, a ResNet's features enlarged learn late, too, and FishNet's reduced, or with norms after them, in
+time; if not, the cause is elsewhere.
+"""
+
+import json
+import statistics
+import tempfile
+from argparse import Namespace
+from collections import OrderedDict
+from itertools import product
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+
+import torch.nn as nn
+
+from timm_depla.engine import training
+from timm_depla.engine.config import parse_args, updated
+from timm_depla.engine.detection import train as detection
+from timm_depla.engine.detection.flags import create_detection_parser
+from timm_depla.engine.record import create_record
+from timm_depla.engine.run import Run
+from timm_depla.engine.world import World
+
+from ..record import table
+from . import study
+from .arms import ARMS, NORM
+from .conditioning import FIRST
+
+RECORDS = study.RECORDS.with_name('starts.jsonl')
+SEEDS = (0, 1, 2)
+LAST = 100  # steps at the end of the second epoch that the losses are a mean of
+
+
+class Variant(NamedTuple):
+    label: str
+    model: str
+    scale: float = 1.0  # of the features that the pyramid reads
+    kwargs: Dict[str, Any] = {}
+
+
+VARIANTS = (
+    Variant('ResNet', 'maskrcnn_test_resnet_fpn'),
+    Variant('ResNet, features times 3', 'maskrcnn_test_resnet_fpn', 3.0),
+    Variant('FishNet', 'maskrcnn_test_fishnet_fpn'),
+    Variant('FishNet, features divided by 3', 'maskrcnn_test_fishnet_fpn', 1 / 3),
+    Variant('FishNet, norms in the pyramid', 'maskrcnn_test_fishnet_fpn', kwargs=NORM),
+    Variant('FishNet-DEPLA', 'maskrcnn_test_fishnet_depla_fpn'),
+    Variant('FishNet-DEPLA, norms in the pyramid', 'maskrcnn_test_fishnet_depla_fpn', kwargs=NORM),
+)
+
+
+def measure(variant: Variant, seed: int, rate: float = 0.027) -> None:
+    """Train a detector for two of eight epochs, and record the losses and the scale of its maps before training."""
+    losses: List[Dict[str, float]] = []
+    scales: Dict[str, float] = {}
+
+    def scale(fpn: nn.Module, inputs: Tuple[Any]) -> Tuple[Any]:
+        return (OrderedDict((name, variant.scale * x) for name, x in inputs[0].items()),)
+
+    def watch(name: str, level: Any) -> Callable[..., None]:
+        return lambda module, inputs, maps: scales.setdefault(name, maps[level].std().item())
+
+    def build(args: Namespace, world: World, is_fresh: bool = True) -> Run:
+        run = detection.build(args, world, is_fresh)
+        backbone = run.model.backbone
+        backbone.body.register_forward_hook(watch('features', 0))
+        backbone.fpn.register_forward_pre_hook(scale)
+        backbone.fpn.register_forward_hook(watch('pyramid', '0'))
+        run.task.register_forward_hook(lambda task, inputs, out: losses.append({k: v.item() for k, v in out.items()}))
+        return run
+
+    flags = ['--recipe', 'scenes', '--model', variant.model, '--seed', str(seed), '--lr', str(rate), '--device', 'cpu']
+    with tempfile.TemporaryDirectory() as output:
+        flags += ['--epochs', '8', '--stop-epoch', '2', '--val-interval', '8', '--workers', '0', '--output', output]
+        args = parse_args(create_detection_parser(), flags)
+        training.train(updated(args, model_kwargs={**args.model_kwargs, **variant.kwargs}), build)
+    results = {key: statistics.mean(step[key] for step in losses[-LAST:]) for key in losses[0]}
+    command = f'python -m benchmarks.evidence starts --seed {seed}'
+    entry = create_record(command, {**scales, **results}, variant=variant.label, seed=seed)
+    with RECORDS.open('a') as file:
+        file.write(json.dumps(entry) + '\n')
+
+
+def run(seed: int) -> None:
+    """Measure each variant with a seed."""
+    for variant in VARIANTS:
+        measure(variant, seed)
+
+
+def starts() -> str:
+    """The scale of the finest maps before training, and the losses at the end of the second epoch."""
+    runs = list(map(json.loads, RECORDS.read_text().splitlines()))
+    rows = []
+    for variant in VARIANTS:
+        found = [run['results'] for run in runs if run['variant'] == variant.label]
+        rows.append([variant.label])
+        rows[-1] += [' '.join(f'{results[key]:.1f}' for results in found) for key in ('features', 'pyramid')]
+        rows[-1] += [' '.join(f'{results[key]:.2f}' for results in found) for key in ('loss_mask', 'loss')]
+    return table(['', 'features', 'pyramid', 'mask loss', 'whole loss'], rows)
+
+
+def seeds() -> str:
+    """Detectors over FishNet, the first version too: how fast each seed starts, and where it ends."""
+    arms = {name: arm for name, arm in ARMS.items() if name.startswith('backbone-fishnet')}
+    rows = []
+    for version, path in (('first version', FIRST), ('', None)):
+        for (name, arm), rate in product(arms.items(), (0.009, 0.027, 0.03)):
+            jobs = [study.Job('scenes', name, seed, rate) for seed in range(arm.seeds)]
+            if found := [run['results'] for job in jobs if (run := study.load(job, path))]:
+                losses = ' '.join(f'{results["train_loss"][2]:.2f}' for results in found)
+                scores = ' '.join(f'{100 * results["eval_AP"][-1]:.1f}' for results in found)
+                rows.append([', '.join(filter(None, (arm.label, version))), rate, losses, scores])
+    return table(['', 'learning rate', 'training loss of the third epoch, each seed', 'box AP, each seed'], rows)
