@@ -1,7 +1,7 @@
 """Why a detector over FishNet learns late: two epochs with features, or a pyramid, of another scale.
 
-If the scale is the cause, a ResNet's features enlarged learn late, too, and FishNet's reduced, or with norms after them, in
-time; if not, the cause is elsewhere.
+If the scale is the cause, a ResNet's features enlarged learn late, too, and FishNet's reduced, or with norms after
+them, in time; if not, the cause is elsewhere.
 """
 
 import json
