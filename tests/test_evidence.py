@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import timm
+import torch
 
 from benchmarks.evidence import fashion, report, scattered, study
 from benchmarks.evidence.arms import ARMS
@@ -82,6 +83,13 @@ def test_a_run_gives_its_number_again(data, arm, small):
     assert first['results'] == again['results'] == study.load(job)['results']
     assert first['command'] == f'python -m benchmarks.evidence train {data} {arm} --seed 3 --lr 0.003'
     assert study.train(job._replace(seed=4))['results'] != first['results']
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
+def test_a_run_without_its_gpu_says_so(small):
+    with pytest.raises(SystemExit, match=r"--device cuda failed:\nbenchmarks.evidence: error: cannot use .*'cuda'"):
+        study.run('scenes', ['fpn'], 1, 'cuda')
+    assert not study.RECORDS.exists()
 
 
 def fake(data, arm, seed, rate, score):

@@ -1,11 +1,12 @@
 """Does DEPLA help, and which of its choices matter? Trains the networks of docs/evidence.md and writes its tables."""
 
 import argparse
-import sys
 from fnmatch import fnmatch
+from typing import Optional
 
 import torch
-from timm.utils import setup_default_logging
+
+from timm_depla.engine.world import run_command
 
 from . import paper, report, scattered, starts, study
 from .arms import ARMS
@@ -14,7 +15,7 @@ from .proxies import PROXIES
 DATA = (*PROXIES, 'scenes')
 
 
-def main() -> None:
+def main() -> Optional[int]:
     parser = argparse.ArgumentParser(prog='python -m benchmarks.evidence', description=__doc__)
     commands = parser.add_subparsers(dest='name', required=True)
     data = commands.add_parser('data', help=scattered.__doc__.splitlines()[0], description=scattered.__doc__)
@@ -37,7 +38,6 @@ def main() -> None:
         paper.add_args(parts, name)
     commands.add_parser('docs', help='write the tables and plots of docs/evidence.md from the records')
     args = parser.parse_args()
-    setup_default_logging()
     if args.name in ('train', 'starts'):
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)  # sharp maps have denormal gradients, which are slow
@@ -56,10 +56,10 @@ def main() -> None:
         for key, values in study.train(job, args.device)['results'].items():
             print(key, values[-1])
     elif args.name in paper.TABLES:
-        sys.exit(paper.main(args.name, args))
+        return paper.main(args.name, args)
     else:
         report.write()
 
 
 if __name__ == '__main__':
-    main()
+    run_command('benchmarks.evidence', main)
