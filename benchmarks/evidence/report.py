@@ -43,6 +43,7 @@ DETECTION = (
     ('fpn-depla-0.2', 'fpn', (_FPN, ['fpn_depla', 0.2], 'fpn', 'box_ap')),
     ('fpn-depla-0.5', 'fpn', (_FPN, ['fpn_depla', 0.5], 'fpn', 'box_ap')),
     ('fpn-depla-1.0', 'fpn', (_FPN, ['fpn_depla', 1.0], 'fpn', 'box_ap')),
+    ('fpn-depla-0.5', 'fpn-norm', None),
     ('backbone-fishnet-depla', 'backbone-fishnet', (_COCO, 'fishnet150_depla', 'fishnet150', 'mask_rcnn_box_ap_s_m_l')),
     ('backbone-fishnet-depla-norm', 'backbone-fishnet-norm', None),
 )
