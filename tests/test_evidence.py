@@ -1,6 +1,7 @@
 """The study of docs/evidence.md: its data, networks and statistics, and the reproduction of a run's number."""
 
 import gzip
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 import timm
 import torch
 
-from benchmarks.evidence import fashion, report, scattered, study
+from benchmarks.evidence import fashion, report, scattered, starts, study
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.proxies import PROXIES
 from timm_depla.detection.rcnn import split_name
+from timm_depla.engine.detection.loaders import DetectionLoader
 
 NARROW = [name for name, arm in ARMS.items() if arm.model.startswith('narrow_resnet')]
 
@@ -165,6 +167,17 @@ def test_holm():
     found = [report.Difference(1.0, 1.0, p) for p in (0.01, 0.04, 0.03, 0.005)]
     assert report.correct([*found, None]) == pytest.approx([0.03, 0.06, 0.06, 0.02, None])
     assert [report.verdict(found[0], p) for p in (0.03, 0.06, None)] == ['gains', 'undecided', 'not run']
+
+
+def test_starts_of_detectors(tmp_path, monkeypatch):
+    monkeypatch.setattr(starts, 'RECORDS', tmp_path / 'starts.jsonl')
+    monkeypatch.setattr(DetectionLoader, '__len__', lambda loader: 2)
+    for variant in starts.VARIANTS[:2]:
+        starts.measure(variant, 0)
+    plain, large = (json.loads(line)['results'] for line in starts.RECORDS.read_text().splitlines())
+    assert large['features'] == plain['features'] and large['pyramid'] == pytest.approx(3 * plain['pyramid'], rel=1e-3)
+    assert large['loss_mask'] > 1.5 * plain['loss_mask'] > 0
+    assert [line.split(' |')[0] for line in starts.starts().splitlines()[2:]] == ['| ResNet', '| ResNet, features times 3']
 
 
 def test_docs_are_what_the_records_say():

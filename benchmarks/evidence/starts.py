@@ -59,7 +59,11 @@ def measure(variant: Variant, seed: int, rate: float = 0.027) -> None:
         return (OrderedDict((name, variant.scale * x) for name, x in inputs[0].items()),)
 
     def watch(name: str, level: Any) -> Callable[..., None]:
-        return lambda module, inputs, maps: scales.setdefault(name, maps[level].std().item())
+        def hook(module: nn.Module, inputs: Any, maps: Any) -> None:
+            if not maps[level].is_meta:  # as the plan counts operations
+                scales.setdefault(name, maps[level].std().item())
+
+        return hook
 
     def build(args: Namespace, world: World, is_fresh: bool = True) -> Run:
         run = detection.build(args, world, is_fresh)
@@ -93,10 +97,10 @@ def starts() -> str:
     runs = list(map(json.loads, RECORDS.read_text().splitlines()))
     rows = []
     for variant in VARIANTS:
-        found = [run['results'] for run in runs if run['variant'] == variant.label]
-        rows.append([variant.label])
-        rows[-1] += [' '.join(f'{results[key]:.1f}' for results in found) for key in ('features', 'pyramid')]
-        rows[-1] += [' '.join(f'{results[key]:.2f}' for results in found) for key in ('loss_mask', 'loss')]
+        if found := [run['results'] for run in runs if run['variant'] == variant.label]:
+            scales = [' '.join(f'{results[key]:.1f}' for results in found) for key in ('features', 'pyramid')]
+            losses = [' '.join(f'{results[key]:.2f}' for results in found) for key in ('loss_mask', 'loss')]
+            rows.append([variant.label, *scales, *losses])
     return table(['', 'features', 'pyramid', 'mask loss', 'whole loss'], rows)
 
 
