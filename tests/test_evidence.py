@@ -13,7 +13,6 @@ from benchmarks.evidence import fashion, report, scattered, starts, study
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.proxies import PROXIES
 from timm_depla.detection.rcnn import split_name
-from timm_depla.engine.detection.loaders import DetectionLoader
 
 NARROW = [name for name, arm in ARMS.items() if arm.model.startswith('narrow_resnet')]
 
@@ -171,13 +170,14 @@ def test_holm():
 
 def test_starts_of_detectors(tmp_path, monkeypatch):
     monkeypatch.setattr(starts, 'RECORDS', tmp_path / 'starts.jsonl')
-    monkeypatch.setattr(DetectionLoader, '__len__', lambda loader: 2)
+    monkeypatch.setattr(starts, 'STEPS', 2)
     for variant in starts.VARIANTS[:2]:
         starts.measure(variant, 0)
     plain, large = (json.loads(line)['results'] for line in starts.RECORDS.read_text().splitlines())
     assert large['features'] == plain['features'] and large['pyramid'] == pytest.approx(3 * plain['pyramid'], rel=1e-3)
     assert large['loss_mask'] > 1.5 * plain['loss_mask'] > 0
-    assert [line.split(' |')[0] for line in starts.starts().splitlines()[2:]] == ['| ResNet', '| ResNet, features times 3']
+    rows = starts.starts().splitlines()[2:]
+    assert [row.split(' | ')[0] for row in rows] == ['| ResNet', '| ResNet, features times 3']
 
 
 def test_docs_are_what_the_records_say():

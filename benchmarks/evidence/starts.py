@@ -1,10 +1,11 @@
-"""Why a detector over FishNet learns late: two epochs with features, or a pyramid, of another scale.
+"""Why a detector over FishNet learns late: its first 400 steps with features, or a pyramid, of another scale.
 
 If the scale is the cause, a ResNet's features enlarged learn late, too, and FishNet's reduced, or with norms after
 them, in time; if not, the cause is elsewhere.
 """
 
 import json
+import signal
 import statistics
 import tempfile
 from argparse import Namespace
@@ -13,6 +14,7 @@ from itertools import product
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import torch.nn as nn
+from torch import Tensor
 
 from timm_depla.engine import training
 from timm_depla.engine.config import parse_args, updated
@@ -28,8 +30,8 @@ from .arms import ARMS, NORM
 from .conditioning import FIRST
 
 RECORDS = study.RECORDS.with_name('starts.jsonl')
-SEEDS = (0, 1, 2)
-LAST = 100  # steps at the end of the second epoch that the losses are a mean of
+STEPS = 400  # of 1,544, in the third epoch of eight
+LAST = 100  # the losses are means of
 
 
 class Variant(NamedTuple):
@@ -51,7 +53,7 @@ VARIANTS = (
 
 
 def measure(variant: Variant, seed: int, rate: float = 0.027) -> None:
-    """Train a detector for two of eight epochs, and record the losses and the scale of its maps before training."""
+    """Begin to train a detector, and record the losses and the scale of its maps before training."""
     losses: List[Dict[str, float]] = []
     scales: Dict[str, float] = {}
 
@@ -65,18 +67,23 @@ def measure(variant: Variant, seed: int, rate: float = 0.027) -> None:
 
         return hook
 
+    def add(task: nn.Module, inputs: Any, out: Dict[str, Tensor]) -> None:
+        losses.append({name: loss.item() for name, loss in out.items()})
+        if len(losses) == STEPS:
+            signal.raise_signal(signal.SIGTERM)
+
     def build(args: Namespace, world: World, is_fresh: bool = True) -> Run:
         run = detection.build(args, world, is_fresh)
         backbone = run.model.backbone
         backbone.body.register_forward_hook(watch('features', 0))
         backbone.fpn.register_forward_pre_hook(scale)
         backbone.fpn.register_forward_hook(watch('pyramid', '0'))
-        run.task.register_forward_hook(lambda task, inputs, out: losses.append({k: v.item() for k, v in out.items()}))
+        run.task.register_forward_hook(add)
         return run
 
     flags = ['--recipe', 'scenes', '--model', variant.model, '--seed', str(seed), '--lr', str(rate), '--device', 'cpu']
     with tempfile.TemporaryDirectory() as output:
-        flags += ['--epochs', '8', '--stop-epoch', '2', '--val-interval', '8', '--workers', '0', '--output', output]
+        flags += ['--epochs', '8', '--val-interval', '8', '--workers', '0', '--output', output]
         args = parse_args(create_detection_parser(), flags)
         training.train(updated(args, model_kwargs={**args.model_kwargs, **variant.kwargs}), build)
     results = {key: statistics.mean(step[key] for step in losses[-LAST:]) for key in losses[0]}
@@ -93,7 +100,7 @@ def run(seed: int) -> None:
 
 
 def starts() -> str:
-    """The scale of the finest maps before training, and the losses at the end of the second epoch."""
+    """The scale (standard deviation) of the finest maps before training, and losses early in training."""
     runs = list(map(json.loads, RECORDS.read_text().splitlines()))
     rows = []
     for variant in VARIANTS:
