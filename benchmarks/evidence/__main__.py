@@ -1,4 +1,4 @@
-"""Does DEPLA help, and which of its choices matter? Trains the networks of docs/evidence.md and writes its tables."""
+"""Does DEPLA help, and which of its choices matter? Trains the networks of docs/evidence.md and writes the tables."""
 
 import argparse
 from fnmatch import fnmatch

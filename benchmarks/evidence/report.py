@@ -1,4 +1,4 @@
-"""Tables, verdicts and the plot of docs/evidence.md and docs/search.md, from the records."""
+"""Tables, verdicts and the plot of docs/evidence.md, protocol.md and search.md, from the records."""
 
 import json
 import statistics
@@ -18,6 +18,7 @@ from .starts import seeds, starts
 from .study import RATES, best_rate, final_jobs
 
 DOCS = Path(__file__).parents[2] / 'docs'
+PAGES = ('evidence.md', 'protocol.md', 'search.md')
 PAPER = Path(__file__).parents[1] / 'paper_results.json'
 LEVEL = 0.05  # of a verdict, after Holm's correction
 
@@ -209,7 +210,7 @@ def plot() -> None:
 
 def write() -> None:
     """Write each table between its markers in the pages, where there are any, and draw the plot."""
-    for name in ('evidence.md', 'search.md'):
+    for name in PAGES:
         text = (DOCS / name).read_text()
         for make in (calibration, claims, detection, networks, tuning, conditioning, starts, seeds, search):
             start, end = f'<!-- {make.__name__} -->\n', '\n<!-- end -->'
