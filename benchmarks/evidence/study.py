@@ -134,7 +134,7 @@ def _fit(job: Job, output: Path, device: str) -> List[Dict[str, str]]:
         parser, engine = create_train_parser(), classification
     else:
         flags += ['--recipe', 'scenes', '--val-interval', '8']
-        flags += [] if device == 'cpu' else ['--no-deterministic']  # RoI align's exact form is slow there
+        flags += [] if device == 'cpu' else ['--no-deterministic']  # each process would compile a RoI align
         parser, engine = create_detection_parser(), detection
     args = parse_args(parser, [*flags, *arm.flags, '--output', str(output), '--experiment', 'run'])
     args = updated(args, model_kwargs={**args.model_kwargs, **kwargs})
@@ -174,7 +174,7 @@ def _run(job: Job, device: str) -> None:
 
 def run(data: str, arms: Iterable[str], jobs: int, device: str = 'cpu') -> None:
     """Train arms, `jobs` networks at a time: first the tuning runs, then those that count, seed by seed."""
-    arms = list(arms)
+    arms, fit = list(arms), partial(_run, device=device)
     with ThreadPoolExecutor(jobs) as pool:
         while missing := [
             job
@@ -183,6 +183,6 @@ def run(data: str, arms: Iterable[str], jobs: int, device: str = 'cpu') -> None:
             if found is None
             for job in tuning_jobs(data, arm, rate)
         ]:
-            list(pool.map(partial(_run, device=device), missing))
+            list(pool.map(fit, missing))
         final = [job for arm in arms for job in final_jobs(data, arm)]
-        list(pool.map(partial(_run, device=device), sorted(final, key=lambda job: job.seed)))
+        list(pool.map(fit, sorted(final, key=lambda job: job.seed)))
