@@ -30,6 +30,7 @@ from .arms import ARMS, NORM
 from .conditioning import FIRST
 
 RECORDS = study.RECORDS.with_name('starts.jsonl')
+RATE = 0.027  # the best of each without norms
 STEPS = 400  # of 1,544, in the third epoch of eight
 LAST = 100  # the losses are means of
 
@@ -52,7 +53,7 @@ VARIANTS = (
 )
 
 
-def measure(variant: Variant, seed: int, rate: float = 0.027) -> None:
+def measure(variant: Variant, seed: int) -> None:
     """Begin to train a detector, and record the losses and the scale of its maps before training."""
     losses: List[Dict[str, float]] = []
     scales: Dict[str, float] = {}
@@ -81,7 +82,7 @@ def measure(variant: Variant, seed: int, rate: float = 0.027) -> None:
         run.task.register_forward_hook(add)
         return run
 
-    flags = ['--recipe', 'scenes', '--model', variant.model, '--seed', str(seed), '--lr', str(rate), '--device', 'cpu']
+    flags = ['--recipe', 'scenes', '--model', variant.model, '--seed', str(seed), '--lr', str(RATE), '--device', 'cpu']
     with tempfile.TemporaryDirectory() as output:
         flags += ['--epochs', '8', '--val-interval', '8', '--workers', '0', '--output', output]
         args = parse_args(create_detection_parser(), flags)
@@ -101,10 +102,10 @@ def run(seed: int) -> None:
 
 def starts() -> str:
     """The scale (standard deviation) of the finest maps before training, and losses early in training."""
-    runs = list(map(json.loads, RECORDS.read_text().splitlines()))
+    runs = {(run['variant'], run['seed']): run['results'] for run in map(json.loads, RECORDS.read_text().splitlines())}
     rows = []
     for variant in VARIANTS:
-        if found := [run['results'] for run in runs if run['variant'] == variant.label]:
+        if found := [results for (label, _), results in runs.items() if label == variant.label]:
             scales = [' '.join(f'{results[key]:.1f}' for results in found) for key in ('features', 'pyramid')]
             losses = [' '.join(f'{results[key]:.2f}' for results in found) for key in ('loss_mask', 'loss')]
             rows.append([variant.label, *scales, *losses])
