@@ -169,7 +169,7 @@ ARMS |= {
         )
         for t in (0.2, 0.5, 1.0)
     },
-    'fpn-norm': _detector('FPN, norms in the pyramid', 'test_resnet_fpn', 'fpn', **NORM),
+    'fpn-norm': _detector('FPN, norms in the pyramid', 'test_resnet_fpn', 'fpn', 'fpn-depla-0.5', **NORM),
     'backbone-fishnet': _detector('FishNet', 'test_fishnet_fpn', 'backbone-fishnet'),
     'backbone-fishnet-depla': _detector('FishNet-DEPLA', 'test_fishnet_depla_fpn', 'backbone-fishnet'),
     'backbone-fishnet-norm': _detector(
