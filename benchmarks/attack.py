@@ -39,6 +39,7 @@ from timm_depla.engine.detection import train as detection_train
 from timm_depla.engine.detection import validate as detection_validate
 from timm_depla.engine.errors import UserError
 from timm_depla.files import open_image
+from timm_depla.schema import Kind
 
 from .record import table
 
@@ -78,7 +79,7 @@ def _flags(parser: argparse.ArgumentParser, draw: random.Random) -> Tuple[List[s
             draw.choice(action.choices) if action.choices and draw.random() < 0.7 else draw.choice(VALUES)
             for _ in range(count)
         ]
-        is_number = getattr(action.type, '__module__', '').endswith('ranges')
+        is_number = isinstance(action.type, Kind)
         is_nonsense |= is_number and any(value in NONSENSE for value in values)
         words += values
     return words, is_nonsense

@@ -239,11 +239,11 @@ def test_published_detector_fetches_nothing(model_args, tmp_path):
     config = json.loads(detector_config('fasterrcnn_test_resnet_fpn', ['a'], [1], model_args))
     (tmp_path / 'config.json').write_text(json.dumps(config))
     save_file({'x': torch.zeros(1)}, tmp_path / 'model.safetensors')
-    with pytest.raises(ValueError, match='would load weights from elsewhere by'):
+    with pytest.raises(ValueError, match='would load weights from elsewhere: remove it'):
         from_pretrained(tmp_path)
     config['model_args'] = [1]
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    with pytest.raises(ValueError, match='its model_args are no mapping'):
+    with pytest.raises(ValueError, match="'model_args' must be a map of names to values"):
         from_pretrained(tmp_path)
 
 

@@ -135,7 +135,7 @@ def test_bad_model(error, images):
     model = ['--model', 'test_resnet_depla']
     message = error('train.py', *fast, *model, '--model-kwargs', "depla={'temperature': -1}")
     assert "cannot create model 'test_resnet_depla': temperature must be positive and finite, got -1" in message
-    message = error('train.py', *fast, *model, '--model-kwargs', 'drop_path_rate=high')
+    message = error('train.py', *fast, *model, '--model-kwargs', 'stem_width=high')
     assert "cannot create model 'test_resnet_depla'" in message
     for name, hint in (
         ('resnet50_depla', 'start from those of the network without DEPLA, --initial-checkpoint resnet50'),
@@ -190,9 +190,9 @@ def test_digits_without_scikit_learn(error, monkeypatch, tmp_path):
 
 
 def test_diverging_loss(error, images, tmp_path):
-    message = error('train.py', images, '--model', 'test_resnet_depla', '--batch-size', 2, *FAST, '--lr', 1e30,
+    message = error('train.py', images, '--model', 'test_resnet_depla', '--batch-size', 2, *FAST, '--lr', 1e6,
                     '--warmup-epochs', 0, '--epochs', 20, '--output', tmp_path / 'out')  # fmt: skip
-    assert re.search(r'the loss is (nan|inf) at epoch \d+, step \d, learning rate 9\.98e\+29: lower --lr', message)
+    assert re.search(r'the loss is (nan|inf) at epoch \d+, step \d, learning rate [\de.+]+: lower --lr', message)
     assert re.search(r'The batch begins with (cat|dog)/[01].png, (cat|dog)/[01].png', message)
     for checkpoint in list_checkpoints(next((tmp_path / 'out').iterdir())):
         weights = load_file(checkpoint / 'model.safetensors')

@@ -8,10 +8,10 @@ import timm_depla
 
 ALLOWED = {
     'layers': set(),
-    'models': {'layers'},
+    'models': {'files', 'layers', 'schema'},
     'data': {'files'},
-    'detection': {'files', 'layers'},
-    'engine': {'files', 'data', 'detection', 'models', 'layers', 'version'},
+    'detection': {'files', 'layers', 'schema'},
+    'engine': {'files', 'schema', 'data', 'detection', 'models', 'layers', 'version'},
     'recipes': set(),
 }
 

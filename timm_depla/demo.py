@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from timm_depla import schema
 from timm_depla.capture import BlockCapture, capturing, find_blocks, measure, strength
 from timm_depla.data import digits_folder
-from timm_depla.engine import ranges
 from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.world import run_command
 from timm_depla.files import open_image
@@ -345,7 +345,7 @@ def create_app(models: Dict[str, str]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m timm_depla.demo', description=__doc__.splitlines()[0])
     parser.add_argument('--model', nargs='+', default=[], metavar='RUN|MODEL', help='classifiers to look into')
-    parser.add_argument('--port', type=ranges.port, metavar='N', help='port on localhost (default: a free one)')
+    parser.add_argument('--port', type=schema.port, metavar='N', help='port on localhost (default: a free one)')
     args = parser.parse_args()
     run_command('timm_depla.demo', partial(launch, args.model, args.port))
 

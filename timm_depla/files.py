@@ -1,10 +1,12 @@
-"""Files from untrusted sources: checksums, reading and atomic writing, and image decoding."""
+"""The gate for files: what others wrote is read within limits, and what we write goes through no link."""
 
 import hashlib
 import json
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, Iterable, Optional, Sequence
+from typing import Any, BinaryIO, Dict, Iterable, Optional, Sequence
 
 import numpy as np
 import safetensors.torch
@@ -13,14 +15,50 @@ import yaml
 from PIL import Image
 
 __all__ = [
-    'FORMATS', 'SUMS', 'check_writable', 'find_change', 'is_unvalidated', 'list_digest', 'list_sums', 'open_image',
-    'read_mapping', 'read_tensors', 'write_bytes', 'write_file',
+    'FORMATS', 'SUMS', 'check_own', 'check_writable', 'escape', 'find_change', 'is_unvalidated', 'list_digest',
+    'list_sums', 'open_image', 'open_to_append', 'read_mapping', 'read_tensors', 'write_bytes', 'write_file',
 ]  # fmt: skip
 
 SUMS = 'checksums.json'
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM')
 """Pillow's names of the accepted image formats; no other decoder runs, whatever the file's suffix."""
 MAX_PIXELS = 2**27
+MAX_YAML = 2**20  # bytes
+MAX_JSON = 2**26
+MAX_DEPTH = 8  # of YAML: a recipe has three levels
+_FLAGS = sum(getattr(os, name, 0) for name in ('O_BINARY', 'O_NOFOLLOW', 'O_NONBLOCK'))  # of those that the system has
+
+
+def escape(text: str) -> str:
+    """The text with its control characters, line breaks included, written as in a Python string."""
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a regular file for reading; reading anything else could block, or never end.
+
+    Raises:
+        OSError: If there is none, or almost all of it is a hole.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):  # not opened: that alone can act on a device
+        raise OSError(f'{path.name} is no file')
+    file = path.open('rb')
+    status = os.fstat(file.fileno())
+    if hasattr(os, 'SEEK_HOLE') and 100 * 512 * status.st_blocks < status.st_size:
+        if os.lseek(file.fileno(), 0, os.SEEK_HOLE) < status.st_size:
+            file.close()
+            raise OSError(f'{path.name} is a sparse file')
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+    return file
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes."""
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(f'{path.name} has {size:,} bytes, more than {limit:,}')
+        return file.read(size)
 
 
 def list_sums(files: Dict[str, bytes]) -> bytes:
@@ -42,11 +80,17 @@ def find_change(folder: Path, names: Sequence[str] = ()) -> Optional[str]:
         for name, expected in read_mapping(folder / SUMS).items():
             if names and name not in names:
                 continue
-            data = _read(folder / name)
-            if len(data) != expected['bytes']:
-                return f'{name} has {len(data)} bytes, not {expected["bytes"]}'
-            if hashlib.sha256(data).hexdigest() != expected['sha256']:
-                return f'{name} was changed'
+            if Path(name).name != name:
+                return f'{SUMS} lists {name!r}, which is no name of a file in the folder'
+            with _open(folder / name) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != expected['bytes']:
+                    return f'{name} has {size} bytes, not {expected["bytes"]!r}'
+                digest = hashlib.sha256()
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
+                if digest.hexdigest() != expected['sha256']:
+                    return f'{name} was changed'
     except (KeyError, OSError, TypeError, ValueError) as error:
         return str(error) if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'
     return None
@@ -57,21 +101,28 @@ def is_unvalidated(run: Path) -> bool:
     return (run / 'last' / 'model.safetensors').is_file() and not (run / 'best').exists()
 
 
-def _read(path: Path) -> bytes:
-    """Read a regular file; raise OSError for a pipe or folder, as reading a pipe could block forever."""
-    if path.exists() and not path.is_file():
-        raise OSError(f'{path.name} is no file')
-    return path.read_bytes()
+def _load_yaml(data: bytes) -> Any:
+    """Load YAML that is no deeper than `MAX_DEPTH` and has no aliases, by which a few lines can become gigabytes."""
+    depth = 0
+    for event in yaml.parse(data, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+            what = (
+                f'an alias, *{event.anchor}' if isinstance(event, yaml.AliasEvent) else f'more than {MAX_DEPTH} levels'
+            )
+            raise ValueError(f'it has {what}: write the values out, a line for each')
+    return yaml.safe_load(data)
 
 
 def read_mapping(path: Path) -> Dict[str, Any]:
     """Read a JSON or YAML file that maps names to values.
 
     Raises:
-        ValueError: If it cannot be read, or is no mapping.
+        ValueError: If it cannot be read, is larger or deeper than such files are, or is no mapping.
     """
+    is_json = path.suffix == '.json'
     try:
-        content = json.loads(_read(path)) if path.suffix == '.json' else yaml.safe_load(_read(path))
+        content = json.loads(_read(path, MAX_JSON)) if is_json else _load_yaml(_read(path, MAX_YAML))
     except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read '{path}' ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):
@@ -86,16 +137,16 @@ def read_tensors(path: Path) -> Dict[str, torch.Tensor]:
         ValueError: If it cannot be read, or is no such file.
     """
     try:
-        if not path.is_file():
-            raise FileNotFoundError('no such file')
+        _open(path).close()
         return safetensors.torch.load_file(path)
     except (KeyError, OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"cannot read '{path}' ({type(error).__name__}: {error})") from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file and flush it to the disk."""
-    with path.open('wb') as file:
+    """Write a new file, in the place of whatever had its name, and flush it to the disk."""
+    path.unlink(missing_ok=True)  # a link would lead elsewhere, and another name of the file would change with it
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o666), 'wb') as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -114,6 +165,49 @@ def write_file(path: Path, data: bytes) -> None:
     except OSError:
         scratch.unlink(missing_ok=True)
         raise
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file of ours to write at its end, or make it.
+
+    Raises:
+        OSError: If it is a link, no file, or a file with another name too.
+    """
+    file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _FLAGS, 0o666), 'ab')
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        file.close()
+        raise OSError(f'{path.name} is no file, or one that has another name too: remove it')
+    return file
+
+
+def check_own(folder: Path, links: Sequence[str] = ()) -> None:
+    """Refuse a folder of ours with links, pipes or devices, which a writer or a removal could follow elsewhere.
+
+    Args:
+        folder: The folder; nothing is checked if there is none. In its folder wandb, links are left alone.
+        links: Names in it of links to its folder checkpoints.
+
+    Raises:
+        ValueError: If there is such a thing, with its name.
+    """
+    if folder.is_symlink():
+        raise ValueError(f"'{folder}' is a link: name '{os.readlink(folder)}' itself")
+    pending, entries = [folder], []
+    while pending:
+        with suppress(FileNotFoundError):  # none yet, or removed by the process that has the lock
+            entries = list(os.scandir(pending.pop()))
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.is_symlink():
+                target = Path(os.readlink(path))
+                is_own = path.parent == folder and entry.name in links
+                if not is_own or target.parent != Path('checkpoints') or target.name in ('', '..'):
+                    raise ValueError(f"'{path}' is a link to '{target}', which is not ours: remove it")
+            elif entry.is_dir() and path != folder / 'wandb':
+                pending.append(path)
+            elif not entry.is_dir() and not entry.is_file():
+                raise ValueError(f"'{path}' is a pipe or a device, which is not ours: remove it")
 
 
 def check_writable(path: Path) -> None:

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torchvision.models.detection import FasterRCNN
 
 from timm_depla.files import SUMS, find_change, is_unvalidated, read_mapping, read_tensors
+from timm_depla.schema import DETECTOR, Kind, check, check_arguments, is_integer, shorten
 
 from .rcnn import create_detector
 
@@ -17,8 +18,16 @@ __all__ = ['detector_config', 'from_pretrained', 'is_detector']
 
 _LIBRARY = 'timm_depla'
 _FILES = ('config.json', 'model.safetensors')
-FETCHING = {'cache_dir', 'checkpoint_path', 'weights', 'weights_backbone'}  # arguments that load, as pretrained* do
-_KEYS = {'architecture', 'num_classes', 'model_args', 'class_names', 'category_ids'}
+_KEYS = {
+    'architecture': Kind('the name of a detector', lambda value: isinstance(value, str)),
+    'num_classes': DETECTOR['num_classes'],
+    'model_args': Kind('a map of names to values', lambda value: isinstance(value, dict)),
+    'class_names': Kind('a list of names', lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)),
+    'category_ids': Kind(
+        'a list of different whole numbers',
+        lambda value: isinstance(value, list) and all(map(is_integer, value)) and len(set(value)) == len(value),
+    ),
+}
 
 
 def detector_config(
@@ -57,20 +66,19 @@ def is_detector(folder: os.PathLike) -> bool:
     return False
 
 
-def _check_args(model_args: Any, source: Any) -> Dict[str, Any]:
-    """Return a published detector's arguments, after a check that they load no files.
+def _check_config(config: Dict[str, Any], place: str) -> None:
+    """Check a published detector's config.json.
 
     Raises:
-        ValueError: If an argument would load weights from elsewhere, or the arguments are no mapping.
+        ValueError: If a value is not of its kind, an argument would load weights, or a class lacks a name.
     """
-    if not isinstance(model_args, dict) or not isinstance(model_args.get('backbone_kwargs') or {}, dict):
-        raise ValueError(f"'{source}' cannot be read: its model_args are no mapping")
-    names = {*model_args, *(model_args.get('backbone_kwargs') or {})}
-    if fetching := sorted(name for name in names if name in FETCHING or name.startswith('pretrained')):
-        raise ValueError(
-            f"'{source}' would load weights from elsewhere by {fetching}: remove that from its config.json"
-        )
-    return model_args
+    check(config, _KEYS, place)
+    check_arguments(config['model_args'], f'{place}, model_args')
+    for key in ('class_names', 'category_ids'):
+        if len(config[key]) != config['num_classes'] - 1:
+            raise ValueError(
+                f'{place}: {key} has {len(config[key])} entries for {config["num_classes"]} classes with background'
+            )
 
 
 def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
@@ -107,12 +115,21 @@ def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
         config, weights = read_mapping(folder / 'config.json'), read_tensors(folder / 'model.safetensors')
     except ValueError as error:
         raise ValueError(f"'{source}' cannot be read: {error}") from error
-    if config.get('library_name') != _LIBRARY or not config.keys() >= _KEYS:
-        raise ValueError(f"'{source}' holds no detector but '{config.get('architecture')}'")
-    arguments = {**_check_args(config['model_args'], source), **kwargs}
+    if config.get('library_name') != _LIBRARY:
+        raise ValueError(f"'{source}' holds no detector but {shorten(config.get('architecture'))}")
+    _check_config(config, f"'{source}', config.json")
+    arguments = {**config['model_args'], **kwargs}
     try:
         model = create_detector(config['architecture'], num_classes=config['num_classes'], **arguments)
-    except (AssertionError, AttributeError, IndexError, KeyError, OverflowError) as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+    ) as error:
         raise ValueError(f"'{source}' cannot be rebuilt from its config.json: {error!r}") from error
     try:
         model.load_state_dict(weights)

@@ -19,6 +19,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from timm_depla.schema import DETECTOR, check
+
 from .fpn import FeaturePyramidNetworkDepla
 
 __all__ = ['BackboneWithFPN', 'create_detector', 'list_detectors']
@@ -169,6 +171,9 @@ def create_detector(
     known = {key for part in parts for key in signature(part).parameters} - {'backbone', 'num_classes', 'kwargs'}
     if unknown := sorted(kwargs.keys() - known):  # torchvision would ignore them
         raise TypeError(f'unknown argument {unknown}; there are {sorted(known)}')
+    own = dict(num_classes=num_classes, out_channels=out_channels, anchor_sizes=anchor_sizes, neck_norm=neck_norm)
+    own.update(trainable_backbone_layers=trainable_backbone_layers, backbone_kwargs=backbone_kwargs, depla=depla)
+    check({**own, **kwargs}, DETECTOR, 'the detector')
     backbone = BackboneWithFPN(
         backbone_name, neck, pretrained_backbone, out_channels, trainable_backbone_layers, backbone_norm, depla,
         neck_norm, **(backbone_kwargs or {}),

@@ -1,10 +1,11 @@
 """Check of a COCO file before pycocotools reads it, which accepts anything and may never return."""
 
-import math
 from pathlib import PurePosixPath
 from typing import Any, Dict, List
 
 from pycocotools import mask as coco_mask
+
+from timm_depla.schema import Kind, check, is_integer, shorten
 
 __all__ = ['check_coco']
 
@@ -25,10 +26,8 @@ def check_coco(content: Any) -> None:
         for i, entry in enumerate(content[part]):
             name = f'{part}[{i}]'
             if not isinstance(entry, dict):
-                raise ValueError(f'{name} is no mapping: {_short(entry)}')
-            for key, (says, holds) in keys.items():
-                if not holds(entry.get(key)):
-                    raise ValueError(f"{name} needs {says} as '{key}', not {_short(entry.get(key))}")
+                raise ValueError(f'{name} is no mapping: {shorten(entry)}')
+            check(entry, keys, name)
             if entry['id'] in ids:
                 raise ValueError(f"{name} has the 'id' {entry['id']} of another of the {part}")
             ids.add(entry['id'])
@@ -42,16 +41,8 @@ def check_coco(content: Any) -> None:
         annotation.setdefault('area', _area(annotation, sizes))
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_box(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and len(value) in (0, 4) and all(map(_is_number, value)))
+    return value is None or (isinstance(value, list) and len(value) in (0, 4) and all(map(_NUMBER.admits, value)))
 
 
 def _is_file_name(value: Any) -> bool:
@@ -59,26 +50,24 @@ def _is_file_name(value: Any) -> bool:
     return bool(is_text) and not PurePosixPath(value).is_absolute() and '..' not in PurePosixPath(value).parts
 
 
-def _is_side(value: Any) -> bool:
-    return _is_int(value) and 1 <= value <= MAX_SIDE
-
-
-_ID = ('a whole number', _is_int)
-KEYS: Dict[str, Dict[str, Any]] = {
+_NUMBER = Kind('a number', lambda value: True, float)
+_ID = Kind('a whole number', is_integer)
+_SIDE = Kind('a number of pixels', lambda value: 1 <= value <= MAX_SIDE, int)
+KEYS: Dict[str, Dict[str, Kind]] = {
     'images': {
         'id': _ID,
-        'file_name': ('a path within the folder', _is_file_name),
-        'height': ('a number of pixels', _is_side),
-        'width': ('a number of pixels', _is_side),
+        'file_name': Kind('a path within the folder', _is_file_name),
+        'height': _SIDE,
+        'width': _SIDE,
     },
-    'categories': {'id': _ID, 'name': ('a name', lambda value: isinstance(value, str))},
+    'categories': {'id': _ID, 'name': Kind('a name', lambda value: isinstance(value, str))},
     'annotations': {
         'id': _ID,
         'image_id': _ID,
         'category_id': _ID,
-        'bbox': ('four numbers, x, y, width and height,', _is_box),
-        'iscrowd': ('0 or 1', lambda value: value in (None, 0, 1)),
-        'area': ('a number', lambda value: value is None or _is_number(value)),
+        'bbox': Kind('four numbers, x, y, width and height', _is_box),
+        'iscrowd': Kind('0 or 1', lambda value: value in (None, 0, 1)),
+        'area': Kind('a number', lambda value: value is None or _NUMBER.admits(value)),
     },
 }
 
@@ -87,18 +76,18 @@ def _check_segmentation(value: Any, height: int, width: int, name: str) -> None:
     if isinstance(value, list):
         for polygon in value:
             is_list = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-            if not is_list or not all(map(_is_number, polygon)):
-                raise ValueError(f'{name} has a polygon that is no list of three points or more: {_short(polygon)}')
+            if not is_list or not all(map(_NUMBER.admits, polygon)):
+                raise ValueError(f'{name} has a polygon that is no list of three points or more: {shorten(polygon)}')
         return
     if not isinstance(value, dict) or value.get('size') != [height, width]:
-        raise ValueError(f'{name} has a segmentation that is no mask of {height} x {width} pixels: {_short(value)}')
+        raise ValueError(f'{name} has a segmentation that is no mask of {height} x {width} pixels: {shorten(value)}')
     counts = value.get('counts')
     try:
         runs = counts if isinstance(counts, list) else _decode(counts)
     except (AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"{name} has 'counts' that are no run lengths: {_short(counts)}") from error
-    if not all(_is_int(run) and run >= 0 for run in runs) or sum(runs) != height * width:
-        raise ValueError(f"{name} has 'counts' that do not fill {height} x {width} pixels: {_short(counts)}")
+        raise ValueError(f"{name} has 'counts' that are no run lengths: {shorten(counts)}") from error
+    if not all(is_integer(run) and run >= 0 for run in runs) or sum(runs) != height * width:
+        raise ValueError(f"{name} has 'counts' that do not fill {height} x {width} pixels: {shorten(counts)}")
 
 
 def _decode(text: str) -> List[int]:
@@ -130,8 +119,3 @@ def _area(annotation: Dict[str, Any], sizes: Dict[int, Any]) -> float:
         return float(coco_mask.area(coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))))
     is_plain = isinstance(segmentation['counts'], list)
     return float(coco_mask.area(coco_mask.frPyObjects(segmentation, *size) if is_plain else segmentation))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f'{text[:57]}...'

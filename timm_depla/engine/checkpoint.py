@@ -26,14 +26,17 @@ from .state import FILES as STATE
 from .state import read_state
 
 __all__ = [
-    'TIMES', 'BackgroundWriter', 'checkpoint_name', 'differences', 'find_damage', 'link', 'list_checkpoints',
+    'LINKS', 'TIMES', 'BackgroundWriter', 'checkpoint_name', 'differences', 'find_damage', 'link', 'list_checkpoints',
     'newest_checkpoint', 'prune', 'set_aside', 'write_checkpoint', 'write_file',
+    'writing',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 
 TIMES = ('seconds', 'images_per_second')
 """Columns of summary.csv that no other run has alike: training of an epoch, without validation."""
+LINKS = ('best', 'last', '.best.part', '.last.part')
+"""Names of the links in a run's folder, each to a folder in its folder checkpoints."""
 _NAME = re.compile(r'(\d{4,})-(\d{6,})')
 
 

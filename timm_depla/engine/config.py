@@ -2,12 +2,14 @@
 
 import argparse
 import difflib
+import shlex
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional, Sequence
+from typing import Any, Dict, List, NoReturn, Optional, Sequence, Set
 
 from timm.utils import ParseKwargs
 
-from timm_depla.files import read_mapping
+from timm_depla.files import SUMS, read_mapping
+from timm_depla.schema import Kind, check_arguments
 
 from .errors import ConfigError
 
@@ -22,7 +24,23 @@ def closest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean '{matches[0]}'?" if matches else ''
 
 
-ONCE = ('dry_run', 'no_resume_opt', 'resume', 'resume_with_changes')  # said of one start, not of the run
+ONCE = (
+    'dry_run',
+    'experiment',
+    'no_resume_opt',
+    'output',
+    'resume',
+    'resume_with_changes',
+)  # of one start, not of the run
+START = ('initial_checkpoint', 'pretrained', 'pretrained_backbone', 'pretrained_path')  # of a run without checkpoint
+SHARED = {
+    'aa', 'amp', 'bce_loss', 'bce_sum', 'channels_last', 'class_map', 'data_dir', 'dataset', 'deterministic', 'device',
+    'gp', 'grad_checkpointing', 'input_key', 'jsd_loss', 'model', 'model_ema', 'model_ema_warmup', 'model_kwargs',
+    'no_aug', 'no_ddp_bb', 'opt', 'opt_kwargs', 'pin_mem', 'recipe', 'resplit', 'sched', 'sched_on_updates', 'sync_bn',
+    'target_key', 'torchcompile', 'torchcompile_mode', 'train_split', 'val_split', 'warmup_prefix',
+}  # fmt: skip
+"""Texts and switches that the file of a run may set on its own, as it may numbers and choices. The rest fetches, sends,
+loads or writes: it must stand on the command line, and so must a model, data set or folder that is not local."""
 SYNONYMS = {
     '--arch': '--model',
     '--learning-rate': '--lr',
@@ -35,6 +53,21 @@ SYNONYMS = {
     '--wd': '--weight-decay',
 }
 """Names that others have for flags."""
+ARGUMENTS = {
+    'backbone_norm': '--backbone-norm',
+    'checkpoint_path': '--initial-checkpoint',
+    'device': '--device',
+    'drop_path_rate': '--drop-path',
+    'drop_rate': '--drop',
+    'in_chans': '--in-chans',
+    'name': '--model',
+    'num_classes': '--num-classes',
+    'pretrained': '--pretrained',
+    'pretrained_backbone': '--pretrained-backbone',
+    'pretrained_cfg_overlay': '--pretrained-path',
+    'trainable_backbone_layers': '--trainable-backbone-layers',
+}
+"""Arguments of networks that have flags."""
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -151,25 +184,62 @@ def parse_args(
     Raises:
         ConfigError: If the recipe does not exist, or has an unknown key or an invalid value.
     """
-    name = getattr(parser.parse_args(argv), 'recipe', None) or default_recipe
+    typed = parser.parse_args(argv)
+    name = getattr(typed, 'recipe', None) or default_recipe
     if name is not None:
         recipe = load_recipe(name, parser.recipes)
-        if 'recipe' in recipe:  # the args.yaml of a run
-            recipe = {key: value for key, value in recipe.items() if key not in ONCE}
-        actions = {action.dest: action for action in parser._actions if action.option_strings}
+        is_shared = 'recipe' in recipe or (Path(name).parent / SUMS).exists()  # of a run, or published
+        if is_shared:
+            left_out = (*ONCE, *START) if getattr(typed, 'resume', '') not in ('', 'auto') else ONCE
+            recipe = {key: value for key, value in recipe.items() if key not in left_out}
+        actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != 'help'}
         for key in recipe:
             if key not in actions:
                 raise ConfigError(f"unknown key '{key}' in recipe '{name}'{closest(key, list(actions))}")
         if recipe.get('dataset_trust_remote_code'):
             raise ConfigError(f"recipe '{name}' would run a data set's code: give --dataset-trust-remote-code yourself")
-        flags = [flag for key, value in recipe.items() for flag in _as_flags(actions[key], value)]
+        flags = {key: _as_flags(actions[key], value) for key, value in recipe.items()}
         try:
-            checked = vars(parser.parse_args(flags))
+            checked = vars(parser.parse_args([word for words in flags.values() for word in words]))
         except ConfigError as error:
             raise ConfigError(f"recipe '{name}': {error}") from error
+        if is_shared:
+            said = _said(parser, actions, argv)
+            asked = {key for key in recipe if checked[key] != parser.get_default(key) and key not in said}
+            if untold := [key for key in recipe if key in asked and not _is_harmless(actions[key], checked)]:
+                words = shlex.join(word for key in untold for word in flags[key])
+                raise ConfigError(
+                    f"'{name}' asks for {words}, which the file of a run cannot do on its own: add that to the command "
+                    'line if you trust it, or the same flags with values of yours'
+                )
         name = recipe.get('recipe') or name  # of the run whose args.yaml this is
         parser.set_defaults(**{**{key: checked[key] for key in recipe}, 'recipe': name})
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    flags = {name: flag for name, flag in ARGUMENTS.items() if flag in parser._option_string_actions}
+    try:
+        check_arguments(getattr(args, 'model_kwargs', {}), '--model-kwargs', flags)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return args
+
+
+def _said(parser: FlagParser, actions: Dict[str, argparse.Action], argv: Optional[Sequence[str]]) -> Set[str]:
+    """The arguments that a command line itself sets."""
+    unset = object()
+    found = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(actions, unset))))
+    return {key for key, value in found.items() if value is not unset}
+
+
+def _is_harmless(action: argparse.Action, checked: Dict[str, Any]) -> bool:
+    """Whether the file of a run may set this argument to its value; see `SHARED`."""
+    value = checked[action.dest]
+    if action.dest == 'model':
+        return ':' not in value
+    if action.dest == 'dataset':
+        return value in ('', 'wds/') or value.startswith('torch/')  # which --dataset-download alone fetches
+    if action.dest in ('data_dir', 'class_map'):
+        return '://' not in value and not value.startswith('pipe:')
+    return action.dest in SHARED or isinstance(action.type, Kind) or action.choices is not None
 
 
 def _as_flags(action: argparse.Action, value: Any) -> List[str]:

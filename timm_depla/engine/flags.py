@@ -7,7 +7,8 @@ from typing import Any, Callable, Sequence
 
 import torch
 
-from . import ranges
+from timm_depla import schema
+
 from .config import FlagParser, KeyValues, list_recipes
 
 __all__ = [
@@ -44,7 +45,7 @@ def add_loading_args(add: Callable[..., Any]) -> None:
     add(
         '-j',
         '--workers',
-        type=ranges.workers,
+        type=schema.workers,
         default=min(4, os.cpu_count() or 1),
         metavar='N',
         help='loading processes',
@@ -73,19 +74,19 @@ def add_model_args(parser: FlagParser) -> None:
         metavar='FILE|RUN|MODEL',
         help="start from these weights, or the trunk's",
     )
-    add('--num-classes', type=ranges.count, metavar='N', help='number of classes (default: those of the data)')
+    add('--num-classes', type=schema.count, metavar='N', help='number of classes (default: those of the data)')
     add('--gp', type=str, metavar='POOL', help='global pooling: avg, max, avgmax or catavgmax')
-    add('--drop', type=ranges.share, default=0.0, metavar='P', help='dropout before the classifier')
-    add('--drop-path', type=ranges.fraction, metavar='P', help='stochastic depth')
-    add('--drop-block', type=ranges.share, metavar='P', help='DropBlock')
-    add('--head-init-scale', type=ranges.finite, metavar='X', help="scale the classifier's initial weights")
-    add('--head-init-bias', type=ranges.finite, metavar='X', help="the classifier's initial bias")
+    add('--drop', type=schema.share, default=0.0, metavar='P', help='dropout before the classifier')
+    add('--drop-path', type=schema.fraction, metavar='P', help='stochastic depth')
+    add('--drop-block', type=schema.share, metavar='P', help='DropBlock')
+    add('--head-init-scale', type=schema.finite, metavar='X', help="scale the classifier's initial weights")
+    add('--head-init-bias', type=schema.finite, metavar='X', help="the classifier's initial bias")
     add('--grad-checkpointing', help='recompute activations in the backward pass to save memory')
     add('--sync-bn', help='normalise over the batches of all processes')
     add('--dist-bn', default='reduce', choices=['reduce', 'broadcast', ''], help='share batch statistics each epoch')
     add('--no-ddp-bb', action='store_true', default=False, help='do not broadcast buffers at each step')
     add('--model-ema', help='validate and keep an exponential moving average of the weights')
-    add('--model-ema-decay', type=ranges.share, default=0.9998, metavar='X', help='decay of the average')
+    add('--model-ema-decay', type=schema.share, default=0.9998, metavar='X', help='decay of the average')
     add('--model-ema-warmup', help='start the average at a lower decay')
 
 
@@ -93,78 +94,74 @@ def add_optimizer_args(parser: FlagParser) -> None:
     add = group(parser, 'optimizer')
     number = partial(add, metavar='X')
     add('--opt', type=str, default='sgd', metavar='NAME', help='any optimizer of timm')
-    number('--opt-eps', type=ranges.positive, help='optimizer epsilon')
-    number('--opt-betas', type=ranges.fraction, nargs='+', help='optimizer betas')
+    number('--opt-eps', type=schema.positive, help='optimizer epsilon')
+    number('--opt-betas', type=schema.fraction, nargs='+', help='optimizer betas')
     add('--opt-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='more optimizer arguments')
-    number('--momentum', type=ranges.share, default=0.9, help='momentum')
-    number('--weight-decay', type=ranges.non_negative, default=2e-5, help='weight decay')
-    number('--clip-grad', type=ranges.positive, help='clip gradients')
+    number('--momentum', type=schema.share, default=0.9, help='momentum')
+    number('--weight-decay', type=schema.non_negative, default=2e-5, help='weight decay')
+    number('--clip-grad', type=schema.positive, help='clip gradients')
     add('--clip-mode', default='norm', choices=['norm', 'value', 'agc'], help='to a norm, a value, or adaptively')
-    number('--layer-decay', type=ranges.positive, help='learning rate decay from layer to layer')
-    number('--layer-decay-min-scale', type=ranges.share, default=0.0, help='lowest scale of the layer decay')
-    number('--layer-decay-no-opt-scale', type=ranges.share, help='layers below this scale are not trained')
+    number('--layer-decay', type=schema.decay, help='learning rate decay from layer to layer')
+    number('--layer-decay-min-scale', type=schema.share, default=0.0, help='lowest scale of the layer decay')
+    number('--layer-decay-no-opt-scale', type=schema.share, help='layers below this scale are not trained')
     number(
-        '--trunk-lr-scale',
-        type=ranges.non_negative,
-        help='learning rate of all but DEPLA and the classifier, scaled by this',
+        '--trunk-lr-scale', type=schema.non_negative, help='learning rate of all but DEPLA and the classifier, scaled by this'
     )
-    add('--grad-accum-steps', type=ranges.count, default=1, metavar='N', help='steps whose gradients make one update')
+    add('--grad-accum-steps', type=schema.count, default=1, metavar='N', help='steps whose gradients make one update')
 
 
 def add_schedule_args(parser: FlagParser) -> None:
     add = group(parser, 'schedule')
     number = partial(add, metavar='X')
     count = partial(add, metavar='N')
-    count('--epochs', type=ranges.count, default=300, help='epochs, warm-up included')
-    count('--stop-epoch', type=ranges.count, help='end after this many epochs of the schedule')
+    count('--epochs', type=schema.count, default=300, help='epochs, warm-up included')
+    count('--stop-epoch', type=schema.count, help='end after this many epochs of the schedule')
     add(
         '--epoch-repeats',
-        type=ranges.non_negative,
+        type=schema.non_negative,
         default=0.0,
         metavar='N',
         help='passes an epoch over a hfids/ data set',
     )
     count(
         '--train-num-samples',
-        type=ranges.count,
+        type=schema.count,
         help='images an epoch of a streaming data set (default: its own count)',
     )
-    count('--val-num-samples', type=ranges.count, help='images of a streaming validation set')
+    count('--val-num-samples', type=schema.count, help='images of a streaming validation set')
     add('--sched', type=str, default='cosine', metavar='NAME', help='any schedule of timm')
     add('--sched-on-updates', help='update the learning rate at each step instead of each epoch')
-    number('--lr', type=ranges.non_negative, help='learning rate; overrides --lr-base')
-    number(
-        '--lr-base', type=ranges.non_negative, default=0.1, help='learning rate for a global batch of --lr-base-size'
-    )
-    count('--lr-base-size', type=ranges.count, default=256, help='global batch that --lr-base is meant for')
+    number('--lr', type=schema.non_negative, help='learning rate; overrides --lr-base')
+    number('--lr-base', type=schema.non_negative, default=0.1, help='learning rate for a global batch of --lr-base-size')
+    count('--lr-base-size', type=schema.count, default=256, help='global batch that --lr-base is meant for')
     add('--lr-base-scale', default='', choices=['', 'linear', 'sqrt'], help='how it grows (default: by optimizer)')
     number(
-        '--lr-noise', type=ranges.finite, nargs='+', help='start and end of learning rate noise, share of the epochs'
+        '--lr-noise', type=schema.finite, nargs='+', help='start and end of learning rate noise, share of the epochs'
     )
-    number('--lr-noise-pct', type=ranges.non_negative, default=0.67, help='limit of the noise')
-    number('--lr-noise-std', type=ranges.non_negative, default=1.0, help='deviation of the noise')
-    number('--lr-cycle-mul', type=ranges.positive, default=1.0, help='growth of the cycles')
-    number('--lr-cycle-decay', type=ranges.non_negative, default=0.5, help='decay from cycle to cycle')
-    count('--lr-cycle-limit', type=ranges.count, default=1, help='cycles')
-    number('--lr-k-decay', type=ranges.positive, default=1.0, help='k-decay of cosine and poly')
-    number('--warmup-lr', type=ranges.non_negative, default=1e-5, help='learning rate at the start of the warm-up')
-    number('--min-lr', type=ranges.non_negative, default=0.0, help='lowest learning rate')
-    add('--warmup-epochs', type=ranges.epochs, default=5, metavar='N', help='epochs of warm-up')
+    number('--lr-noise-pct', type=schema.non_negative, default=0.67, help='limit of the noise')
+    number('--lr-noise-std', type=schema.non_negative, default=1.0, help='deviation of the noise')
+    number('--lr-cycle-mul', type=schema.decay, default=1.0, help='growth of the cycles')
+    number('--lr-cycle-decay', type=schema.non_negative, default=0.5, help='decay from cycle to cycle')
+    count('--lr-cycle-limit', type=schema.count, default=1, help='cycles')
+    number('--lr-k-decay', type=schema.decay, default=1.0, help='k-decay of cosine and poly')
+    number('--warmup-lr', type=schema.non_negative, default=1e-5, help='learning rate at the start of the warm-up')
+    number('--min-lr', type=schema.non_negative, default=0.0, help='lowest learning rate')
+    add('--warmup-epochs', type=schema.epochs, default=5, metavar='N', help='epochs of warm-up')
     add('--warmup-prefix', help='put the warm-up before the epochs instead of within them')
-    number('--decay-epochs', type=ranges.positive, default=90, help='epochs between decays (step)')
+    number('--decay-epochs', type=schema.positive, default=90, help='epochs between decays (step)')
     count(
         '--decay-milestones',
-        type=ranges.whole,
+        type=schema.whole,
         nargs='+',
         default=[90, 180, 270],
         help='epochs of the decays (multistep)',
     )
-    count('--cooldown-epochs', type=ranges.whole, default=0, help='epochs at the lowest rate after the schedule')
-    count('--patience-epochs', type=ranges.whole, default=10, help='epochs without progress before a decay (plateau)')
+    count('--cooldown-epochs', type=schema.whole, default=0, help='epochs at the lowest rate after the schedule')
+    count('--patience-epochs', type=schema.whole, default=10, help='epochs without progress before a decay (plateau)')
     number(
         '--decay-rate',
         '--dr',
-        type=ranges.non_negative,
+        type=schema.non_negative,
         default=0.1,
         help='decay (step, multistep, plateau), power (poly)',
     )
@@ -176,10 +173,10 @@ def add_run_args(parser: FlagParser, metrics: Sequence[str], val_split: str) -> 
     add('-c', '--config', '--recipe', dest='recipe', type=str, metavar='NAME|FILE', help=f'{recipes}, or a file')
     add('--train-split', type=str, default='train', metavar='NAME', help='training split')
     add('--val-split', type=str, default=val_split, metavar='NAME', help='validation split')
-    add('-vb', '--validation-batch-size', type=ranges.count, metavar='N', help='images a validation step')
+    add('-vb', '--validation-batch-size', type=schema.count, metavar='N', help='images a validation step')
     add('--output', type=str, default='output', metavar='DIR', help='folder of the runs')
     add('--experiment', type=str, default='', metavar='NAME', help='folder of this run (default: time and model)')
-    add('--seed', type=ranges.seed, default=42, metavar='N', help='random seed')
+    add('--seed', type=schema.seed, default=42, metavar='N', help='random seed')
     add('--deterministic', default=True, help='exact on GPUs too; --no-deterministic lets cuDNN choose faster kernels')
     add('--dry-run', help='print the plan and exit')
     add('--resume', type=str, default='', metavar='auto|RUN', help="go on with the run: 'auto', a run or a checkpoint")
@@ -187,30 +184,30 @@ def add_run_args(parser: FlagParser, metrics: Sequence[str], val_split: str) -> 
     add('--no-resume-opt', action='store_true', default=False, help='resume without the state of the optimizer')
     add(
         '--checkpoint-minutes',
-        type=ranges.non_negative,
+        type=schema.non_negative,
         default=1.0,
         metavar='X',
         help='minutes between checkpoints (0: none)',
     )
-    add('--recovery-interval', type=ranges.whole, default=0, metavar='N', help='steps between checkpoints (0: none)')
+    add('--recovery-interval', type=schema.whole, default=0, metavar='N', help='steps between checkpoints (0: none)')
     add(
         '--checkpoint-hist',
-        type=ranges.whole,
+        type=schema.whole,
         default=10,
         metavar='N',
         help="epochs' checkpoints to keep, the best ones",
     )
     add(
         '--save-epochs',
-        type=ranges.count,
+        type=schema.count,
         nargs='+',
         default=[],
         metavar='N',
         help="keep these epochs' checkpoints too",
     )
-    add('--val-interval', type=ranges.count, default=1, metavar='N', help='epochs between validations')
+    add('--val-interval', type=schema.count, default=1, metavar='N', help='epochs between validations')
     add('--eval-metric', default=metrics[0], choices=metrics, help='metric of the best checkpoint')
-    add('--log-interval', type=ranges.count, default=50, metavar='N', help='steps between lines of a log')
+    add('--log-interval', type=schema.count, default=50, metavar='N', help='steps between lines of a log')
     add('--log-tensorboard', help='write event files for TensorBoard')
     add('--log-wandb', help='log to Weights & Biases')
     add('--wandb-project', type=str, metavar='NAME', help='its project')

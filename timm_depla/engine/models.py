@@ -12,14 +12,14 @@ from timm.models._hub import save_config_for_hf
 
 from timm_depla.detection import is_detector
 from timm_depla.files import find_change, is_unvalidated, read_mapping
-from timm_depla.models import load_trunk
+from timm_depla.models import check_published, find_weights, load_trunk
 
 from .config import closest
 from .errors import ConfigError
 
 __all__ = [
-    'create_model', 'load_model', 'load_weights', 'model_config', 'resumed_recipe', 'run_arguments', 'trained_data',
-    'trained_on',
+    'create_model', 'load_model', 'load_weights', 'model_config', 'pretrained_file', 'resumed_recipe', 'run_arguments',
+    'trained_data', 'trained_on',
 ]  # fmt: skip
 
 DATA = (
@@ -58,8 +58,11 @@ def create_model(name: str, **kwargs) -> nn.Module:
         check_pretrained(name)
     try:
         return timm.create_model(name, **kwargs)
-    except (AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"cannot create model '{name}': {error}") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
+            ValueError) as error:  # fmt: skip
+        raise ConfigError(
+            f"cannot create model '{name}': {' '.join(str(error or type(error).__name__).split())}"
+        ) from error
 
 
 def check_pretrained(name: str) -> None:
@@ -80,6 +83,22 @@ def check_pretrained(name: str) -> None:
     else:
         hint = 'leave out --pretrained'
     raise ConfigError(f"no weights are published for '{name}': {hint}")
+
+
+def pretrained_file(args: Namespace) -> Dict[str, Any]:
+    """The entries of a pretrained cfg that make `args.pretrained_path`, a file or folder, the published weights.
+
+    Raises:
+        ConfigError: If there are no weights.
+    """
+    path = Path(args.pretrained_path)
+    try:
+        path = find_weights(path) if path.is_dir() else path
+    except FileNotFoundError as error:
+        raise ConfigError(f'--pretrained-path: {error}') from error
+    if not path.is_file():
+        raise ConfigError(f"--pretrained-path: no file '{path}'")
+    return dict(file=str(path), num_classes=-1)
 
 
 def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
@@ -103,19 +122,13 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
             raise ConfigError(
                 f"'{target}' has no checkpoint: expected model.safetensors in it or in its folder best{hint}"
             )
-        if change := find_change(folder):
-            raise ConfigError(f"'{target}' is damaged: {change}")
         if is_detector(folder):
             raise ConfigError(f"'{target}' holds a detector: python validate_detection.py validates it")
         try:
-            return create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
-        except ConfigError as error:
-            if 'depla.rpn.conv.weight' not in str(error):
-                raise
-            raise ConfigError(
-                f"'{target}' was trained with an earlier version of the block, which had no norms: train it anew, or "
-                'validate it with the version that trained it'
-            ) from error
+            check_published(folder)
+        except ValueError as error:
+            raise ConfigError(f"'{target}' {error}") from error
+        return create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
     if path.is_file():
         if not model_name:
             raise ConfigError(f"'{target}' holds weights only: name the architecture with --model")
@@ -173,7 +186,7 @@ def resumed_recipe(args: Namespace) -> Optional[str]:
     """The args.yaml of the run that `--resume` names: a recipe with all that the command line need not repeat.
 
     Raises:
-        ConfigError: If it names data, a model or weights that are not local, and so could come from anywhere.
+        ConfigError: If it names data that is not local, and so could come from anywhere.
     """
     target = str(Path(args.output, args.experiment)) if args.resume == 'auto' and args.experiment else args.resume
     found = run_arguments(target) if target and target != 'auto' else {}
@@ -181,12 +194,6 @@ def resumed_recipe(args: Namespace) -> Optional[str]:
         return None
     if not getattr(args, 'dataset', ''):  # else the command line says what is read
         trained_data(target, args.data_dir)
-    for key in ('model', 'kd_model_name', 'initial_checkpoint', 'pretrained_path'):
-        if (value := str(found.get(key) or '')).startswith(('hf-hub:', 'hf_hub:')) or '://' in value:
-            raise ConfigError(
-                f"'{target}' was trained with the {key.replace('_', ' ')} '{value}', which is not here: resume it with "
-                'the whole command line that started it, and --recipe'
-            )
     return str(_arguments_file(target))
 
 

@@ -10,6 +10,8 @@ import torch.nn as nn
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_depla.files import escape
+
 from .config import parse_args
 from .errors import ConfigError
 
@@ -86,7 +88,7 @@ def describe(run: Any) -> str:
         f'{args.amp_dtype if args.amp else "float32"}, optimizer {args.opt}',
         'folder': str(run.folder),
     }  # fmt: skip
-    text = [f'{name:7} {line}' for name, line in lines.items()]
+    text = [f'{name:7} {escape(line)}' for name, line in lines.items()]
     recipe = {} if args.dry_run else _recipe_of(run)
     told = {key: value for key, value in sorted(vars(args).items()) if recipe.get(key) != value}
     arguments = ' '.join(f'{key}={value!r}' for key, value in told.items() if value not in (None, ''))

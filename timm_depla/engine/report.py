@@ -277,6 +277,8 @@ def _create_loggers(args: Namespace, folder: Path) -> List[Any]:
     if args.log_wandb:
         import wandb
 
+        if (folder / 'wandb' / 'settings').exists():  # it could name another server
+            raise ConfigError(f"'{folder / 'wandb' / 'settings'}' would set up Weights & Biases: remove it")
         wandb.init(
             project=args.wandb_project,
             name=folder.name,

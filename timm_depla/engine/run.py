@@ -238,6 +238,8 @@ class Run:
         if self.evaluated is not self.kept:
             state['average'] = _copy(self.evaluated.state_dict())
         weights = _copy(self.kept.state_dict(), torch.contiguous_format)  # safetensors has no channels last
+        if wrong := [name for name, value in weights.items() if not value.isfinite().all()]:  # by the last update
+            raise DivergedError(f'{wrong[0]} is not finite at learning rate {self.rate:.3g}: lower --lr')
         self.writer.submit(self._write, checkpoint_name(self.epoch, self.step), state, weights)
 
     def _write(self, name: str, state: Dict[str, Any], weights: Dict[str, torch.Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Setup of a training: device, optimizer, run, run folder, and the checkpoint to resume from."""
 
+import io
 import logging
 import math
 import os
@@ -21,10 +22,19 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weigh
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, NativeScaler, unwrap_model
 
-from timm_depla.files import read_mapping
+from timm_depla.files import check_own, escape, open_to_append, read_mapping
 from timm_depla.layers import Depla
 
-from .checkpoint import checkpoint_name, find_damage, list_checkpoints, newest_checkpoint, set_aside, write_file
+from .checkpoint import (
+    LINKS,
+    checkpoint_name,
+    find_damage,
+    list_checkpoints,
+    newest_checkpoint,
+    set_aside,
+    write_file,
+    writing,
+)
 from .config import updated
 from .errors import ConfigError
 from .run import Run
@@ -120,6 +130,17 @@ def check_compile(args: Namespace) -> Dict[str, Any]:
     return kwargs
 
 
+def check_finite(model: nn.Module) -> None:
+    """Refuse a network with weights that are not finite, of which every output would be useless.
+
+    Raises:
+        ConfigError: If there is one; names it.
+    """
+    wrong = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    if wrong:
+        raise ConfigError(f'the weights to start from are not finite: {", ".join(wrong[:3])}; start from others')
+
+
 def assemble(
     kind: Type[Run], args: Namespace, world: World, task: nn.Module, model: nn.Module, config: bytes, loaders: Tuple
 ) -> Run:
@@ -137,6 +158,7 @@ def assemble(
     Raises:
         ConfigError: If an argument of optimizer or schedule is out of range.
     """
+    check_finite(model)
     trainable = unwrap_model(task.get_trainable_module())
     num_updates = math.ceil(len(loaders[0]) / args.grad_accum_steps)
     args = updated(args, lr=learning_rate(args, world.size))
@@ -215,7 +237,7 @@ def diverged_epoch(run: Path) -> Optional[int]:
     file = run / DIVERGED
     try:
         return int(read_mapping(file)['epoch']) if file.exists() else None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         return None
 
 
@@ -232,12 +254,14 @@ def open_folder(run: Run, resumed: bool) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=resumed or args.resume == 'auto')
+        check_own(folder, LINKS)
         (folder / 'checkpoints').mkdir(exist_ok=True)
+        open_to_append(folder / '.lock').close()
     except FileExistsError as error:
         raise ConfigError(
             f"run folder '{folder}' exists: go on with it by --resume auto, or choose another --experiment or --output"
         ) from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write run folder '{folder}': {error}") from error
     lock, holder = FileLock(folder / '.lock'), folder / '.holder'
     try:
@@ -265,7 +289,7 @@ def log_to(path: Path) -> Iterator[None]:
         ConfigError: If the file cannot be written.
     """
     try:
-        handler = logging.FileHandler(path)
+        handler = logging.StreamHandler(io.TextIOWrapper(open_to_append(path), 'utf-8', 'backslashreplace'))
     except OSError as error:
         raise ConfigError(f"cannot write '{path}': {error}") from error
     handler.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
@@ -275,12 +299,12 @@ def log_to(path: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         with suppress(OSError):
-            handler.stream.write(f'{type(error).__name__}: {error}\n')
+            handler.stream.write(f'{type(error).__name__}: {escape(str(error))}\n')
         raise
     finally:
         logging.getLogger().removeHandler(handler)
         with suppress(OSError):
-            handler.close()
+            handler.stream.close()
 
 
 def rejoin(run: Run, is_changed: bool) -> None:
@@ -302,6 +326,7 @@ def rejoin(run: Run, is_changed: bool) -> None:
     elif run.world.is_primary:
         run.publish(folder.name, run.history)
     if run.world.is_primary:
-        (run.folder / DIVERGED).unlink(missing_ok=True)
+        with writing(run.folder / DIVERGED):
+            (run.folder / DIVERGED).unlink(missing_ok=True)
     if run.world.is_primary and (run.folder / 'best').exists() and (damage := find_damage(run.folder / 'best')):
         _logger.warning('the best checkpoint so far is damaged: %s', damage)

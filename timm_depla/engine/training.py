@@ -162,6 +162,9 @@ def train_epochs(run: Run, report: Report) -> int:
                 write_file(run.folder / DIVERGED, (json.dumps({'epoch': run.epoch}) + '\n').encode())
             if isinstance(error, UnreadableError) or 'DataLoader worker' in str(error):
                 raise TrainingError(explain_worker(error)) from error
+            if 'more than 1 value per channel' in str(error):
+                message = 'a norm sees one value per channel: raise --batch-size or the image size'
+                raise TrainingError(f'cannot train on batches of {run.args.batch_size}: {message}') from error
             raise
     return signal
 

@@ -18,6 +18,9 @@ import torch.distributed as dist
 from timm.utils import setup_default_logging
 from timm.utils.distributed import init_distributed_device_so
 
+from timm_depla.files import escape
+from timm_depla.schema import shorten
+
 from .errors import ConfigError, TrainingError, UserError
 
 __all__ = ['Interrupt', 'World', 'explain_lost_peers', 'keep_memory', 'run_command', 'setup_world', 'shield_worker']
@@ -201,24 +204,39 @@ def shield_worker(busy: Any, _: int) -> None:
     signal.signal(signal.SIGTERM, end)
 
 
+def _escape_names() -> None:
+    """Show the control characters of names in log messages, which could fake lines or drive the terminal."""
+    create = logging.getLogRecordFactory()
+
+    def create_escaped(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = create(*args, **kwargs)
+        if isinstance(record.args, tuple):
+            record.args = tuple(a if isinstance(a, (int, float)) else escape(str(a)) for a in record.args)
+        return record
+
+    logging.setLogRecordFactory(create_escaped)
+
+
 def run_command(name: str, main: Any) -> None:
     """Run a command's main function; exit with the message of a UserError, or with 128 + signal if interrupted."""
     setup_default_logging()
+    _escape_names()
     for library in ('httpx', 'httpx2'):  # they log each request to the Hub
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         code = main()
-    except UserError as error:
-        rank = os.environ.get('RANK')
-        sys.exit(f'{name}{f" (rank {rank})" if rank else ""}: error: {error}')
     except KeyboardInterrupt:
         os.write(2, f'\n{name}: interrupted\n'.encode())
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
+        if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
+            named = f'{shorten(error.filename)}: {error.strerror}' if isinstance(error, OSError) else str(error)
+            rank = os.environ.get('RANK')
+            sys.exit(f'{name}{f" (rank {rank})" if rank else ""}: error: {escape(named)}')
         with tempfile.NamedTemporaryFile('w', prefix=f'{name}-', suffix='.log', delete=False) as file:
             traceback.print_exc(file=file)
         first = (str(error).strip().splitlines() or [''])[0]
-        sys.exit(f'{name}: unexpected {type(error).__name__}: {first} (the traceback is in {file.name})')
+        sys.exit(f'{name}: unexpected {type(error).__name__}: {escape(first)} (the traceback is in {file.name})')
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code or 0)

@@ -1,6 +1,7 @@
 """Models by timm's registry, with weights from the Hugging Face Hub as safetensors only."""
 
-from typing import Any, Dict, List, Optional, Type
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Type
 
 import timm
 import torch.nn as nn
@@ -8,9 +9,30 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from timm.models import build_model_with_cfg
 
-__all__ = ['build_model', 'list_models']
+from timm_depla.files import find_change, read_mapping
+from timm_depla.schema import check_classifier
+
+__all__ = ['build_model', 'check_published', 'list_models']
 
 _FILE = 'model.safetensors'
+
+
+def check_published(folder: Path, names: Sequence[str] = ()) -> None:
+    """Check a folder with config.json and weights, before a network is built from it.
+
+    Args:
+        folder: The folder.
+        names: The files whose checksums are checked; all that are listed if empty.
+
+    Raises:
+        ValueError: If a file is not the one that checksums.json lists, or config.json has a value that no network has.
+    """
+    if change := find_change(folder, names):
+        raise ValueError(f'is damaged: {change}')
+    try:
+        check_classifier(read_mapping(folder / 'config.json'), 'config.json')
+    except ValueError as error:
+        raise ValueError(f'cannot be used: {error}') from error
 
 
 def build_model(
@@ -24,7 +46,14 @@ def build_model(
 
     Raises:
         RuntimeError: If the repository has no model.safetensors, or it is damaged.
+        ValueError: If a local folder does not hold what its checksums.json lists, or its config.json is invalid.
     """
+    cfg = kwargs.get('pretrained_cfg')
+    if isinstance(cfg, dict) and cfg.get('source') == 'local-dir':
+        try:
+            check_published(Path(cfg['file']), ('config.json', _FILE))
+        except ValueError as error:
+            raise ValueError(f"'{cfg['file']}' {error}") from error
     overlay = {'hf_hub_filename': _FILE, **(pretrained_cfg_overlay or {})}
     try:
         return build_model_with_cfg(model_cls, variant, pretrained, pretrained_cfg_overlay=overlay, **kwargs)

@@ -73,6 +73,10 @@ def insert_depla(model: nn.Module, depla: Optional[Dict[str, Any]] = None) -> nn
     if not block_args.pop('keep_candidate', True):
         raise ValueError('DEPLA around a block keeps what the block gives: leave out keep_candidate=False')
     stage = None if names is not None else _find_stage(model)
+    if names is not None and not (
+        isinstance(names, (list, tuple)) and names and all(isinstance(n, str) for n in names)
+    ):
+        raise ValueError(f'modules must be a list of names, got {names!r}; leave it out for the default')
     names = list(names) if stage is None else _list_blocks(model, stage)
     modules = dict(model.named_modules())
     if unknown := [name for name in names if name not in modules]:
@@ -154,8 +158,11 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_host(host: str, has_weights: bool, depla: Optional[Dict[str, Any]], **kwargs) -> nn.Module:
-    return insert_depla(timm.create_model(host, pretrained=has_weights, **kwargs), depla)
+def _create_host(
+    host: str, has_weights: bool, host_overlay: Optional[Dict[str, Any]], depla: Optional[Dict[str, Any]], **kwargs
+) -> nn.Module:
+    model = timm.create_model(host, pretrained=has_weights, pretrained_cfg_overlay=host_overlay, **kwargs)
+    return insert_depla(model, depla)
 
 
 @register_model
@@ -164,15 +171,17 @@ def host_depla(
     host: str = 'resnet50',
     depla: Optional[Dict[str, Any]] = None,
     pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
     **kwargs,
 ) -> nn.Module:
     """Any network of timm, `host`, with DEPLA around some of its blocks: see `insert_depla`.
 
-    Pretrained weights are timm's weights of the host, or those of the whole model from a Hub repository or folder.
+    Pretrained weights are timm's weights of the host (`pretrained_cfg_overlay` changes where from), or those of the
+    whole model from a Hub repository or folder.
     """
-    if fetching := {'checkpoint_path', 'has_weights'} & kwargs.keys():  # a config.json may not choose files to load
+    if fetching := {'checkpoint_path', 'has_weights', 'host_overlay'} & kwargs.keys():  # of files to load
         raise TypeError(f'unknown argument {sorted(fetching)}')
-    if not timm.is_model(host):
+    if not (isinstance(host, str) and timm.is_model(host)):
         raise ValueError(f"host '{host}' is no model of timm; see timm.list_models()")
     is_whole = pretrained_cfg is not None and not isinstance(pretrained_cfg, str)
     if not is_whole:
@@ -189,7 +198,9 @@ def host_depla(
         pretrained_cfg=pretrained_cfg,
         feature_cfg=dict(feature_cls='getter'),
         host=host,
+        pretrained_cfg_overlay=pretrained_cfg_overlay if is_whole else None,
         has_weights=pretrained and not is_whole,
+        host_overlay=None if is_whole else pretrained_cfg_overlay,
         depla=depla,
         **kwargs,
     )

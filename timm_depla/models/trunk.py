@@ -15,7 +15,7 @@ from timm_depla.layers import Depla
 
 from .insertion import BlockWithDepla
 
-__all__ = ['TrunkReport', 'load_trunk']
+__all__ = ['TrunkReport', 'find_weights', 'load_trunk']
 
 Source = Union[str, os.PathLike, nn.Module, Dict[str, torch.Tensor]]
 _COUNTER = '.num_batches_tracked'  # a frozen BatchNorm lacks it, and nothing reads it

@@ -3,7 +3,8 @@
 from functools import partial
 from typing import Dict
 
-from .. import ranges
+from timm_depla import schema
+
 from ..config import DataFolder, FlagParser, KeyValues
 from ..flags import (
     add_device_args,
@@ -77,15 +78,15 @@ def _add_data_args(parser: FlagParser) -> None:
     add('--input-img-mode', choices=modes, help='image mode (default: L for one channel, else RGB)')
     text('--input-key', default=None, metavar='KEY', help='key of the image (wds/, hfds/, hfids/)')
     text('--target-key', default=None, metavar='KEY', help='key of the class (wds/, hfds/, hfids/)')
-    add('-b', '--batch-size', type=ranges.count, default=128, metavar='N', help='images a step in each process')
+    add('-b', '--batch-size', type=schema.count, default=128, metavar='N', help='images a step in each process')
     add_loading_args(add)
-    add('--img-size', type=ranges.side, metavar='N', help="image size in pixels (default: the model's)")
-    add('--in-chans', type=ranges.channels, metavar='N', help="image channels (default: the model's)")
-    add('--input-size', type=ranges.side, nargs=3, metavar='N', help='channels, height and width')
-    add('--crop-pct', type=ranges.positive, metavar='X', help='centre crop for validation, share of the image')
+    add('--img-size', type=schema.side, metavar='N', help="image size in pixels (default: the model's)")
+    add('--in-chans', type=schema.channels, metavar='N', help="image channels (default: the model's)")
+    add('--input-size', type=schema.side, nargs=3, metavar='N', help='channels, height and width')
+    add('--crop-pct', type=schema.crop, metavar='X', help='centre crop for validation, share of the image')
     add('--crop-mode', choices=['center', 'squash', 'border'], help="crop for validation (default: the model's)")
-    add('--mean', type=ranges.finite, nargs='+', metavar='X', help="pixel mean (default: the model's)")
-    add('--std', type=ranges.positive, nargs='+', metavar='X', help="pixel deviation (default: the model's)")
+    add('--mean', type=schema.finite, nargs='+', metavar='X', help="pixel mean (default: the model's)")
+    add('--std', type=schema.deviation, nargs='+', metavar='X', help="pixel deviation (default: the model's)")
     text('--interpolation', type=None, choices=_INTERPOLATIONS, help="resizing (default: the model's)")
 
 
@@ -94,24 +95,24 @@ def _add_augmentation_args(parser: FlagParser) -> None:
     number = partial(add, metavar='X')
     add('--no-aug', action='store_true', help='no augmentation')
     add('--train-crop-mode', choices=['rrc', 'rkrc', 'rkrr'], help='training crop (default: rrc)')
-    number('--scale', type=ranges.positive, nargs=2, default=[0.08, 1.0], help='random crop, area')
-    number('--ratio', type=ranges.positive, nargs=2, default=[3 / 4, 4 / 3], help='random crop, aspect')
-    number('--hflip', type=ranges.share, default=0.5, help='probability of a horizontal flip')
-    number('--vflip', type=ranges.share, default=0.0, help='probability of a vertical flip')
-    number('--color-jitter', type=ranges.non_negative, default=0.4, help='brightness, contrast, saturation')
-    number('--color-jitter-prob', type=ranges.share, help='probability of colour jitter (default: always)')
-    number('--grayscale-prob', type=ranges.share, default=0.0, help='probability of a grey image')
-    number('--gaussian-blur-prob', type=ranges.share, default=0.0, help='probability of blur')
+    number('--scale', type=schema.positive, nargs=2, default=[0.08, 1.0], help='random crop, area')
+    number('--ratio', type=schema.positive, nargs=2, default=[3 / 4, 4 / 3], help='random crop, aspect')
+    number('--hflip', type=schema.share, default=0.5, help='probability of a horizontal flip')
+    number('--vflip', type=schema.share, default=0.0, help='probability of a vertical flip')
+    number('--color-jitter', type=schema.non_negative, default=0.4, help='brightness, contrast, saturation')
+    number('--color-jitter-prob', type=schema.share, help='probability of colour jitter (default: always)')
+    number('--grayscale-prob', type=schema.share, default=0.0, help='probability of a grey image')
+    number('--gaussian-blur-prob', type=schema.share, default=0.0, help='probability of blur')
     add('--aa', type=str, metavar='POLICY', help='AutoAugment, RandAugment or AugMix policy, as timm names them')
     number(
         '--aug-repeats',
-        type=ranges.non_negative,
+        type=schema.non_negative,
         default=0.0,
         help='times that a sample appears in the epoch, augmented anew',
     )
     add(
         '--aug-splits',
-        type=ranges.whole,
+        type=schema.whole,
         default=0,
         metavar='N',
         help='a clean and N - 1 augmented copies of each batch',
@@ -119,33 +120,33 @@ def _add_augmentation_args(parser: FlagParser) -> None:
     names = [*_INTERPOLATIONS, 'random']
     add('--train-interpolation', default='random', choices=names, help='resizing in training')
     add('--resize-backend', default='pil', choices=['pil', 'torch'], help='torch is faster and rounds differently')
-    number('--reprob', type=ranges.share, default=0.0, help='probability of random erasing')
+    number('--reprob', type=schema.share, default=0.0, help='probability of random erasing')
     add('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='what fills an erased box')
-    add('--recount', type=ranges.count, default=1, metavar='N', help='boxes to erase, at most')
+    add('--recount', type=schema.count, default=1, metavar='N', help='boxes to erase, at most')
     add('--resplit', help='leave the first augmentation split unerased')
-    number('--mixup', type=ranges.non_negative, default=0.0, help='mixup alpha')
-    number('--cutmix', type=ranges.non_negative, default=0.0, help='cutmix alpha')
+    number('--mixup', type=schema.non_negative, default=0.0, help='mixup alpha')
+    number('--cutmix', type=schema.non_negative, default=0.0, help='cutmix alpha')
     number(
         '--cutmix-minmax',
-        type=ranges.share,
+        type=schema.share,
         nargs=2,
         help='smallest and largest side of the cutmix box, share of the image',
     )
-    number('--mixup-prob', type=ranges.share, default=1.0, help='probability of mixing')
-    number('--mixup-switch-prob', type=ranges.share, default=0.5, help='probability of cutmix where mixup is on too')
+    number('--mixup-prob', type=schema.share, default=1.0, help='probability of mixing')
+    number('--mixup-switch-prob', type=schema.share, default=0.5, help='probability of cutmix where mixup is on too')
     add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='what shares the mixing parameters')
     add(
         '--mixup-off-epoch',
-        type=ranges.whole,
+        type=schema.whole,
         default=0,
         metavar='N',
         help='mix no more from this epoch on (0: always mix)',
     )
-    number('--smoothing', type=ranges.fraction, default=0.1, help='label smoothing')
+    number('--smoothing', type=schema.fraction, default=0.1, help='label smoothing')
     add('--bce-loss', help='binary cross-entropy')
     add('--bce-sum', help='sum it over the classes instead of averaging')
-    number('--bce-target-thresh', type=ranges.share, help='binarise soft targets above this')
-    number('--bce-pos-weight', type=ranges.positive, help='weight of the positive class')
+    number('--bce-target-thresh', type=schema.share, help='binarise soft targets above this')
+    number('--bce-pos-weight', type=schema.positive, help='weight of the positive class')
     add('--jsd-loss', help='Jensen-Shannon consistency between augmentation splits')
 
 
@@ -154,9 +155,9 @@ def _add_distillation_args(parser: FlagParser) -> None:
     number = partial(add, metavar='X')
     add('--kd-model-name', type=str, metavar='RUN|MODEL', help='teacher: a run, a checkpoint or a pretrained model')
     add('--kd-distill-type', default='logit', choices=['logit', 'feature'], help='what the student matches')
-    number('--distill-loss-weight', type=ranges.non_negative, help='weight of the distillation loss')
-    number('--task-loss-weight', type=ranges.non_negative, help='weight of the classification loss')
-    number('--kd-temperature', type=ranges.positive, default=4.0, help='temperature of the soft targets')
+    number('--distill-loss-weight', type=schema.non_negative, help='weight of the distillation loss')
+    number('--task-loss-weight', type=schema.non_negative, help='weight of the classification loss')
+    number('--kd-temperature', type=schema.positive, default=4.0, help='temperature of the soft targets')
 
 
 def _create_parser(
@@ -207,8 +208,8 @@ def create_validate_parser() -> FlagParser:
     text('--checkpoint', metavar='FILE', help='a checkpoint, or a file of weights of --model')
     add('--pretrained', help='use the pretrained weights of --model (a model without a checkpoint always does)')
     text('--split', '--val-split', dest='val_split', default='validation', metavar='NAME', help='validation split')
-    add('--val-num-samples', type=ranges.count, metavar='N', help='images of a streaming data set')
-    add('--num-classes', type=ranges.count, metavar='N', help='classes of a file of weights')
+    add('--val-num-samples', type=schema.count, metavar='N', help='images of a streaming data set')
+    add('--num-classes', type=schema.count, metavar='N', help='classes of a file of weights')
     add('--gp', type=str, metavar='POOL', help='global pooling: avg, max, avgmax or catavgmax')
     add('--use-train-size', help="the model's training size even where its cfg names a test size")
     add('--test-pool', help='pool over windows of the training size where images are larger')

@@ -16,7 +16,7 @@ from timm_depla.files import list_digest
 from .. import training
 from ..config import updated
 from ..errors import ConfigError
-from ..models import create_model, load_model, load_weights, model_config
+from ..models import create_model, load_model, load_weights, model_config, pretrained_file
 from ..plan import count_cost
 from ..report import Metric
 from ..run import Run
@@ -45,8 +45,7 @@ def build_model(args: Namespace, world: World, is_fresh: bool) -> Tuple[nn.Modul
     if args.drop_block:
         kwargs['drop_block_rate'] = args.drop_block
     if args.pretrained_path and is_fresh:
-        overlay = dict(file=args.pretrained_path, num_classes=-1)
-        kwargs.update(pretrained=True, pretrained_cfg_overlay=overlay)
+        kwargs.update(pretrained=True, pretrained_cfg_overlay=pretrained_file(args))
     model = create_model(args.model, **{k: v for k, v in kwargs.items() if v is not None}, **rebuild_args(args))
     if args.initial_checkpoint and is_fresh:
         _logger.info('%s: %s', args.initial_checkpoint, load_weights(model, args.initial_checkpoint))

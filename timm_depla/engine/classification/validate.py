@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import math
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -204,6 +205,10 @@ def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
     loader.unreadable.collect(wait=True)
     if real is not None:
         metrics.update(top1=real.get_accuracy(k=1), top5=real.get_accuracy(k=5))
+    if not math.isfinite(metrics['loss']):
+        raise ConfigError(
+            f"'{target}': the loss is {metrics['loss']}: its weights, or mean and std, do not fit the data"
+        )
     top1, top5, loss, images = (metrics[key] for key in ('top1', 'top5', 'loss', 'count'))
     scores = f'top-1 {top1:.2f}  top-5 {top5:.2f}  loss {loss:.3f}'
     data = f'{args.data_dir or args.dataset} {split_name(args, args.val_split)}'

@@ -2,9 +2,9 @@
 
 from functools import partial
 
+from timm_depla import schema
 from timm_depla.detection.coco import METRICS
 
-from .. import ranges
 from ..config import RECIPES, DataFolder, FlagParser, KeyValues
 from ..flags import (
     add_device_args,
@@ -72,7 +72,7 @@ def create_detection_parser() -> FlagParser:
     kwargs = dict(nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
     parser.add_argument('--model-kwargs', **kwargs, help="arguments of create_detector: ours and torchvision's")
     parser.add_argument(
-        '-b', '--batch-size', type=ranges.count, default=2, metavar='N', help='images a step in each process'
+        '-b', '--batch-size', type=schema.count, default=2, metavar='N', help='images a step in each process'
     )
     _add_data_args(parser)
     add_device_args(parser)
@@ -80,7 +80,7 @@ def create_detection_parser() -> FlagParser:
     add('--pretrained-backbone', help="start from the backbone's published weights")
     add(
         '--trainable-backbone-layers',
-        type=ranges.whole,
+        type=schema.whole,
         metavar='N',
         help='layers to train, from the end (default: see docs)',
     )
@@ -89,7 +89,7 @@ def create_detection_parser() -> FlagParser:
     for add_args in (add_model_args, add_optimizer_args, add_schedule_args):
         add_args(parser)
     add = group(parser, 'augmentation')
-    add('--hflip', type=ranges.share, default=0.5, metavar='X', help='probability of a horizontal flip')
+    add('--hflip', type=schema.share, default=0.5, metavar='X', help='probability of a horizontal flip')
     metrics = [f'{prefix}{name}' for prefix in ('', 'mask_') for name in METRICS[:6]]
     add_run_args(parser, metrics, 'val')
     return parser
@@ -107,7 +107,7 @@ def create_detection_validate_parser() -> FlagParser:
     text('--split', '--val-split', dest='val_split', metavar='NAME', help="split (default: the run's, or val)")
     text('-m', '--model', metavar='NAME', help='the detector that a file of weights belongs to')
     add(
-        '--classes', type=ranges.count, metavar='N', help='its classes, with the background, if labels are category ids'
+        '--classes', type=schema.count, metavar='N', help='its classes, with the background, if labels are category ids'
     )
     text('--results-file', metavar='FILE', help="write the detections in COCO's format for submissions")
     return parser

@@ -21,7 +21,7 @@ from timm_depla.files import list_digest
 from .. import training
 from ..config import updated
 from ..errors import ConfigError
-from ..models import create_model, load_weights
+from ..models import create_model, load_weights, pretrained_file
 from ..plan import count_cost
 from ..report import Metric
 from ..run import Run
@@ -97,12 +97,10 @@ def pretrained_weights(args: Namespace) -> Dict[str, Any]:
     Raises:
         ConfigError: If the weights do not fit this backbone.
     """
-    path = Path(args.pretrained_path)
-    if path.is_dir():
-        path = next((f for f in (path / 'model.safetensors', path / 'best' / 'model.safetensors') if f.is_file()), path)
+    overlay = pretrained_file(args)
     classifier = create_model(split_name(args.model)[1], **args.model_kwargs.get('backbone_kwargs', {}))
-    _logger.info('%s: %s', path, load_weights(classifier, str(path)))
-    return dict(pretrained_cfg_overlay=dict(file=str(path), num_classes=-1))
+    _logger.info('%s: %s', overlay['file'], load_weights(classifier, overlay['file']))
+    return dict(pretrained_cfg_overlay=overlay)
 
 
 def build_model(args: Namespace, dataset: CocoDetection, world: World, is_fresh: bool) -> FasterRCNN:
