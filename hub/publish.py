@@ -8,7 +8,10 @@ of the weights, both the average and the plain weights are evaluated, and the be
 import argparse
 import hashlib
 import json
+import logging
 import math
+import os
+import re
 import shlex
 import shutil
 import sys
@@ -26,7 +29,7 @@ from huggingface_hub import HfApi
 import timm_depla
 from timm_depla import detection
 from timm_depla.data import digits_folder
-from timm_depla.engine.checkpoint import find_damage
+from timm_depla.engine.checkpoint import LINKS, find_damage
 from timm_depla.engine.classification import validate as classification
 from timm_depla.engine.classification.flags import create_validate_parser
 from timm_depla.engine.config import parse_args
@@ -37,12 +40,15 @@ from timm_depla.engine.record import create_record
 from timm_depla.engine.run import CHANGE_NOTHING
 from timm_depla.engine.state import read_state
 from timm_depla.engine.world import run_command
-from timm_depla.files import SUMS, check_writable, list_sums, read_mapping, read_tensors, write_file
+from timm_depla.files import SUMS, check_own, check_writable, list_sums, read_mapping, read_tensors, write_file
 
 from .card import create_card
 
 __all__ = ['create_publish_parser', 'publish', 'push']
 
+_logger = logging.getLogger(__name__)
+
+EDITED = 'README.edited.md'
 FILES = ('README.md', 'config.json', 'model.safetensors', 'recipe.yaml', 'record.json', SUMS)
 DIGITS = dict(
     id='digits',
@@ -79,6 +85,10 @@ def find_checkpoint(source: str) -> Tuple[Path, Dict[str, Any]]:
     folder = path if (path / 'config.json').is_file() else (path / 'best').resolve()
     if not (folder / 'record.json').is_file() or not (folder.parent.parent / 'args.yaml').is_file():
         raise ConfigError(f"'{source}' is no run of train.py or train_detection.py, and no checkpoint of one")
+    try:
+        check_own(folder.parent.parent, LINKS)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     damage = find_damage(folder)
     if damage is not None:
         raise ConfigError(f"checkpoint '{folder}' is damaged: {damage}")
@@ -165,24 +175,44 @@ def describe_model(folder: Path, is_detector: bool) -> Dict[str, Any]:
 
 
 def without_folders(value: Any) -> Any:
-    """Shorten each absolute path in a value to its last part, so that no folder of this machine is published."""
+    """Shorten paths in a value to their last part, so that no folder and no user of this machine is published.
+
+    Names of classes stay as they are.
+    """
     if isinstance(value, str):
         flag, equals, path = value.rpartition('=')
-        return flag + equals + Path(path).name if Path(path).is_absolute() else value
+        if Path(path).is_absolute() or Path(path).parts[:1] in (('..',), ('~',)):
+            return flag + equals + Path(path).name
+        value = re.sub(rf'(^|/){re.escape(Path.home().name)}(?=/)', r'\1user', value)
+        return re.sub(r"""(?<![\w./:])~?/(?:[^\s/'"]+/)+""", '', value)
     if isinstance(value, dict):
-        return {key: without_folders(item) for key, item in value.items()}
+        return {k: v if k in ('label_names', 'class_names') else without_folders(v) for k, v in value.items()}
     return [without_folders(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def is_edited(folder: Path) -> bool:
+    """Whether the card in a folder is another than this command wrote there."""
+    if not (folder / 'README.md').is_file():
+        return False
+    card = hashlib.sha256((folder / 'README.md').read_bytes()).hexdigest()
+    try:
+        return read_mapping(folder / 'record.json').get('card') != card
+    except ValueError:
+        return True
 
 
 def check_output(folder: Path) -> None:
     """Refuse a folder that holds files of anything but this command, or that cannot be written."""
-    own = {*FILES, *(f'.{name}.part' for name in FILES)}
+    own = {*FILES, EDITED, *(f'.{name}.part' for name in FILES)}
     try:
+        check_own(folder)
         others = sorted(path.name for path in folder.iterdir() if path.name not in own) if folder.is_dir() else []
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"--output '{folder}' is no folder")
         if others:
             raise ConfigError(f"'{folder}' holds something else ({', '.join(others[:3])}): give another --output")
+        if is_edited(folder) and (folder / EDITED).exists():
+            raise ConfigError(f"'{folder}' has an edited README.md, and {EDITED}: move one of them elsewhere")
         folder.mkdir(parents=True, exist_ok=True)
         check_writable(folder / SUMS)
     except (OSError, ValueError) as error:
@@ -200,7 +230,7 @@ def publish(args: Namespace) -> Path:
     output = Path(args.output)
     check_output(output)
     checkpoint, trained = find_checkpoint(args.source)
-    config = read_mapping(checkpoint / 'config.json')
+    config = without_folders(read_mapping(checkpoint / 'config.json'))
     is_detector = detection.is_detector(checkpoint)
     data = describe_data(args, trained, is_detector)
     kept = {k: v for k, v in trained.items() if k not in CHANGE_NOTHING and v not in (None, '', [], {})}
@@ -219,20 +249,24 @@ def publish(args: Namespace) -> Path:
             task = 'image-segmentation' if config['architecture'].startswith('mask') else 'object-detection'
         record = create_record(f'python -m hub.publish {shlex.join(without_folders(sys.argv[1:]))}', results)
         record.update(task=task, architecture=config['architecture'], recipe=Path(trained['recipe']).stem, dataset=data)
-        place = without_folders(str(output))
+        record, place = without_folders(record), without_folders(str(output))
         source = f'hf-hub:{args.push}' if args.push else place if is_detector else f'local-dir:{place}'
-        folder = Path(scratch, 'repository')
-        folder.mkdir()
-        (folder / 'record.json').write_text(json.dumps(record, indent=2) + '\n')
-        (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
-        (folder / 'config.json').write_bytes((checkpoint / 'config.json').read_bytes())
-        shutil.copy(folders[best] / 'model.safetensors', folder)
-        (folder / SUMS).write_bytes(list_sums({path.name: path.read_bytes() for path in folder.iterdir()}))
-        recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())  # whose order is the card's
-        create_card(record, recipe, source, args.licence).save(folder / 'README.md')  # without a sum: it may be edited
+        text = yaml.safe_dump(recipe)  # whose order is the card's
+        card = str(create_card(record, yaml.safe_load(text), source, args.licence)).encode()
+        record['card'] = hashlib.sha256(card).hexdigest()
+        files = {
+            'config.json': (json.dumps(config, indent=2) + '\n').encode(),
+            'model.safetensors': (folders[best] / 'model.safetensors').read_bytes(),
+            'recipe.yaml': text.encode(),
+            'record.json': (json.dumps(record, indent=2) + '\n').encode(),
+        }
         try:
-            for name in (SUMS, *(name for name in FILES if name != SUMS)):  # sums first: they reveal a partial write
-                write_file(output / name, (folder / name).read_bytes())
+            if is_edited(output):
+                os.replace(output / 'README.md', output / EDITED)
+                _logger.warning("the edited card is kept as '%s': take over what you wrote", output / EDITED)
+            write_file(output / SUMS, list_sums(files))  # first: sums reveal a partial write; the card may be edited
+            for name, data in {**files, 'README.md': card}.items():
+                write_file(output / name, data)
         except OSError as error:
             raise ConfigError(f"cannot write --output '{output}': {error}") from error
     return output

@@ -143,10 +143,13 @@ def report(data: str, number: int, output: Path) -> str:
 
 def slurm_script(run: PaperRun, args: argparse.Namespace) -> str:
     """A job of one node that is sent again until its run has ended."""
+    if '\n' in f'{args.output}{args.folder}':
+        raise SystemExit('--output and DIR must be without line breaks, which would end a line of the job script')
     lines = [
         '#!/bin/bash', f'#SBATCH --job-name={run.name}', '#SBATCH --nodes=1 --ntasks-per-node=1',
         f'#SBATCH --gpus-per-node={args.processes} --signal=TERM@120 --requeue',
-        f'#SBATCH --output={args.output / run.name}-%j.log', f'srun {shlex.join(command(run, args))}', '',
+        f'#SBATCH --output={shlex.quote(f"{args.output / run.name}-%j.log")}',
+        f'srun {shlex.join(command(run, args))}', '',
     ]  # fmt: skip
     return '\n'.join(lines)
 

@@ -105,7 +105,9 @@ def add_optimizer_args(parser: FlagParser) -> None:
     number('--layer-decay-min-scale', type=schema.share, default=0.0, help='lowest scale of the layer decay')
     number('--layer-decay-no-opt-scale', type=schema.share, help='layers below this scale are not trained')
     number(
-        '--trunk-lr-scale', type=schema.non_negative, help='learning rate of all but DEPLA and the classifier, scaled by this'
+        '--trunk-lr-scale',
+        type=schema.non_negative,
+        help='learning rate of all but DEPLA and the classifier, scaled by this',
     )
     add('--grad-accum-steps', type=schema.count, default=1, metavar='N', help='steps whose gradients make one update')
 
@@ -132,7 +134,9 @@ def add_schedule_args(parser: FlagParser) -> None:
     add('--sched', type=str, default='cosine', metavar='NAME', help='any schedule of timm')
     add('--sched-on-updates', help='update the learning rate at each step instead of each epoch')
     number('--lr', type=schema.non_negative, help='learning rate; overrides --lr-base')
-    number('--lr-base', type=schema.non_negative, default=0.1, help='learning rate for a global batch of --lr-base-size')
+    number(
+        '--lr-base', type=schema.non_negative, default=0.1, help='learning rate for a global batch of --lr-base-size'
+    )
     count('--lr-base-size', type=schema.count, default=256, help='global batch that --lr-base is meant for')
     add('--lr-base-scale', default='', choices=['', 'linear', 'sqrt'], help='how it grows (default: by optimizer)')
     number(
