@@ -1,231 +1,101 @@
-"""Mistakes and damaged files, drawn from seeds: each gives an error message, never a traceback, a hang or silence.
+"""Mistakes and hostile files, drawn from seeds: each gives a message, never a traceback, a hang or silence.
 
-Command lines combine a script's flags with valid and invalid values. A run folder is damaged in one place, then
-validated and resumed. One value of a COCO file is replaced. Images are truncated, changed or replaced by another file.
-Each case has its own process and a time limit. "Accepted in silence" counts invalid numbers that a flag accepted, and
-damaged checkpoints that were used.
+Command lines combine a script's flags with valid and invalid values. A run folder is damaged in one place, gets a link
+or a pipe, or an args.yaml that asks for what only a user may ask for; then it is validated, resumed or published.
+Published weights get another config.json. Each case has its own process and a time limit, and runs what the command
+runs. "Silent" counts invalid numbers that a flag accepted, and damaged checkpoints that were used. In every case it is
+checked whether something was executed, a host was looked up that the user did not name, or a file outside of the case's
+folder changed.
 """
 
 import argparse
 import collections
+import hashlib
 import io
 import json
-import math
+import logging
 import multiprocessing
 import os
 import random
 import shutil
+import socket
 import tempfile
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List
 
-import huggingface_hub.constants
-import numpy as np
 import torch
-import yaml
-from PIL import Image
 
-from hub.publish import create_publish_parser, publish
+from timm_depla.data import digits_folder
 from timm_depla.data.scenes import scenes_folder
-from timm_depla.detection.coco import CocoDetection
-from timm_depla.engine.classification import flags as classification_flags
-from timm_depla.engine.classification import train as train_module
-from timm_depla.engine.classification import validate as validate_module
-from timm_depla.engine.config import parse_args
-from timm_depla.engine.detection import flags as detection_flags
-from timm_depla.engine.detection import train as detection_train
-from timm_depla.engine.detection import validate as detection_validate
 from timm_depla.engine.errors import UserError
-from timm_depla.files import open_image
-from timm_depla.schema import Kind
 
+from .attack_cases import CASES, attack_command, train, train_detection
 from .record import table
 
 SECONDS = 120  # time limit of a case
-NONSENSE = ('nan', 'inf', '-inf', '1e999', 'x', '--')
-VALUES = (
-    *NONSENSE, '-7', '9' * 40, '0', '1', '2', '0.5', '3', '64', '', ' ', 'None', '[]', "{'a': 1}", '../x', 'cpu',
-    'resnet18', 'wds/', 'pipe:touch executed', '$(touch executed)', '/etc/passwd',
-)  # fmt: skip
-VALIDATIONS = {
-    'validate': (classification_flags.create_validate_parser, validate_module.validate, 'classifier'),
-    'validate_detection': (detection_flags.create_detection_validate_parser, detection_validate.validate, 'detector'),
-}
-JUNK = (None, True, -1, 0, 2**70, 1e308, math.nan, '', 'x', '../x', [], {}, [[]], [1, 2, 3], {'a': 1}, '\0', 3.5)
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--commands', type=int, default=500, help='command lines')
-    parser.add_argument('--damages', type=int, default=300, help='damages of a run')
-    parser.add_argument('--annotations', type=int, default=150, help='COCO files')
-    parser.add_argument('--images', type=int, default=60, help='image files')
+    parser.add_argument('--kinds', nargs='+', choices=CASES, default=list(CASES), metavar='KIND', help='all by default')
+    parser.add_argument('--share', type=float, default=1.0, metavar='X', help='of the cases of each kind')
     parser.add_argument('--seed', type=int, default=0, help='seed of the first case; the next ones count on')
 
 
-def _flags(parser: argparse.ArgumentParser, draw: random.Random) -> Tuple[List[str], bool]:
-    """Draw a few flags with values; also returns whether a numeric flag has an invalid number."""
-    actions = [
-        a for a in parser._actions if a.option_strings and a.dest not in ('help', 'output', 'experiment', 'device')
-    ]
-    words, is_nonsense = [], False
-    for action in draw.sample(actions, draw.randint(1, 3)):
-        words.append(draw.choice(action.option_strings))
-        if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
-            continue
-        count = action.nargs if isinstance(action.nargs, int) else 1
-        values = [
-            draw.choice(action.choices) if action.choices and draw.random() < 0.7 else draw.choice(VALUES)
-            for _ in range(count)
-        ]
-        is_number = isinstance(action.type, Kind)
-        is_nonsense |= is_number and any(value in NONSENSE for value in values)
-        words += values
-    return words, is_nonsense
+def _record_lookups() -> List[str]:
+    """Refuse every look-up of a host, and return the list that they are recorded in."""
+    found: List[str] = []
+
+    def look_up(host: Any, *_: Any, **__: Any) -> Any:
+        found.append(str(host))
+        raise socket.gaierror('no network in this benchmark')
+
+    socket.getaddrinfo = look_up
+    return found
 
 
-def attack_command(draw: random.Random, scratch: Path, runs: Path) -> bool:
-    """Run a random command line; returns whether an invalid number was accepted."""
-    kind = draw.choice(['train', 'validate', 'train_detection', 'validate_detection', 'publish'])
-    if kind in VALIDATIONS:
-        create_parser, validate, run = VALIDATIONS[kind]
-        parser = create_parser()
-        words, is_nonsense = _flags(parser, draw)
-        validate(parse_args(parser, [str(runs / run), '--workers', '0', *words]))
-        return is_nonsense
-    if kind == 'publish':
-        parser = create_publish_parser()
-        words, is_nonsense = _flags(parser, draw)
-        output = draw.choice([scratch / 'out', runs / 'classifier', Path('/dev/null'), Path('/proc/x'), Path('')])
-        publish(parser.parse_args([str(runs / 'classifier'), '--output', str(output), *words]))
-        return is_nonsense
-    parser, train, recipe = (
-        (classification_flags.create_train_parser(), train_module.train, 'digits')
-        if kind == 'train'
-        else (detection_flags.create_detection_parser(), detection_train.train, 'scenes')
-    )
-    words, is_nonsense = _flags(parser, draw)
-    fixed = ['--workers', '0', '--output', str(scratch), '--dry-run', '--recipe', recipe]
-    train(parse_args(parser, [*fixed, *words, '--dry-run']))
-    return is_nonsense
-
-
-def damage(draw: random.Random, run: Path) -> Tuple[str, bool]:
-    """Damage one file of a run; returns its name and whether its content must not be used."""
-    files = sorted(path for path in run.rglob('*') if path.is_file() and not path.is_symlink())
-    path = draw.choice([file for file in files if file.suffix in ('.json', '.safetensors', '.yaml')])
-    data = bytearray(path.read_bytes())
-    how = draw.choice(['flip', 'cut', 'empty', 'gone', 'folder', 'pipe', 'nested', 'number', 'noise', 'planted'])
-    path.unlink()
-    if how == 'flip':
-        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    elif how == 'cut':
-        del data[draw.randrange(len(data)) :]
-    planted = b'dataset: wds/\ndata_dir: "pipe:touch executed #://"\nval_split: "pipe:touch executed"\n'
-    contents = {'planted': planted, 'empty': b'', 'nested': b'[' * 100_000, 'number': b'3', 'noise': draw.randbytes(99)}
-    if how == 'folder':
-        path.mkdir()
-    elif how == 'pipe':
-        os.mkfifo(path)
-    elif how != 'gone':
-        path.write_bytes(contents.get(how, bytes(data)))
-    return f'{how} {path.relative_to(run)}', path.suffix != '.yaml'
-
-
-def attack_run(draw: random.Random, scratch: Path, run: Path) -> bool:
-    """Validate and resume a damaged run; returns whether a damaged checkpoint was used."""
-    copy = scratch / 'run'
-    shutil.copytree(run, copy, symlinks=True)
-    what, is_checkpoint = damage(draw, copy)
-    print(what)
-    errors = []
-    for call in (
-        lambda: validate_module.validate(parse_args(classification_flags.create_validate_parser(), [str(copy)])),
-        lambda: train_module.train(_resume(copy, run)),
-    ):
-        try:
-            call()
-        except UserError as error:
-            errors.append(error)
-    is_best = (copy / 'best').resolve().name in what
-    if not errors and is_checkpoint and is_best:
-        return True
-    if errors:
-        raise errors[0]
-    return False
-
-
-def _resume(copy: Path, run: Path) -> argparse.Namespace:
-    """The arguments that resume a copy of a run."""
-    argv = ['--recipe', 'digits', '--output', str(copy.parent), '--experiment', copy.name, '--resume', 'auto']
-    args = parse_args(classification_flags.create_train_parser(), argv)
-    trained = yaml.safe_load((run / 'args.yaml').read_text())
-    return argparse.Namespace(**{**vars(args), **{key: trained[key] for key in ('epochs', 'img_size', 'workers')}})
-
-
-def attack_annotations(draw: random.Random, scratch: Path, folder: Path) -> bool:
-    """Open a COCO file with one value replaced, and read its first samples."""
-    content = json.loads((folder / 'annotations' / 'instances_val.json').read_text())
-    place: Any = content
-    while True:
-        key = draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
-        if not isinstance(place[key], (dict, list)) or not place[key] or draw.random() < 0.1:
-            break
-        place = place[key]
-    place[key] = draw.choice(JUNK)
-    (scratch / 'changed.json').write_text(json.dumps(content))
-    try:
-        dataset = CocoDetection(folder / 'val', scratch / 'changed.json')
-        for index in range(min(len(dataset), 20)):
-            dataset[index]
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return False
-
-
-def attack_image(draw: random.Random, scratch: Path, folder: Path) -> bool:
-    """Open an image that is truncated, changed or replaced by another file."""
-    kind = draw.choice(['PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF'])
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(draw.randrange(2**32)).integers(0, 256, (40, 30, 3), np.uint8)).save(
-        buffer, kind
-    )
-    data = bytearray(buffer.getvalue())
-    start, end = draw.choice([(0, 40), (0, len(data)), (40, len(data))])  # the header, anywhere, or what follows it
-    for _ in range(draw.choice([1, 2, 20])):
-        data[draw.randrange(min(start, len(data) - 1), min(end, len(data)))] = draw.randrange(256)
-    if draw.random() < 0.3:
-        del data[draw.randrange(len(data)) :]
-    (scratch / 'image.jpg').write_bytes(draw.choice([bytes(data), bytes(data), b'%!PS-Adobe-3.0 EPSF-3.0', b'']))
-    try:
-        open_image(scratch / 'image.jpg', 'RGB')
-    except OSError as error:
-        raise UserError(str(error)) from error
-    return False
+def _digest(*folders: Path) -> str:
+    """What the files in folders hold."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.rglob('*')):
+        digest.update(f'{path}\0'.encode() + (path.read_bytes() if path.is_file() else b''))
+    return digest.hexdigest()
 
 
 def _case(attack: Callable[..., bool], seed: int, target: Path, log: Path) -> None:
-    """Run a case, in its own process; write its outcome, one word, and its output to `log`."""
-    output, outcome = io.StringIO(), 'accepted'
+    """Run a case, in its own process; write its outcome and its output to `log`."""
+    output, outcome, lookups = io.StringIO(), 'accepted', _record_lookups()
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(output), redirect_stderr(output):
         os.chdir(scratch)
-        (inner := Path(scratch, 'case')).mkdir()
+        case, home, outside = (Path(scratch, name) for name in ('case', 'home', 'outside'))
+        for folder in (case, home, outside):
+            folder.mkdir()
+        (home / '.bashrc').write_text('alias ll="ls -l"\n')
+        (outside / 'victim').write_text('the only copy\n')
+        os.environ.setdefault('XDG_CACHE_HOME', str(Path.home() / '.cache'))  # ours, which is nobody's own
+        os.environ['HOME'], tempfile.tempdir = str(home), str(case)
+        logging.getLogger().handlers.clear()
+        before = _digest(home, outside)
         try:
-            outcome = 'accepted in silence' if attack(random.Random(seed), inner, target) else 'accepted'
+            outcome = 'silent' if attack(random.Random(seed), case, target) else 'accepted'
         except (UserError, SystemExit) as error:
-            outcome = 'refused'
+            outcome = 'unexpected' if ': unexpected ' in str(error) else 'refused'
             print(error)
         except BaseException:
             outcome = 'traceback'
             traceback.print_exc()
+        if lookups and attack is not attack_command:  # there, the user may have named it
+            outcome = f'fetched {lookups[0]}'
+        outcome = 'written outside' if _digest(home, outside) != before else outcome
         outcome = 'executed' if list(Path(scratch).rglob('executed')) else outcome
         os.chdir('/')
+        tempfile.tempdir = None
     log.write_text(f'{outcome}\n{output.getvalue()}')
 
 
-def small_scenes(folder: Path) -> Path:
-    """Write the first two images of each split of digits in scenes; returns their folder."""
+def prepare(folder: Path) -> None:
+    """Write the data and train the runs that the cases use."""
     for split in ('train', 'val'):
         content = json.loads((scenes_folder() / 'annotations' / f'instances_{split}.json').read_text())
         content['images'] = content['images'][:2]
@@ -236,7 +106,15 @@ def small_scenes(folder: Path) -> Path:
         (folder / 'scenes' / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
         for image in content['images']:
             shutil.copy(scenes_folder() / split / image['file_name'], folder / 'scenes' / split)
-    return folder / 'scenes'
+    for path in sorted(digits_folder().glob('*/*/*.png'))[::9]:
+        target = folder / 'few' / path.relative_to(digits_folder())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    common = ['--workers', 0, '--device', 'cpu', '--output', folder, '--experiment']
+    few = [folder / 'few', '--recipe', 'digits', '--img-size', 32, '--epochs', 2, '--warmup-epochs', 1]
+    train(*few, *common, 'classifier')
+    scenes = [folder / 'scenes', '--recipe', 'scenes', '--epochs', 1, '--warmup-epochs', 0, '--batch-size', 2]
+    train_detection(*scenes, *common, 'detector')
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
@@ -244,34 +122,23 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     results: Dict[str, Any] = {}
     context = multiprocessing.get_context('fork')
     torch.set_num_threads(1)  # forking is unsafe with more threads
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
     with tempfile.TemporaryDirectory() as scratch:
-        runs, scenes, log = Path(scratch), scenes_folder(), Path(scratch, 'log')
-        argv = ['--epochs', '2', '--workers', '0', '--device', 'cpu', '--output', scratch]
-        argv += ['--recipe', 'digits', '--img-size', '32', '--experiment', 'classifier']
-        train_module.train(parse_args(classification_flags.create_train_parser(), argv))
-        argv = ['--recipe', 'scenes', '--data-dir', str(small_scenes(runs)), '--epochs', '1', '--warmup-epochs', '0']
-        argv += ['--batch-size', '2', '--workers', '0', '--device', 'cpu', '--output', scratch]
-        argv += ['--experiment', 'detector']
-        detection_train.train(parse_args(detection_flags.create_detection_parser(), argv))
-        kinds = {
-            'command lines': (attack_command, args.commands, runs),
-            'damages of a run': (attack_run, args.damages, runs / 'classifier'),
-            'COCO files': (attack_annotations, args.annotations, scenes),
-            'images': (attack_image, args.images, scenes),
-        }
-        for name, (attack, count, target) in kinds.items():
+        runs, log = Path(scratch, 'runs'), Path(scratch, 'log')
+        prepare(runs)
+        for name in args.kinds:
+            attack, target, count = CASES[name]
+            count = max(1, round(count * args.share))
             outcomes, wrong = collections.Counter(), []
             for seed in range(args.seed, args.seed + count):
                 log.write_text('hang\n')
-                process = context.Process(target=_case, args=(attack, seed, target, log))
+                process = context.Process(target=_case, args=(attack, seed, runs / target, log))
                 process.start()
                 process.join(SECONDS)
                 if process.is_alive():
                     process.kill()
                     process.join()
                 outcome, *lines = log.read_text().split('\n')
-                outcomes[outcome] += 1
+                outcomes[outcome.split()[0] if outcome.startswith('fetched') else outcome] += 1
                 if outcome not in ('accepted', 'refused'):
                     wrong.append(f'{seed} {outcome}: {" / ".join(line for line in lines if line.strip())[-400:]}')
                     print(name, wrong[-1], flush=True)
@@ -280,6 +147,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def render(results: Dict[str, Any]) -> str:
-    columns = ('cases', 'refused', 'accepted', 'traceback', 'hang', 'accepted in silence', 'executed')
+    columns = ['cases', 'refused', 'accepted', 'traceback', 'unexpected', 'hang', 'silent', 'executed', 'fetched',
+               'written outside']  # fmt: skip
     rows = [[name, *(found.get(key, 0) for key in columns)] for name, found in results.items()]
     return table(['', *columns], rows)

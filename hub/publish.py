@@ -205,10 +205,10 @@ def check_output(folder: Path) -> None:
     """Refuse a folder that holds files of anything but this command, or that cannot be written."""
     own = {*FILES, EDITED, *(f'.{name}.part' for name in FILES)}
     try:
-        check_own(folder)
         others = sorted(path.name for path in folder.iterdir() if path.name not in own) if folder.is_dir() else []
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"--output '{folder}' is no folder")
+        check_own(folder)
         if others:
             raise ConfigError(f"'{folder}' holds something else ({', '.join(others[:3])}): give another --output")
         if is_edited(folder) and (folder / EDITED).exists():

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import hub.publish as publish_module
 from benchmarks.evidence.fashion import fashion_folder
 from hub.card import create_card
-from hub.publish import FILES, publish
+from hub.publish import FILES, publish, without_folders
 from timm_depla.data import digits_folder, scenes
 from timm_depla.detection import from_pretrained
 from timm_depla.engine.config import parse_args
@@ -395,3 +395,37 @@ def test_shipped_weights_know_a_digit(folder):
 def test_detector_from_the_published_folder(published):
     model = from_pretrained(published / 'detector')
     assert model.class_names == [str(digit) for digit in range(10)]
+
+
+def test_nothing_of_the_machine_is_published(runs, tmp_path):
+    """Paths in any argument, and the name of the user."""
+    copy = tmp_path / 'run'
+    shutil.copytree(runs / 'classifier', copy, symlinks=True)
+    trained = yaml.safe_load((copy / 'args.yaml').read_text())
+    data = tmp_path / 'secret'
+    shutil.copytree(digits_folder(), data / 'digits')
+    (data / 'classes.txt').write_text('\n'.join(map(str, range(10))))
+    trained.update(data_dir=str(data / 'digits'), val_split=str(data / 'digits' / 'validation'))
+    trained.update(class_map=str(data / 'classes.txt'), aa=f'see {data}/notes', opt_kwargs={'x': f'~{tmp_path}'})
+    (copy / 'args.yaml').write_text(yaml.safe_dump(trained))
+    arguments = dict(push='', dataset_name='digits', dataset_hub_id='', licence='mit', output=str(tmp_path / 'out'))
+    publish(Namespace(source=str(copy), **arguments))
+    for name in set(FILES) - {'model.safetensors'}:
+        text = (tmp_path / 'out' / name).read_text()
+        assert 'secret' not in text and str(tmp_path) not in text and str(Path.home()) not in text, name
+    names = {'label_names': ['/m/01', 'and/or'], 'x': f'{Path.home()}/a b', 'y': f'{Path.home().name}/z/q'}
+    assert without_folders(names) == {'label_names': ['/m/01', 'and/or'], 'x': 'a b', 'y': 'user/z/q'}
+
+
+def test_an_edited_card_is_kept(runs, tmp_path, caplog):
+    arguments = dict(push='', dataset_name='', dataset_hub_id='', licence='mit', output=str(tmp_path / 'out'))
+    for _ in range(2):
+        publish(Namespace(source=str(runs / 'classifier'), **arguments))
+    assert not (tmp_path / 'out' / 'README.edited.md').exists()
+    (tmp_path / 'out' / 'README.md').write_text('mine')
+    publish(Namespace(source=str(runs / 'classifier'), **arguments))
+    assert (tmp_path / 'out' / 'README.edited.md').read_text() == 'mine'
+    assert 'the edited card is kept' in caplog.text
+    (tmp_path / 'out' / 'README.md').write_text('mine again')
+    with pytest.raises(ConfigError, match='has an edited README.md, and README.edited.md'):
+        publish(Namespace(source=str(runs / 'classifier'), **arguments))

@@ -171,6 +171,7 @@ def create_detector(
     known = {key for part in parts for key in signature(part).parameters} - {'backbone', 'num_classes', 'kwargs'}
     if unknown := sorted(kwargs.keys() - known):  # torchvision would ignore them
         raise TypeError(f'unknown argument {unknown}; there are {sorted(known)}')
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}  # torchvision's default
     own = dict(num_classes=num_classes, out_channels=out_channels, anchor_sizes=anchor_sizes, neck_norm=neck_norm)
     own.update(trainable_backbone_layers=trainable_backbone_layers, backbone_kwargs=backbone_kwargs, depla=depla)
     check({**own, **kwargs}, DETECTOR, 'the detector')

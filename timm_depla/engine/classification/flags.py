@@ -105,14 +105,11 @@ def _add_augmentation_args(parser: FlagParser) -> None:
     number('--gaussian-blur-prob', type=schema.share, default=0.0, help='probability of blur')
     add('--aa', type=str, metavar='POLICY', help='AutoAugment, RandAugment or AugMix policy, as timm names them')
     number(
-        '--aug-repeats',
-        type=schema.non_negative,
-        default=0.0,
-        help='times that a sample appears in the epoch, augmented anew',
+        '--aug-repeats', type=schema.few, default=0.0, help='times that a sample appears in the epoch, augmented anew'
     )
     add(
         '--aug-splits',
-        type=schema.whole,
+        type=schema.splits,
         default=0,
         metavar='N',
         help='a clean and N - 1 augmented copies of each batch',
@@ -122,7 +119,7 @@ def _add_augmentation_args(parser: FlagParser) -> None:
     add('--resize-backend', default='pil', choices=['pil', 'torch'], help='torch is faster and rounds differently')
     number('--reprob', type=schema.share, default=0.0, help='probability of random erasing')
     add('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='what fills an erased box')
-    add('--recount', type=schema.count, default=1, metavar='N', help='boxes to erase, at most')
+    add('--recount', type=schema.boxes, default=1, metavar='N', help='boxes to erase, at most')
     add('--resplit', help='leave the first augmentation split unerased')
     number('--mixup', type=schema.non_negative, default=0.0, help='mixup alpha')
     number('--cutmix', type=schema.non_negative, default=0.0, help='cutmix alpha')
