@@ -24,9 +24,9 @@ from typing import Any, Dict, List
 
 from timm_depla.data import digits_folder
 from timm_depla.data.scenes import scenes_folder
-from timm_depla.engine.checkpoint import differences
 from timm_depla.files import find_change
 
+from .differences import differences
 from .record import table
 
 ROOT = Path(__file__).parent.parent

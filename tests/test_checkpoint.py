@@ -21,7 +21,6 @@ from timm_depla.engine.checkpoint import (
 )
 from timm_depla.engine.errors import TrainingError
 from timm_depla.engine.state import pack_state, read_state
-from timm_depla.files import list_sums
 
 FILES = ('model.safetensors', 'config.json', 'record.json', 'state.json', 'state.safetensors')
 
@@ -138,16 +137,6 @@ def test_swapped_checkpoints_are_damaged(run, caplog):
     (checkpoints / '0001-000000').rename(checkpoints / '0002-000000')
     assert find_damage(checkpoints / '0002-000000') == 'it is the checkpoint 0001-000000 under another name'
     assert newest_checkpoint(run) is None
-
-
-def test_checkpoint_of_an_earlier_version(run):
-    newest = newest_checkpoint(run)
-    shutil.rmtree(newest)
-    old = {name: b'' for name in ('model.safetensors', 'config.json', 'record.json', 'state.pt')}
-    newest.mkdir()
-    for name, data in {**old, 'checksums.json': list_sums(old)}.items():
-        (newest / name).write_bytes(data)
-    assert 'of an earlier version, whose state was a pickle; start anew from its weights' in find_damage(newest)
 
 
 def test_set_aside(run):

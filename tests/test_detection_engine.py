@@ -16,12 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
+from benchmarks.differences import differences
 from timm_depla.data import scenes
 from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import METRICS, CocoDetection, evaluate_coco
 from timm_depla.detection.predict import draw_detections, predict, read_image
 from timm_depla.engine import run as run_module
-from timm_depla.engine.checkpoint import differences, list_checkpoints
+from timm_depla.engine.checkpoint import list_checkpoints
 from timm_depla.engine.config import list_recipes, parse_args, updated
 from timm_depla.engine.detection.flags import (
     LEFT_OUT_OF_DETECTION,

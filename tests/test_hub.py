@@ -427,5 +427,5 @@ def test_an_edited_card_is_kept(runs, tmp_path, caplog):
     assert (tmp_path / 'out' / 'README.edited.md').read_text() == 'mine'
     assert 'the edited card is kept' in caplog.text
     (tmp_path / 'out' / 'README.md').write_text('mine again')
-    with pytest.raises(ConfigError, match='has an edited README.md, and README.edited.md'):
+    with pytest.raises(ConfigError, match='has an edited README'):
         publish(Namespace(source=str(runs / 'classifier'), **arguments))

@@ -17,14 +17,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from helpers import ROOT, fit, validate
+from helpers import ROOT, fit
 from helpers import run as execute
 from PIL import Image
 from safetensors.torch import load_file
 
-from timm_depla.data import digits_folder
+from benchmarks.differences import differences
 from timm_depla.engine import checkpoint, run
-from timm_depla.engine.checkpoint import differences, list_checkpoints
+from timm_depla.engine.checkpoint import list_checkpoints
 from timm_depla.engine.errors import ConfigError, TrainingError
 from timm_depla.engine.state import read_state
 
@@ -376,21 +376,3 @@ with FileLock({str(tmp_path / 'run' / '.lock')!r}):
             fit(*args)
         holder.kill()
     assert fit(*args) == 0
-
-
-def test_run_of_an_earlier_version_is_refused_and_kept(tmp_path):
-    """`runs/56482af` was trained by that commit. Its state is a pickle; starting anew would remove its checkpoints."""
-    output, data = tmp_path / 'output', ['--data-dir', digits_folder()]
-    old = output / '56482af'
-    shutil.copytree(ROOT / 'tests' / 'runs' / '56482af', old, symlinks=True)
-    args = ['--recipe', old / 'args.yaml', *data, '--output', output, '--experiment', old.name, '--stop-epoch', 2]
-    before = {path: path.read_bytes() for path in old.rglob('*') if path.is_file()}
-    for where in ('auto', old, old / 'last', old / 'checkpoints' / '0001-000000'):
-        with pytest.raises(ConfigError, match='of an earlier version, whose state was a pickle; start anew from its'):
-            fit(*args, '--resume', where)
-    assert {path: path.read_bytes() for path in old.rglob('*') if path.is_file()} == before
-    (row,) = validate(old, *data)
-    logged = next(csv.DictReader((old / 'summary.csv').open()))
-    assert row['top1'] == round(float(logged['eval_top1']), 4)
-    anew = ['--experiment', 'anew', '--initial-checkpoint', old / 'best' / 'model.safetensors']
-    assert fit(*args, *anew) == 0  # the way out that the message names

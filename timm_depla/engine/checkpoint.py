@@ -6,7 +6,6 @@ weights (`model.safetensors` and timm's `config.json`, so that timm itself loads
 `last` are links to two of them.
 """
 
-import csv
 import logging
 import os
 import re
@@ -16,17 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
-import torch
-
 from timm_depla import files
 from timm_depla.files import SUMS, find_change, list_sums, read_mapping
 
 from .errors import TrainingError
 from .state import FILES as STATE
-from .state import read_state
 
 __all__ = [
-    'LINKS', 'TIMES', 'BackgroundWriter', 'checkpoint_name', 'differences', 'find_damage', 'link', 'list_checkpoints',
+    'LINKS', 'TIMES', 'BackgroundWriter', 'checkpoint_name', 'find_damage', 'link', 'list_checkpoints',
     'newest_checkpoint', 'prune', 'set_aside', 'write_checkpoint', 'write_file',
     'writing',
 ]  # fmt: skip
@@ -110,11 +106,6 @@ def find_damage(folder: Path) -> Optional[str]:
         return change
     missing = [name for name in ('model.safetensors', 'config.json', 'record.json', *STATE, SUMS)
                if not (folder / name).is_file()]  # fmt: skip
-    if 'state.json' in missing and (folder / 'state.pt').is_file():
-        return (
-            'it is of an earlier version, whose state was a pickle; start anew from its weights by '
-            f'--initial-checkpoint {folder / "model.safetensors"}'
-        )
     if missing:
         return f'{", ".join(missing)} missing'
     try:
@@ -196,42 +187,6 @@ def prune(run: Path, keep: Iterable[str]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     for scratch in (run / 'checkpoints').glob('.*.part'):
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two states are equal bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return a == b or (a != a and b != b)
-
-
-def _summary(run: Path) -> List[Dict[str, str]]:
-    """The rows of summary.csv without times."""
-    rows = csv.DictReader((run / 'summary.csv').read_text().splitlines())
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-
-
-def _state(run: Path) -> Dict[str, Any]:
-    """The last state without times."""
-    state = read_state(run / 'last')
-    state['history'] = [{key: value for key, value in row.items() if key not in TIMES} for row in state['history']]
-    return {key: value for key, value in state.items() if key not in TIMES}
-
-
-def differences(run: Path, reference: Path) -> List[str]:
-    """Names of what differs between the final states of two runs, but for the time that they took."""
-    found = [str(folder) for folder in (run / 'last').resolve().parent.iterdir() if find_damage(folder)]
-    if _summary(run) != _summary(reference):
-        found.append('summary.csv')
-    for name in ('last/model.safetensors', 'best/model.safetensors'):
-        if (run / name).read_bytes() != (reference / name).read_bytes():
-            found.append(name)
-    a, b = _state(run), _state(reference)
-    return found + [key for key in a.keys() | b.keys() if not _same(a.get(key), b.get(key))]
 
 
 class BackgroundWriter:

@@ -25,16 +25,7 @@ from timm.utils import ModelEmaV3, NativeScaler, unwrap_model
 from timm_depla.files import check_own, escape, open_to_append, read_mapping
 from timm_depla.layers import Depla
 
-from .checkpoint import (
-    LINKS,
-    checkpoint_name,
-    find_damage,
-    list_checkpoints,
-    newest_checkpoint,
-    set_aside,
-    write_file,
-    writing,
-)
+from .checkpoint import LINKS, checkpoint_name, find_damage, newest_checkpoint, set_aside, write_file, writing
 from .config import updated
 from .errors import ConfigError
 from .run import Run
@@ -223,9 +214,6 @@ def find_resume(args: Namespace, world: World) -> Tuple[Namespace, Optional[Path
     if damage is not None:
         raise ConfigError(f"'{path}' is no whole checkpoint ({damage}): give the run's folder for its newest one")
     checkpoint = world.share(path if is_checkpoint else newest_checkpoint(path, diverged_epoch(path)))
-    old = [folder for folder in list_checkpoints(path) if (folder / 'state.pt').is_file()] if checkpoint is None else []
-    if old:  # starting anew would remove them
-        raise ConfigError(f"cannot go on with '{path}': {find_damage(old[0])}, in another --experiment")
     if checkpoint is None and args.resume != 'auto':
         raise ConfigError(f"'{args.resume}' has no checkpoint to go on from: give a run's folder")
     run = checkpoint.parent.parent if checkpoint is not None else path
