@@ -110,7 +110,7 @@ def test_stop_epoch_and_going_on(images, tmp_path):
 
 def test_args_yaml_is_a_recipe(images, tmp_path):
     fit(images, *FAST, '--epochs', 1, '--output', tmp_path, '--experiment', 'one')
-    fit('--recipe', tmp_path / 'one' / 'args.yaml', '--experiment', 'two')
+    fit('--recipe', tmp_path / 'one' / 'args.yaml', '--output', tmp_path, '--experiment', 'two')
     assert differences(tmp_path / 'one', tmp_path / 'two') == []
     a, b = (yaml.safe_load((tmp_path / name / 'args.yaml').read_text()) for name in ('one', 'two'))
     assert {key for key in a if a[key] != b[key]} == {'experiment', 'recipe'}
@@ -341,7 +341,7 @@ def test_diverged_run_goes_back_to_before(images, tmp_path, caplog):
     args = [images, *FAST, '--epochs', 3, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
     assert fit(*args, '--stop-epoch', 1) == 0
     with pytest.raises(TrainingError, match=r'the loss is (nan|inf) at epoch 1, step \d+'):
-        fit(*args, '--lr', 1e30, '--warmup-epochs', 0, '--recovery-interval', 1, '--resume-with-changes')
+        fit(*args, '--lr', 1e6, '--warmup-epochs', 0, '--recovery-interval', 1, '--resume-with-changes')
     assert (tmp_path / 'run' / 'diverged.json').is_file()
     assert 'DivergedError: the loss is ' in (tmp_path / 'run' / 'log.txt').read_text()
     assert fit(*args, '--resume-with-changes') == 0

@@ -123,6 +123,9 @@ def _mixup(args: Namespace) -> Optional[Mixup]:
         raise ConfigError(f'mixing takes an even batch, not {args.batch_size}: change --batch-size')
     if args.aug_splits:
         raise ConfigError('--aug-splits does not go with mixup and cutmix: drop one of them')
+    if args.cutmix_minmax and not (args.cutmix_minmax[0] + 0.05 <= args.cutmix_minmax[1]):
+        low, high = args.cutmix_minmax
+        raise ConfigError(f'--cutmix-minmax {low} {high}: the second must be larger, by 0.05 or more')
     return Mixup(
         args.mixup,
         args.cutmix,
