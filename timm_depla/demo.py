@@ -7,7 +7,7 @@ temperature. Without --model, it offers the digit classifiers of `hub/weights`.
 import argparse
 import threading
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -343,11 +343,11 @@ def create_app(models: Dict[str, str]) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m timm_depla.demo', description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', nargs='+', default=[], metavar='RUN|MODEL', help='classifiers to look into')
     parser.add_argument('--port', type=ranges.port, metavar='N', help='port on localhost (default: a free one)')
     args = parser.parse_args()
-    run_command('timm_depla.demo', partial(launch, args.model, args.port))
+    launch(args.model, args.port)
 
 
 def find_models(targets: List[str]) -> Dict[str, str]:
@@ -360,7 +360,9 @@ def find_models(targets: List[str]) -> Dict[str, str]:
     if not models and WEIGHTS.is_dir():
         models = {folder.name: f'local-dir:{folder}' for folder in sorted(WEIGHTS.glob('*.digits'), reverse=True)}
     if not models:
-        raise ConfigError('no networks here: name runs or pretrained models with --model')
+        raise ConfigError(
+            'no networks here: name runs or pretrained models with --model; `timm-depla train` trains one in minutes'
+        )
     for target in models.values():
         open_model(target)
     return models
@@ -389,4 +391,4 @@ def launch(targets: List[str], port: Optional[int] = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command('timm_depla.demo', main)

@@ -6,7 +6,6 @@
 
 import argparse
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Sequence, Tuple
 
@@ -226,14 +225,13 @@ def render_summary(totals: Dict[str, Dict[str, Tensor]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m timm_depla.visualize', description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('image', metavar='IMAGE|FOLDER', help='an image, or with --summary a folder of images')
     parser.add_argument('--model', required=True, metavar='RUN|MODEL', help='a run, a checkpoint or a pretrained model')
     parser.add_argument('--block', default='', metavar='NAME', help='the DEPLA block (default: the last)')
     parser.add_argument('--out', default='depla.png', metavar='FILE', help='the figure to write (default: depla.png)')
     parser.add_argument('--summary', action='store_true', help='measure the maps of all blocks over a folder')
-    args = parser.parse_args()
-    run_command('timm_depla.visualize', partial(run, args))
+    run(parser.parse_args())
 
 
 def run(args: argparse.Namespace) -> None:
@@ -272,4 +270,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command('timm_depla.visualize', main)

@@ -15,7 +15,7 @@ from timm_depla.files import find_change, is_unvalidated, read_mapping
 from timm_depla.models import load_trunk
 
 from .config import closest
-from .errors import ConfigError
+from .errors import ConfigError, command_for
 
 __all__ = [
     'create_model', 'load_model', 'load_weights', 'model_config', 'resumed_recipe', 'run_arguments', 'trained_data',
@@ -106,7 +106,7 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
         if change := find_change(folder):
             raise ConfigError(f"'{target}' is damaged: {change}")
         if is_detector(folder):
-            raise ConfigError(f"'{target}' holds a detector: python validate_detection.py validates it")
+            raise ConfigError(f"'{target}' holds a detector: {command_for('validate_detection.py')} validates it")
         try:
             return create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
         except ConfigError as error:

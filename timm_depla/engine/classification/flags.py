@@ -160,11 +160,11 @@ def _add_distillation_args(parser: FlagParser) -> None:
 
 
 def _create_parser(
-    script: str, arguments: str, description: str, default_model: str, left_out: Dict[str, str]
+    arguments: str, description: str, default_model: str, left_out: Dict[str, str]
 ) -> FlagParser:
     """The part that the command lines of train.py and validate.py share."""
-    usage = f'{script} {arguments} [--FLAG VALUE ...]'
-    parser = FlagParser(script, usage, description, left_out=left_out)
+    usage = f'%(prog)s {arguments} [--FLAG VALUE ...]'
+    parser = FlagParser(usage=usage, description=description, left_out=left_out)
     parser.add_argument('-m', '--model', default=default_model, metavar='NAME', help='any model of timm or timm_depla')
     parser.add_argument(
         '--model-kwargs',
@@ -182,7 +182,7 @@ def _create_parser(
 def create_train_parser() -> FlagParser:
     """The command line of train.py."""
     description = 'Train an image classifier of timm or timm_depla; without a data folder, on the embedded digits.'
-    parser = _create_parser('train.py', '[DIR] [--recipe NAME]', description, 'resnet50_depla', LEFT_OUT)
+    parser = _create_parser('[DIR] [--recipe NAME]', description, 'resnet50_depla', LEFT_OUT)
     parser.add_argument('data', action=DataFolder, help='data folder')
     for add_args in (
         add_model_args,
@@ -199,7 +199,7 @@ def create_train_parser() -> FlagParser:
 def create_validate_parser() -> FlagParser:
     """The command line of validate.py."""
     description = 'Validate image classifiers: runs, checkpoints, and models with pretrained weights.'
-    parser = _create_parser('validate.py', 'RUN|CHECKPOINT|MODEL ...', description, '', LEFT_OUT_OF_VALIDATION)
+    parser = _create_parser('RUN|CHECKPOINT|MODEL ...', description, '', LEFT_OUT_OF_VALIDATION)
     parser.set_defaults(batch_size=256)
     parser.add_argument('targets', nargs='*', metavar='RUN|CHECKPOINT|MODEL', help='what to validate, or wildcards')
     add = group(parser, 'validation')

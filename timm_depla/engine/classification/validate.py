@@ -16,13 +16,14 @@ from timm.data import RealLabelsImagenet
 from timm.layers import apply_test_time_pool
 from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 
-from ..config import updated
+from ..config import parse_args, updated
 from ..errors import ConfigError, TrainingError, UserError
 from ..models import load_model, run_arguments, trained_data, trained_on
 from ..report import check_results, progress, write_results
 from ..setup import autocast, check_compile
 from ..world import Interrupt, World, explain_lost_peers, setup_world
 from .datasets import class_names, count_classes, count_streams, embedded_digits, open_split, split_name
+from .flags import create_validate_parser
 from .loaders import create_val_loader, resolve_data
 
 __all__ = ['evaluate', 'validate']
@@ -276,3 +277,12 @@ def validate(args: Namespace) -> List[Dict[str, Any]]:
     if len(rows) < len(targets):
         raise ConfigError(f'{len(targets) - len(rows)} of the {len(targets)} models could not be validated')
     return rows
+
+
+def main() -> None:
+    """Run the command line."""
+    validate(parse_args(create_validate_parser()))
+
+
+if __name__ == '__main__':
+    main()
