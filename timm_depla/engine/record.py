@@ -15,7 +15,7 @@ __all__ = ['create_record']
 
 
 def _commit() -> str:
-    """The commit of the code, with '-modified' if the working tree differs; empty outside of a clone, or without git."""
+    """The commit of the code, with '-modified' if the working tree differs; empty outside of a clone or without git."""
     clone = Path(__file__).parent.parent.parent
     if not (clone / '.git').exists():  # an installed package, perhaps within another repository
         return ''

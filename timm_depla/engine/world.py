@@ -215,7 +215,7 @@ def run_command(name: str, main: Any) -> None:
         os.write(2, f'\n{name}: interrupted\n'.encode())
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        with tempfile.NamedTemporaryFile('w', prefix=f'{name}-', suffix='.log', delete=False) as file:
+        with tempfile.NamedTemporaryFile('w', prefix=f'{name.replace(" ", "-")}-', suffix='.log', delete=False) as file:
             traceback.print_exc(file=file)
         first = (str(error).strip().splitlines() or [''])[0]
         sys.exit(f'{name}: unexpected {type(error).__name__}: {first} (the traceback is in {file.name})')
