@@ -29,7 +29,7 @@ from timm_depla.data import digits_folder
 from timm_depla.engine.checkpoint import find_damage
 from timm_depla.engine.classification import validate as classification
 from timm_depla.engine.classification.flags import create_validate_parser
-from timm_depla.engine.config import parse_args
+from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.models import load_model, run_arguments
 from timm_depla.engine.plan import count_cost
@@ -40,6 +40,7 @@ from timm_depla.engine.world import run_command
 from timm_depla.files import SUMS, check_writable, list_sums, read_mapping, read_tensors, write_file
 
 from .card import create_card
+from .timm_run import adopted
 
 __all__ = ['create_publish_parser', 'publish', 'push']
 
@@ -275,7 +276,8 @@ def create_publish_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = create_publish_parser().parse_args()
-    folder = publish(args)
+    with adopted(args.source) as source:
+        folder = publish(updated(args, source=source))
     for name in FILES:
         data = (folder / name).read_bytes()
         print(f'{name:18} {len(data):12,} bytes  sha256 {hashlib.sha256(data).hexdigest()}')

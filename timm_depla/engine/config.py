@@ -10,6 +10,7 @@ from timm.utils import ParseKwargs
 from timm_depla.files import read_mapping
 
 from .errors import ConfigError
+from .timm_runs import translate
 
 __all__ = ['DataFolder', 'FlagParser', 'KeyValues', 'closest', 'list_recipes', 'parse_args', 'updated']
 
@@ -153,7 +154,7 @@ def parse_args(
     """
     name = getattr(parser.parse_args(argv), 'recipe', None) or default_recipe
     if name is not None:
-        recipe = load_recipe(name, parser.recipes)
+        recipe = translate(load_recipe(name, parser.recipes), parser.left_out, name)
         if 'recipe' in recipe:  # the args.yaml of a run
             recipe = {key: value for key, value in recipe.items() if key not in ONCE}
         actions = {action.dest: action for action in parser._actions if action.option_strings}

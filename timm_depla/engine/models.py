@@ -16,6 +16,7 @@ from timm_depla.models import load_trunk
 
 from .config import closest
 from .errors import ConfigError, command_for
+from .timm_runs import read_timm_run, with_data_dir
 
 __all__ = [
     'create_model', 'load_model', 'load_weights', 'model_config', 'resumed_recipe', 'run_arguments', 'trained_data',
@@ -86,7 +87,7 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
     """Load a trained model from a run (its best checkpoint), a checkpoint's folder, a weights file, or timm by name.
 
     Args:
-        target: A run folder, a checkpoint folder, a file of weights, or a model with pretrained weights.
+        target: A run folder, a checkpoint (ours or timm's), a file of weights, or a model with pretrained weights.
         model_name: The architecture of a weights file.
         **kwargs: Model arguments.
 
@@ -96,6 +97,11 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
     path = Path(target.removeprefix('local-dir:'))
     if path.is_file() and not model_name and (path.parent / 'config.json').is_file():
         path = path.parent
+    if not model_name and (found := read_timm_run(str(path))):
+        model = create_model(found.name, **{**found.model_args, **kwargs})
+        load_weights(model, str(found.file))
+        found.configure(model)
+        return model
     if path.is_dir():
         folder = path if (path / 'config.json').is_file() else path / 'best'
         if not (folder / 'model.safetensors').is_file():
@@ -156,9 +162,10 @@ def run_arguments(target: str) -> Dict[str, Any]:
     """
     file = _arguments_file(target)
     if not file.is_file():
-        return {}
+        found = read_timm_run(target)
+        return found.args if found else {}
     try:
-        return read_mapping(file)
+        return with_data_dir(read_mapping(file))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -28,6 +28,7 @@ from .checkpoint import checkpoint_name, find_damage, list_checkpoints, newest_c
 from .config import updated
 from .errors import ConfigError
 from .run import Run
+from .timm_runs import read_timm_run
 from .world import World, keep_memory
 
 __all__ = [
@@ -205,7 +206,10 @@ def find_resume(args: Namespace, world: World) -> Tuple[Namespace, Optional[Path
     if old:  # starting anew would remove them
         raise ConfigError(f"cannot go on with '{path}': {find_damage(old[0])}, in another --experiment")
     if checkpoint is None and args.resume != 'auto':
-        raise ConfigError(f"'{args.resume}' has no checkpoint to go on from: give a run's folder")
+        instead = "give a run's folder"
+        if found := read_timm_run(args.resume):
+            instead = f"timm's do not tell where in the data to go on; --initial-checkpoint {found.file} starts from it"
+        raise ConfigError(f"'{args.resume}' has no checkpoint to go on from: {instead}")
     run = checkpoint.parent.parent if checkpoint is not None else path
     return updated(args, output=str(run.parent), experiment=run.name), checkpoint
 
