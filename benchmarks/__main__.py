@@ -12,7 +12,7 @@ from . import record
 
 NAMES = (
     'attack', 'block', 'bound', 'cost', 'crash', 'deploy', 'feeding', 'finetune', 'grid', 'init', 'maps', 'neck',
-    'pipeline', 'scaling', 'speed', 'throughput',
+    'pipeline', 'scaling', 'speed', 'throughput', 'versus',
 )  # fmt: skip
 BENCHMARKS = {name: import_module(f'benchmarks.{name}') for name in NAMES}
 DOCS = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
