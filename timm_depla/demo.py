@@ -1,4 +1,4 @@
-"""A page to look into DEPLA with, on this machine: `python -m timm_depla.demo`.
+"""A page to look into DEPLA with, on this machine: `timm-depla demo`.
 
 Upload or draw an image; the page shows the prediction, and the ROI map and heatmap of each group of a block at any
 temperature. Without --model, it offers the digit classifiers of `hub/weights`.
@@ -144,7 +144,7 @@ def open_model(target: str) -> nn.Module:
     """
     model = load_any(target)
     if not hasattr(model, 'pretrained_cfg'):
-        raise ConfigError(f"'{target}' is a detector, the page takes classifiers: see python -m timm_depla.visualize")
+        raise ConfigError(f"'{target}' is a detector, the page takes classifiers: see `timm-depla visualize`")
     try:
         find_blocks(model)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """What DEPLA detects in the identity X, takes from the candidate Y, and where it puts it.
 
-`capture` returns the maps of every block for any images. `python -m timm_depla.visualize IMAGE --model RUN` draws them
-(as the paper's Figure 8), `python -m timm_depla.visualize FOLDER --model RUN --summary` measures them over a folder.
+`capture` returns the maps of every block for any images. `timm-depla visualize IMAGE --model RUN` draws them
+(as the paper's Figure 8), `timm-depla visualize FOLDER --model RUN --summary` measures them over a folder.
 """
 
 import argparse
