@@ -27,7 +27,6 @@ import torch
 import yaml
 from PIL import Image
 
-from hub.publish import create_publish_parser, publish
 from timm_depla.data.scenes import scenes_folder
 from timm_depla.detection.coco import CocoDetection
 from timm_depla.engine.classification import flags as classification_flags
@@ -39,6 +38,7 @@ from timm_depla.engine.detection import train as detection_train
 from timm_depla.engine.detection import validate as detection_validate
 from timm_depla.engine.errors import UserError
 from timm_depla.files import open_image
+from timm_depla.hub.publish import create_publish_parser, publish
 
 from .record import table
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from timm_depla.commands import VERBS, main
-from timm_depla.engine import record
 from timm_depla.engine.errors import command_for
+from timm_depla.hub import record
 
 
 @pytest.mark.parametrize('verb', VERBS)
@@ -40,10 +40,10 @@ def test_records_name_a_commit_of_their_own_clone_alone(tmp_path, monkeypatch):
     git = ['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a@b.c']
     for command in (['init', '-q'], ['commit', '-q', '--allow-empty', '-m', 'other']):
         subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr(record, '__file__', str(tmp_path / 'timm_depla' / 'engine' / 'record.py'))
+    monkeypatch.setattr(record, '__file__', str(tmp_path / 'timm_depla' / 'hub' / 'record.py'))
     assert len(record._commit()) == 40
     monkeypatch.setenv('PATH', '')
     assert record._commit() == ''
     monkeypatch.undo()
-    monkeypatch.setattr(record, '__file__', str(tmp_path / 'site-packages' / 'timm_depla' / 'engine' / 'record.py'))
+    monkeypatch.setattr(record, '__file__', str(tmp_path / 'site-packages' / 'timm_depla' / 'hub' / 'record.py'))
     assert record._commit() == ''

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-from hub.publish import create_publish_parser
 from timm_depla.engine.classification.flags import create_train_parser, create_validate_parser
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection.flags import create_detection_parser, create_detection_validate_parser
+from timm_depla.hub.publish import create_publish_parser
 
 PARSERS = {
     'train.py': create_train_parser,

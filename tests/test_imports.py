@@ -12,6 +12,7 @@ ALLOWED = {
     'data': {'files'},
     'detection': {'files', 'layers'},
     'engine': {'files', 'data', 'detection', 'models', 'layers', 'version'},
+    'hub': {'data', 'detection', 'engine', 'files', 'version'},
     'recipes': set(),
 }
 

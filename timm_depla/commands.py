@@ -21,7 +21,7 @@ VERBS = {
     'predict': ('timm_depla.detection.predict', 'draw what a detector finds in images'),
     'visualize': ('timm_depla.visualize', 'draw what the DEPLA blocks see in an image'),
     'demo': ('timm_depla.demo', 'a page that shows it'),
-    'publish': ('hub.publish', 'write the repository folder of a run, and push it to the Hub'),
+    'publish': ('timm_depla.hub.publish', 'write the repository folder of a run, and push it to the Hub'),
 }
 """The module of each verb, whose function `main` reads the command line, and what the verb does."""
 

@@ -1,4 +1,4 @@
-"""From a run to a repository folder, and with --push to the Hugging Face Hub: `python -m hub.publish RUN --output DIR`.
+"""From a run to a repository folder, and with --push to the Hugging Face Hub: `timm-depla publish RUN --output DIR`.
 
 The folder has the weights (safetensors only), config.json (rebuilds the model), recipe.yaml (the training arguments),
 record.json (the evaluation by this command), checksums.json and the model card README.md. If training kept an average
@@ -33,13 +33,13 @@ from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.models import load_model, run_arguments
 from timm_depla.engine.plan import count_cost
-from timm_depla.engine.record import create_record
 from timm_depla.engine.run import CHANGE_NOTHING
 from timm_depla.engine.state import read_state
 from timm_depla.engine.world import run_command
 from timm_depla.files import SUMS, check_writable, list_sums, read_mapping, read_tensors, write_file
 
 from .card import create_card
+from .record import create_record
 from .timm_run import adopted
 
 __all__ = ['create_publish_parser', 'publish', 'push']
@@ -218,7 +218,7 @@ def publish(args: Namespace) -> Path:
         task = 'image-classification'
         if is_detector:
             task = 'image-segmentation' if config['architecture'].startswith('mask') else 'object-detection'
-        record = create_record(f'python -m hub.publish {shlex.join(without_folders(sys.argv[1:]))}', results)
+        record = create_record(f'timm-depla publish {shlex.join(without_folders(sys.argv[1:]))}', results)
         record.update(task=task, architecture=config['architecture'], recipe=Path(trained['recipe']).stem, dataset=data)
         place = without_folders(str(output))
         source = f'hf-hub:{args.push}' if args.push else place if is_detector else f'local-dir:{place}'
@@ -261,8 +261,8 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
 
 
 def create_publish_parser() -> argparse.ArgumentParser:
-    """The command line of `python -m hub.publish`."""
-    parser = argparse.ArgumentParser(prog='python -m hub.publish', description=__doc__.split(':')[0])
+    """The command line of `timm-depla publish`."""
+    parser = argparse.ArgumentParser(description=__doc__.split(':')[0])
     parser.add_argument('source', metavar='RUN', help='a run of train.py or train_detection.py, or a checkpoint of one')
     parser.add_argument('--output', required=True, metavar='DIR', help='folder to write')
     parser.add_argument('--push', default='', metavar='ORG/NAME', help='upload it to this repository of the Hub')
