@@ -19,7 +19,6 @@ import timm
 import yaml
 from PIL import Image
 
-from hub.publish import create_publish_parser, publish
 from timm_depla.detection.coco import CocoDetection
 from timm_depla.engine.classification import flags as classification_flags
 from timm_depla.engine.classification import train as train_module
@@ -32,6 +31,7 @@ from timm_depla.engine.errors import UserError
 from timm_depla.engine.models import resumed_recipe
 from timm_depla.engine.world import run_command
 from timm_depla.files import SUMS, list_sums, open_image
+from timm_depla.hub.publish import create_publish_parser, publish
 from timm_depla.schema import Kind
 
 NONSENSE = ('nan', 'inf', '-inf', '1e999', 'x', '--')

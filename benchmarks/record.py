@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List
 
-from timm_depla.engine.record import create_record
+from timm_depla.hub.record import create_record
 
 FOLDER = Path(__file__).parent / 'records'
 

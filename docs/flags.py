@@ -20,8 +20,9 @@ from timm_depla.engine.flags import OWN_FLAGS
 
 HEADER = """# Flags
 
-Flags have the names, meanings and defaults of timm's `train.py` and `validate.py` (1.0), except the defaults of
-the model and the number of loading processes. Any other flag of timm is an error that gives the reason listed below.
+Flags have the names, meanings and defaults of timm's `train.py` and `validate.py` (1.0.29.dev0), except the defaults of
+the model and the number of loading processes. Any other flag of timm is an error that gives the reason listed below; a
+test compares these pages with timm's parsers.
 Every switch has a `--no-` form. In a recipe, write flags without dashes: `batch_size: 64`.
 
 `validate.py` takes any number of runs, checkpoints and models as arguments; timm's `--checkpoint`, `--model` and

@@ -1,12 +1,18 @@
 """The command line and its recipes."""
 
+import json
 import runpy
 from pathlib import Path
 
 import pytest
 import yaml
 
-from timm_depla.engine.classification.flags import LEFT_OUT, create_train_parser, create_validate_parser
+from timm_depla.engine.classification.flags import (
+    LEFT_OUT,
+    LEFT_OUT_OF_VALIDATION,
+    create_train_parser,
+    create_validate_parser,
+)
 from timm_depla.engine.config import list_recipes, parse_args
 from timm_depla.engine.errors import ConfigError
 
@@ -100,9 +106,17 @@ def test_refused_flags(argv, message):
         parse(*argv)
 
 
-def test_left_out_flags_are_left_out():
-    known = create_train_parser()._option_string_actions
-    assert not known.keys() & LEFT_OUT.keys()
+@pytest.mark.parametrize(
+    'script,create,left_out',
+    [('train', create_train_parser, LEFT_OUT), ('validate', create_validate_parser, LEFT_OUT_OF_VALIDATION)],
+)
+def test_every_flag_of_timm_is_here_or_has_a_reason(script, create, left_out):
+    flags = json.loads((Path(__file__).parent / 'timm_flags.json').read_text())
+    known = create()._option_string_actions
+    assert set(flags[script]) <= known.keys() | left_out.keys()
+    assert not known.keys() & left_out.keys()
+    text = (Path(__file__).parent.parent / 'docs' / 'flags.md').read_text()
+    assert f'({flags["version"]})' in text and all(f'`{flag}`' in text for flag in flags[script])
 
 
 def test_flags_are_documented():

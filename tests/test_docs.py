@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-from hub.publish import create_publish_parser
 from timm_depla.engine.classification.flags import create_train_parser, create_validate_parser
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection.flags import create_detection_parser, create_detection_validate_parser
+from timm_depla.hub.publish import create_publish_parser
 
 PARSERS = {
     'train.py': create_train_parser,
@@ -43,10 +43,14 @@ def test_links(page):
 
 
 def test_promises_are_tests():
-    """Each test that docs/trust.md names is there."""
-    for name in re.findall(r'`(test_\w+\.py(?:::\w+)?)`', (ROOT / 'docs' / 'trust.md').read_text()):
+    """Each test that docs/trust.md and docs/clients.md name is there, and each test of a client is named."""
+    text = ''.join((ROOT / 'docs' / page).read_text() for page in ('trust.md', 'clients.md'))
+    named = re.findall(r'`(test_\w+\.py(?:::\w+)?)`', text)
+    for name in named:
         file, _, test = name.partition('::')
         assert f'def {test}' in (Path(__file__).parent / file).read_text(), name
+    clients = re.findall(r'^def (test_\w+)', (Path(__file__).parent / 'test_clients.py').read_text(), re.MULTILINE)
+    assert {f'test_clients.py::{test}' for test in clients} <= set(named)
 
 
 def blocks(language):

@@ -21,8 +21,8 @@ NARROW = [name for name, arm in ARMS.items() if arm.model.startswith('narrow_res
 def cache(tmp_path, monkeypatch):
     """An empty cache, and a Fashion-MNIST of 80 training and 20 test images in the package's files."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    folder = tmp_path / 'fashion-mnist'
-    folder.mkdir()
+    folder = tmp_path / 'datasets' / 'fashion-mnist'
+    folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for name, count in (('train', 80), ('t10k', 20)):
         images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
@@ -30,7 +30,7 @@ def cache(tmp_path, monkeypatch):
         for kind, array in (('images-idx3', images), ('labels-idx1', labels)):
             header = bytes([0, 0, 8, array.ndim]) + b''.join(side.to_bytes(4, 'big') for side in array.shape)
             (folder / f'{name}-{kind}-ubyte.gz').write_bytes(gzip.compress(header + array.tobytes()))
-    monkeypatch.setattr(fashion, 'DEBIAN', folder)
+    monkeypatch.setenv('XDG_DATA_DIRS', str(tmp_path))
     return tmp_path
 
 
@@ -41,6 +41,19 @@ def small(cache, monkeypatch):
         monkeypatch.setitem(scattered.SETS, name, replace(scatter, images={'train': 80, 'validation': 20}))
     monkeypatch.setattr(study, 'RECORDS', cache / 'records.jsonl')
     return cache
+
+
+def test_half_a_download_is_never_taken_for_a_whole_one(cache, monkeypatch):
+    half = cache / 'cache/timm_depla/fashion/FashionMNIST/raw/train-images-idx3-ubyte'
+    half.parent.mkdir(parents=True)
+    half.touch()
+    with monkeypatch.context() as bare:
+        bare.setenv('XDG_DATA_DIRS', str(cache / 'none'))
+        bare.setattr(fashion.FashionMNIST, 'mirrors', ['https://localhost/'])
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match='no Fashion-MNIST: apt install dataset-fashion-mnist'):
+                fashion.fashion_folder()
+    assert len(fashion.garments(False)) == 20
 
 
 def test_scattered_objects(small):

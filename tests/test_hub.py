@@ -19,10 +19,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
-import hub.publish as publish_module
+import timm_depla.hub.publish as publish_module
 from benchmarks.evidence.fashion import fashion_folder
-from hub.card import create_card
-from hub.publish import FILES, publish, without_folders
 from timm_depla.data import digits_folder, scenes
 from timm_depla.detection import from_pretrained
 from timm_depla.engine.config import parse_args
@@ -30,6 +28,8 @@ from timm_depla.engine.detection import train as detection
 from timm_depla.engine.detection.flags import create_detection_parser
 from timm_depla.engine.errors import ConfigError
 from timm_depla.files import SUMS, find_change, write_file
+from timm_depla.hub.card import create_card
+from timm_depla.hub.publish import FILES, publish
 
 WEIGHTS = sorted(path for path in (ROOT / 'hub' / 'weights').iterdir())
 SCRIPT = """

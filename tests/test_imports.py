@@ -12,6 +12,7 @@ ALLOWED = {
     'data': {'files'},
     'detection': {'files', 'layers', 'schema'},
     'engine': {'files', 'schema', 'data', 'detection', 'models', 'layers', 'version'},
+    'hub': {'data', 'detection', 'engine', 'files', 'version'},
     'recipes': set(),
 }
 

@@ -10,7 +10,9 @@ import timm
 import torch
 import yaml
 from helpers import fit, validate
+from PIL import Image
 from safetensors.torch import save_file
+from sklearn.metrics import precision_recall_fscore_support
 
 from timm_depla.data import digits_folder
 from timm_depla.engine.classification import validate as validation
@@ -47,6 +49,25 @@ def test_targets(digits_run, tmp_path):
     ):
         (row,) = validate(*argv)
         assert scores(row) == scores(expected), argv
+
+
+def test_averages_over_classes_and_folded_norms(digits_run, tmp_path):
+    """timm's `--metrics-avg` gives scikit-learn's numbers, and `--reparam` the same answers by fewer parameters."""
+    (plain,) = validate(digits_run)
+    averaged = ['--metrics-avg', 'macro', '--reparam', '--results-file', tmp_path / 'table.csv']
+    (row,) = validate(digits_run, *averaged)
+    assert row['param_count'] <= plain['param_count'] and row['top1'] == plain['top1']
+    model = timm.create_model(f'local-dir:{digits_run / "best"}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    files = sorted((digits_folder() / 'validation').glob('*/*.png'))
+    with torch.inference_mode():
+        found = model(torch.stack([transform(Image.open(file).convert('RGB')) for file in files])).argmax(1)
+    expected = precision_recall_fscore_support(
+        [int(file.parent.name) for file in files], found, average='macro', zero_division=0
+    )
+    names = ('macro_precision', 'macro_recall', 'macro_f1_score')
+    assert [row[name] for name in names] == pytest.approx([100 * value for value in expected[:3]], abs=1e-3)
+    assert next(csv.DictReader((tmp_path / 'table.csv').open()))['macro_recall'] == str(row['macro_recall'])
 
 
 def test_timm_form_validates_the_data_that_it_names(digits_run, tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from timm_depla.data import digits_folder
 from timm_depla.detection import create_detector
+from timm_depla.engine.errors import ConfigError
 from timm_depla.layers.depla import back_fill, match_size, soft_roi_pool
 from timm_depla.visualize import (
     capture,
@@ -194,5 +195,5 @@ def test_bad_input(digit, tmp_path, monkeypatch):
         ((tmp_path / 'plain', '--model', DIGITS, '--summary'), r"no images in '.*plain'"),
     ]:
         monkeypatch.setattr(sys, 'argv', ['visualize', *map(str, argv)])
-        with pytest.raises(SystemExit, match=rf'^timm_depla.visualize: error: .*{message}'):
+        with pytest.raises(ConfigError, match=message):
             main()

@@ -1,4 +1,4 @@
-"""A page to look into DEPLA with, on this machine: `python -m timm_depla.demo`.
+"""A page to look into DEPLA with, on this machine: `timm-depla demo`.
 
 Upload or draw an image; the page shows the prediction, and the ROI map and heatmap of each group of a block at any
 temperature. Without --model, it offers the digit classifiers of `hub/weights`.
@@ -7,7 +7,7 @@ temperature. Without --model, it offers the digit classifiers of `hub/weights`.
 import argparse
 import threading
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -144,7 +144,7 @@ def open_model(target: str) -> nn.Module:
     """
     model = load_any(target)
     if not hasattr(model, 'pretrained_cfg'):
-        raise ConfigError(f"'{target}' is a detector, the page takes classifiers: see python -m timm_depla.visualize")
+        raise ConfigError(f"'{target}' is a detector, the page takes classifiers: see `timm-depla visualize`")
     try:
         find_blocks(model)
     except ValueError as error:
@@ -343,11 +343,11 @@ def create_app(models: Dict[str, str]) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m timm_depla.demo', description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', nargs='+', default=[], metavar='RUN|MODEL', help='classifiers to look into')
     parser.add_argument('--port', type=schema.port, metavar='N', help='port on localhost (default: a free one)')
     args = parser.parse_args()
-    run_command('timm_depla.demo', partial(launch, args.model, args.port))
+    launch(args.model, args.port)
 
 
 def find_models(targets: List[str]) -> Dict[str, str]:
@@ -360,7 +360,9 @@ def find_models(targets: List[str]) -> Dict[str, str]:
     if not models and WEIGHTS.is_dir():
         models = {folder.name: f'local-dir:{folder}' for folder in sorted(WEIGHTS.glob('*.digits'), reverse=True)}
     if not models:
-        raise ConfigError('no networks here: name runs or pretrained models with --model')
+        raise ConfigError(
+            'no networks here: name runs or pretrained models with --model; `timm-depla train` trains one in minutes'
+        )
     for target in models.values():
         open_model(target)
     return models
@@ -389,4 +391,4 @@ def launch(targets: List[str], port: Optional[int] = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command('timm_depla.demo', main)

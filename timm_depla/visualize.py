@@ -1,12 +1,11 @@
 """What DEPLA detects in the identity X, takes from the candidate Y, and where it puts it.
 
-`capture` returns the maps of every block for any images. `python -m timm_depla.visualize IMAGE --model RUN` draws them
-(as the paper's Figure 8), `python -m timm_depla.visualize FOLDER --model RUN --summary` measures them over a folder.
+`capture` returns the maps of every block for any images. `timm-depla visualize IMAGE --model RUN` draws them
+(as the paper's Figure 8), `timm-depla visualize FOLDER --model RUN --summary` measures them over a folder.
 """
 
 import argparse
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Sequence, Tuple
 
@@ -219,21 +218,20 @@ def render_summary(totals: Dict[str, Dict[str, Tensor]]) -> str:
         dead = (strengths < DEAD * strengths.max()).nonzero().flatten().tolist()
         ranges = [f'{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})' for v in (entropy, coverage)]
         for peaks in (values['map_peak'], values['heatmap_peak']):
-            ranges.append(f'{peaks.median():.2f} ({(peaks >= PLACED).sum()} of {len(peaks)})')
+            schema.append(f'{peaks.median():.2f} ({(peaks >= PLACED).sum()} of {len(peaks)})')
         lists = [', '.join(map(str, groups)) or 'none' for groups in (uniform, dead)]
         lines.append(f'| `{name}` | {" | ".join(ranges + lists)} |')
     return '\n'.join(lines) + '\n'
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m timm_depla.visualize', description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('image', metavar='IMAGE|FOLDER', help='an image, or with --summary a folder of images')
     parser.add_argument('--model', required=True, metavar='RUN|MODEL', help='a run, a checkpoint or a pretrained model')
     parser.add_argument('--block', default='', metavar='NAME', help='the DEPLA block (default: the last)')
     parser.add_argument('--out', default='depla.png', metavar='FILE', help='the figure to write (default: depla.png)')
     parser.add_argument('--summary', action='store_true', help='measure the maps of all blocks over a folder')
-    args = parser.parse_args()
-    run_command('timm_depla.visualize', partial(run, args))
+    run(parser.parse_args())
 
 
 def run(args: argparse.Namespace) -> None:
@@ -272,4 +270,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command('timm_depla.visualize', main)

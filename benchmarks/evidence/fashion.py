@@ -5,16 +5,17 @@ dataset-fashion-mnist where it is installed, else downloaded by torchvision.
 """
 
 import gzip
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import List, Tuple
 
 import numpy as np
+from filelock import FileLock
 from torchvision.datasets import FashionMNIST
 
 from timm_depla.data import digits_folder
-
-DEBIAN = Path('/usr/share/datasets/fashion-mnist')
 
 
 def fashion_folder() -> Path:
@@ -24,28 +25,30 @@ def fashion_folder() -> Path:
         RuntimeError: If neither the package nor a network is there.
     """
     root = digits_folder().parent / 'fashion'
-    if (root / 'FashionMNIST').is_dir():
-        return root
-    if not DEBIAN.is_dir():
-        try:
-            FashionMNIST(str(root), download=True)
-        except (OSError, RuntimeError) as error:
-            raise RuntimeError(f'no Fashion-MNIST: apt install dataset-fashion-mnist ({error})') from error
-        return root
-    root.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root) as scratch:
-        raw = Path(scratch, 'raw')
-        raw.mkdir()
-        for path in DEBIAN.glob('*.gz'):
-            (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-        try:
-            Path(scratch).rename(root / 'FashionMNIST')
-        except OSError:
-            if not (root / 'FashionMNIST').is_dir():  # else another process was faster
-                raise
-        else:
-            Path(scratch).mkdir()  # for the context to remove
+    with FileLock(root.with_name('.fashion.lock')):
+        if not _is_whole(root):
+            shutil.rmtree(root, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
+                _write(Path(scratch, 'fashion'))
+                Path(scratch, 'fashion').rename(root)
     return root
+
+
+def _is_whole(root: Path) -> bool:
+    return len(list(root.glob('FashionMNIST/raw/*-ubyte'))) == 4
+
+
+def _write(folder: Path) -> None:
+    """Write torchvision's folder of the data, from Debian's package or else the network."""
+    raw = folder / 'FashionMNIST' / 'raw'
+    raw.mkdir(parents=True)
+    for data in (os.environ.get('XDG_DATA_DIRS') or '/usr/share').split(':'):
+        for path in Path(data, 'datasets', 'fashion-mnist').glob('*.gz'):
+            (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    try:
+        FashionMNIST(str(folder), download=True)  # if the package brought nothing
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(f'no Fashion-MNIST: apt install dataset-fashion-mnist ({error})') from error
 
 
 def garments(is_training: bool) -> List[Tuple[int, np.ndarray]]:

@@ -23,7 +23,7 @@ from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.detection import train as detection
 from timm_depla.engine.detection.flags import create_detection_parser
-from timm_depla.engine.record import create_record
+from timm_depla.hub.record import create_record
 
 from .arms import ARMS
 from .proxies import PROXIES

@@ -12,6 +12,7 @@ from timm_depla.files import SUMS, read_mapping
 from timm_depla.schema import Kind, check_arguments
 
 from .errors import ConfigError
+from .timm_runs import translate
 
 __all__ = ['DataFolder', 'FlagParser', 'KeyValues', 'closest', 'list_recipes', 'parse_args', 'updated']
 
@@ -187,8 +188,8 @@ def parse_args(
     typed = parser.parse_args(argv)
     name = getattr(typed, 'recipe', None) or default_recipe
     if name is not None:
-        recipe = load_recipe(name, parser.recipes)
-        is_shared = 'recipe' in recipe or (Path(name).parent / SUMS).exists()  # of a run, or published
+        recipe = translate(load_recipe(name, parser.recipes), parser.left_out, name)
+        is_shared = Path(name).name == 'args.yaml' or 'recipe' in recipe or (Path(name).parent / SUMS).exists()
         if is_shared:
             left_out = (*ONCE, *START) if getattr(typed, 'resume', '') not in ('', 'auto') else ONCE
             recipe = {key: value for key, value in recipe.items() if key not in left_out}

@@ -1,8 +1,9 @@
 """Errors that a command shows as one message, without a traceback."""
 
+import sys
 from importlib.util import find_spec
 
-__all__ = ['ConfigError', 'DivergedError', 'TrainingError', 'UserError', 'require']
+__all__ = ['ConfigError', 'DivergedError', 'TrainingError', 'UserError', 'command_for', 'require']
 
 
 class UserError(Exception):
@@ -30,3 +31,9 @@ def require(module: str, extra: str) -> None:
     """
     if find_spec(module) is None:
         raise ConfigError(f'this needs {module}: pip install "timm-depla[{extra}]"')
+
+
+def command_for(script: str) -> str:
+    """A script of the repository as a command: a verb of `timm-depla` where this process is one."""
+    is_verb = sys.argv[0].startswith('timm-depla ')
+    return f'timm-depla {script.removesuffix(".py").replace("_", "-")}' if is_verb else f'python {script}'

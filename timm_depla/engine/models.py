@@ -15,7 +15,8 @@ from timm_depla.files import find_change, is_unvalidated, read_mapping
 from timm_depla.models import check_published, find_weights, load_trunk
 
 from .config import closest
-from .errors import ConfigError
+from .errors import ConfigError, command_for
+from .timm_runs import read_timm_run, with_data_dir
 
 __all__ = [
     'create_model', 'load_model', 'load_weights', 'model_config', 'pretrained_file', 'resumed_recipe', 'run_arguments',
@@ -105,7 +106,7 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
     """Load a trained model from a run (its best checkpoint), a checkpoint's folder, a weights file, or timm by name.
 
     Args:
-        target: A run folder, a checkpoint folder, a file of weights, or a model with pretrained weights.
+        target: A run folder, a checkpoint (ours or timm's), a file of weights, or a model with pretrained weights.
         model_name: The architecture of a weights file.
         **kwargs: Model arguments.
 
@@ -115,6 +116,11 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
     path = Path(target.removeprefix('local-dir:'))
     if path.is_file() and not model_name and (path.parent / 'config.json').is_file():
         path = path.parent
+    if not model_name and (found := read_timm_run(str(path))):
+        model = create_model(found.name, **{**found.model_args, **kwargs})
+        load_weights(model, str(found.file))
+        found.configure(model)
+        return model
     if path.is_dir():
         folder = path if (path / 'config.json').is_file() else path / 'best'
         if not (folder / 'model.safetensors').is_file():
@@ -123,7 +129,7 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
                 f"'{target}' has no checkpoint: expected model.safetensors in it or in its folder best{hint}"
             )
         if is_detector(folder):
-            raise ConfigError(f"'{target}' holds a detector: python validate_detection.py validates it")
+            raise ConfigError(f"'{target}' holds a detector: {command_for('validate_detection.py')} validates it")
         try:
             check_published(folder)
         except ValueError as error:
@@ -169,9 +175,10 @@ def run_arguments(target: str) -> Dict[str, Any]:
     """
     file = _arguments_file(target)
     if not file.is_file():
-        return {}
+        found = read_timm_run(target)
+        return found.args if found else {}
     try:
-        return read_mapping(file)
+        return with_data_dir(read_mapping(file))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

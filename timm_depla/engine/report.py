@@ -18,7 +18,7 @@ from timm_depla.data import UnreadableError
 from timm_depla.files import check_writable, write_file
 
 from .checkpoint import checkpoint_name
-from .errors import ConfigError, TrainingError, require
+from .errors import ConfigError, TrainingError, command_for, require
 
 __all__ = [
     'PLAIN', 'Metric', 'Report', 'UnreadableImages', 'check_loggers', 'check_results', 'choose', 'draw_curves',
@@ -194,12 +194,12 @@ class Report:
         """Training has ended, by a signal or at its last epoch: say how to go on, or what was best."""
         if signal:
             name = checkpoint_name(run.epoch, run.step)
-            _logger.info('saved %s; go on with: python %s --resume %s', name, run.train_script, run.folder)
+            _logger.info('saved %s; go on with: %s --resume %s', name, command_for(run.train_script), run.folder)
         elif ranked := run.ranked(run.history):
             best, column = ranked[0], choose(ranked[0], self.args.eval_metric)[1]
             metric = next(metric for metric in run.all_metrics if metric.column == column)
             place = f'epoch {best["epoch"]} (checkpoints/{checkpoint_name(best["epoch"] + 1, 0)})'
-            command = f'python {run.validate_script} {run.folder}'
+            command = f'{command_for(run.validate_script)} {run.folder}'
             _logger.info('best %s at %s: %s', metric.text(best), place, command)
 
 

@@ -29,6 +29,7 @@ from .checkpoint import LINKS, checkpoint_name, find_damage, newest_checkpoint, 
 from .config import updated
 from .errors import ConfigError
 from .run import Run
+from .timm_runs import read_timm_run
 from .world import World, keep_memory
 
 __all__ = [
@@ -215,7 +216,10 @@ def find_resume(args: Namespace, world: World) -> Tuple[Namespace, Optional[Path
         raise ConfigError(f"'{path}' is no whole checkpoint ({damage}): give the run's folder for its newest one")
     checkpoint = world.share(path if is_checkpoint else newest_checkpoint(path, diverged_epoch(path)))
     if checkpoint is None and args.resume != 'auto':
-        raise ConfigError(f"'{args.resume}' has no checkpoint to go on from: give a run's folder")
+        instead = "give a run's folder"
+        if found := read_timm_run(args.resume):
+            instead = f"timm's do not tell where in the data to go on; --initial-checkpoint {found.file} starts from it"
+        raise ConfigError(f"'{args.resume}' has no checkpoint to go on from: {instead}")
     run = checkpoint.parent.parent if checkpoint is not None else path
     return updated(args, output=str(run.parent), experiment=run.name), checkpoint
 

@@ -233,7 +233,7 @@ def run_command(name: str, main: Any) -> None:
             named = f'{shorten(error.filename)}: {error.strerror}' if isinstance(error, OSError) else str(error)
             rank = os.environ.get('RANK')
             sys.exit(f'{name}{f" (rank {rank})" if rank else ""}: error: {escape(named)}')
-        with tempfile.NamedTemporaryFile('w', prefix=f'{name}-', suffix='.log', delete=False) as file:
+        with tempfile.NamedTemporaryFile('w', prefix=f'{name.replace(" ", "-")}-', suffix='.log', delete=False) as file:
             traceback.print_exc(file=file)
         first = (str(error).strip().splitlines() or [''])[0]
         sys.exit(f'{name}: unexpected {type(error).__name__}: {escape(first)} (the traceback is in {file.name})')

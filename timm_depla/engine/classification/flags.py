@@ -20,12 +20,16 @@ __all__ = ['LEFT_OUT', 'LEFT_OUT_OF_VALIDATION', 'create_train_parser', 'create_
 
 _INTERPOLATIONS = ['', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos']
 _JIT = 'TorchScript is deprecated: use --torchcompile'
+_FLEXIBLE = 'for transformers that take sequences of any length'
+_ONE_SIZE = 'one image size a run'
 _LEFT_OUT_OF_BOTH = {
     '--amp-impl': 'Apex is no longer kept up: --amp is torch.amp',
     '--device-modules': 'no other accelerator than those that torch knows has been tried',
     '--fast-norm': 'it is for layer and group norms, which these networks have not',
     '--fuser': _JIT,
     '--model-dtype': 'the weights stay in float32: use --amp --amp-dtype bfloat16',
+    '--naflex-loader': _FLEXIBLE,
+    '--naflex-max-seq-len': _FLEXIBLE,
     '--no-prefetcher': "there is one way of loading, timm's prefetcher",
     '--task': 'one label an image only',
     '--target-format': 'one label an image only',
@@ -43,23 +47,37 @@ LEFT_OUT = {
     '--local_rank': 'torchrun and Slurm tell it through the environment',
     '--loss': 'the loss follows from --smoothing, --mixup, --cutmix, --bce-loss and --jsd-loss',
     '--model-ema-force-cpu': 'the average is validated each epoch, on the device',
-    '--naflex-loader': 'for transformers that take sequences of any length',
+    '--naflex-loss-scale': _FLEXIBLE,
+    '--naflex-patch-size-probs': _FLEXIBLE,
+    '--naflex-patch-sizes': _FLEXIBLE,
+    '--naflex-patchify-channels-first': _FLEXIBLE,
+    '--naflex-train-seq-lens': _FLEXIBLE,
     '--pretrained-cfg-overlay': 'use --pretrained-path, --num-classes and the data flags',
     '--save-images': 'every batch can be made again from its position: see docs/training.md',
     '--split-bn': 'its second set of norms is in no model that timm loads',
     '--start-epoch': 'a checkpoint knows its position: use --resume',
     '--synchronize-step': "reading each step's loss synchronises already, one step late",
-    '--train-size-schedule': 'one image size a run',
+    '--train-batch-sizes': _ONE_SIZE,
+    '--train-batches-per-epoch': 'an epoch is one pass over the data; --train-num-samples sets that of a stream',
+    '--train-img-sizes': _ONE_SIZE,
+    '--train-size-probs': _ONE_SIZE,
+    '--train-size-random-mix': _ONE_SIZE,
+    '--train-size-schedule': _ONE_SIZE,
+    '--train-size-schedule-spread': _ONE_SIZE,
+    '--train-steps-per-epoch': 'an epoch is one pass over the data; --train-num-samples sets that of a stream',
     '--tta': 'it needs a loader that timm no longer has',
+    '--variable-batch-loss-scale': 'one batch size a run',
     '--use-multi-epochs-loader': 'workers live for the whole run',
     '--worker-seeding': 'random numbers follow from the position, not the worker',
 }
 """Flags of timm's train.py that ours lacks, each with the reason."""
 LEFT_OUT_OF_VALIDATION = {
     **_LEFT_OUT_OF_BOTH,
+    '--crop-border-pixels': 'use --crop-pct, or crop the files',
     '--log-freq': 'a bar on a terminal, and the result in a log',
     '--aot-autograd': 'use --torchcompile',
     '--num-gpu': 'DataParallel is not kept up: validate one model on each device',
+    '--seed': 'validation draws no random numbers',
     '--tf-preprocessing': 'it needs TensorFlow, for the first ports of its models',
     '--use-ema': 'a checkpoint of ours holds the weights that were validated; files of weights load the average first',
 }
@@ -157,12 +175,10 @@ def _add_distillation_args(parser: FlagParser) -> None:
     number('--kd-temperature', type=schema.positive, default=4.0, help='temperature of the soft targets')
 
 
-def _create_parser(
-    script: str, arguments: str, description: str, default_model: str, left_out: Dict[str, str]
-) -> FlagParser:
+def _create_parser(arguments: str, description: str, default_model: str, left_out: Dict[str, str]) -> FlagParser:
     """The part that the command lines of train.py and validate.py share."""
-    usage = f'{script} {arguments} [--FLAG VALUE ...]'
-    parser = FlagParser(script, usage, description, left_out=left_out)
+    usage = f'%(prog)s {arguments} [--FLAG VALUE ...]'
+    parser = FlagParser(usage=usage, description=description, left_out=left_out)
     parser.add_argument('-m', '--model', default=default_model, metavar='NAME', help='any model of timm or timm_depla')
     parser.add_argument(
         '--model-kwargs',
@@ -180,7 +196,7 @@ def _create_parser(
 def create_train_parser() -> FlagParser:
     """The command line of train.py."""
     description = 'Train an image classifier of timm or timm_depla; without a data folder, on the embedded digits.'
-    parser = _create_parser('train.py', '[DIR] [--recipe NAME]', description, 'resnet50_depla', LEFT_OUT)
+    parser = _create_parser('[DIR] [--recipe NAME]', description, 'resnet50_depla', LEFT_OUT)
     parser.add_argument('data', action=DataFolder, help='data folder')
     for add_args in (
         add_model_args,
@@ -197,7 +213,7 @@ def create_train_parser() -> FlagParser:
 def create_validate_parser() -> FlagParser:
     """The command line of validate.py."""
     description = 'Validate image classifiers: runs, checkpoints, and models with pretrained weights.'
-    parser = _create_parser('validate.py', 'RUN|CHECKPOINT|MODEL ...', description, '', LEFT_OUT_OF_VALIDATION)
+    parser = _create_parser('RUN|CHECKPOINT|MODEL ...', description, '', LEFT_OUT_OF_VALIDATION)
     parser.set_defaults(batch_size=256)
     parser.add_argument('targets', nargs='*', metavar='RUN|CHECKPOINT|MODEL', help='what to validate, or wildcards')
     add = group(parser, 'validation')
@@ -205,13 +221,23 @@ def create_validate_parser() -> FlagParser:
     text('--checkpoint', metavar='FILE', help='a checkpoint, or a file of weights of --model')
     add('--pretrained', help='use the pretrained weights of --model (a model without a checkpoint always does)')
     text('--split', '--val-split', dest='val_split', default='validation', metavar='NAME', help='validation split')
-    add('--val-num-samples', type=schema.count, metavar='N', help='images of a streaming data set')
+    add(
+        '--num-samples',
+        '--val-num-samples',
+        type=schema.count,
+        metavar='N',
+        help='images of a streaming data set',
+        dest='val_num_samples',
+    )
     add('--num-classes', type=schema.count, metavar='N', help='classes of a file of weights')
     add('--gp', type=str, metavar='POOL', help='global pooling: avg, max, avgmax or catavgmax')
     add('--use-train-size', help="the model's training size even where its cfg names a test size")
     add('--test-pool', help='pool over windows of the training size where images are larger')
+    add('--reparam', help="fold what inference does not need apart, by timm's reparameterize_model")
     text('--real-labels', metavar='FILE', help="ImageNet's reassessed labels (JSON)")
     text('--valid-labels', metavar='FILE', help='class indices to choose among, one a line')
+    averages = ['micro', 'macro', 'weighted']
+    add('--metrics-avg', choices=averages, help='average precision, recall and F1 over the classes, by scikit-learn')
     add('--retry', help='halve the batch and try again where memory runs out')
     text('--results-file', metavar='FILE', help='write the table of results')
     add('--results-format', default='csv', choices=['csv', 'json'], help='its format')

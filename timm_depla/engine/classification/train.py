@@ -14,9 +14,9 @@ from timm_depla.data import Draw, seed_position
 from timm_depla.files import list_digest
 
 from .. import training
-from ..config import updated
+from ..config import parse_args, updated
 from ..errors import ConfigError
-from ..models import create_model, load_model, load_weights, model_config, pretrained_file
+from ..models import create_model, load_model, load_weights, model_config, pretrained_file, resumed_recipe
 from ..plan import count_cost
 from ..report import Metric
 from ..run import Run
@@ -163,3 +163,17 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Classificatio
 def train(args: Namespace) -> int:
     """Train a classifier: see `training.train`."""
     return training.train(args, build)
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = create_train_parser()
+    args = parse_args(parser)
+    if not args.recipe:
+        default = 'better' if args.data_dir or args.dataset else 'digits'
+        args = parse_args(parser, default_recipe=resumed_recipe(args) or default)
+    return train(args)
+
+
+if __name__ == '__main__':
+    main()

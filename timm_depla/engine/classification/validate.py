@@ -15,15 +15,17 @@ import torch
 import torch.nn as nn
 from timm.data import RealLabelsImagenet
 from timm.layers import apply_test_time_pool
+from timm.utils import reparameterize_model
 from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 
-from ..config import updated
-from ..errors import ConfigError, TrainingError, UserError
+from ..config import parse_args, updated
+from ..errors import ConfigError, TrainingError, UserError, require
 from ..models import load_model, run_arguments, trained_data, trained_on
 from ..report import check_results, progress, write_results
 from ..setup import autocast, check_compile
 from ..world import Interrupt, World, explain_lost_peers, setup_world
 from .datasets import class_names, count_classes, count_streams, embedded_digits, open_split, split_name
+from .flags import create_validate_parser
 from .loaders import create_val_loader, resolve_data
 
 __all__ = ['evaluate', 'validate']
@@ -45,6 +47,7 @@ def evaluate(
     world: World,
     interrupt: Optional[Interrupt] = None,
     observe: Any = None,
+    confusion: Optional[torch.Tensor] = None,
 ) -> Dict[str, float]:
     """Mean cross-entropy, and top-1 and top-5 accuracy in percent, over all processes' images.
 
@@ -55,6 +58,7 @@ def evaluate(
         world: The processes that share the images.
         interrupt: Ends the evaluation early, with the metrics of the images so far.
         observe: Maps each batch's logits to those to be scored.
+        confusion: int64 (classes, classes), to count this process's images by class and prediction.
 
     Returns:
         `loss`, `top1`, `top5`, and `count`, the number of images.
@@ -75,6 +79,9 @@ def evaluate(
         top1 += correct[:, 0].sum().cpu()
         top5 += correct.any(1).sum().cpu()
         count += (targets >= 0).sum().cpu()
+        if confusion is not None:
+            pairs = torch.stack([targets, logits.argmax(1)])[:, targets >= 0].cpu()
+            confusion.index_put_(tuple(pairs), torch.ones_like(pairs[0]), accumulate=True)
         loader.unreadable.collect()
         if interrupt is not None and interrupt.signal:
             break
@@ -146,6 +153,18 @@ def _scoring(args: Namespace, dataset: Any) -> Tuple[Optional[Callable], Optiona
     return observe, real
 
 
+def _average(confusion: torch.Tensor, kind: str, world: World) -> Dict[str, float]:
+    """timm's columns of precision, recall and F1 (percent) from all processes' `confusion` of `evaluate`."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    counts = torch.tensor(world.sum(*confusion.flatten().tolist())).view_as(confusion)
+    true, predicted = counts.nonzero(as_tuple=True)
+    weights = counts[true, predicted]
+    scores = precision_recall_fscore_support(true, predicted, average=kind, sample_weight=weights, zero_division=0)
+    names = ('precision', 'recall', 'f1_score')
+    return {f'{kind}_{name}': round(100 * float(score), 4) for name, score in zip(names, scores[:3], strict=True)}
+
+
 def _find_data(args: Namespace, target: str) -> Namespace:
     """The arguments, with the data of the target's run if they name none."""
     if args.data_dir is not None or args.dataset:
@@ -190,6 +209,8 @@ def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
     args = count_streams(updated(args, in_chans=args.in_chans or (args.input_size or [None])[0]), 'val')
     dataset, model = _open(args, target)
     data_config = resolve_data(args, model, use_test_size=not args.use_train_size)
+    if args.reparam:
+        model = reparameterize_model(model.eval())
     parameters = sum(p.numel() for p in model.parameters())
     if args.test_pool:
         model, pools = apply_test_time_pool(model, data_config)
@@ -200,7 +221,8 @@ def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
     observe, real = _scoring(args, dataset)
     loader = create_val_loader(args, dataset, data_config, world)
     start = time.perf_counter()
-    metrics = evaluate(model, loader, args, world, observe=observe)
+    confusion = torch.zeros(2 * [model.num_classes], dtype=torch.int64) if args.metrics_avg else None
+    metrics = evaluate(model, loader, args, world, observe=observe, confusion=confusion)
     rate = metrics['count'] / (time.perf_counter() - start)
     loader.unreadable.collect(wait=True)
     if real is not None:
@@ -219,6 +241,7 @@ def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
         top1_err=round(100 - top1, 4),
         top5=round(top5, 4),
         top5_err=round(100 - top5, 4),
+        **({} if confusion is None else _average(confusion, args.metrics_avg, world)),
         param_count=round(parameters / 1e6, 2),
         img_size=data_config['input_size'][-1],
         crop_pct=data_config['crop_pct'],
@@ -259,6 +282,8 @@ def validate(args: Namespace) -> List[Dict[str, Any]]:
     (targets, data_dir), world, rows = find_targets(args), setup_world(args.device), []
     args = updated(args, data_dir=data_dir)
     check_results(args.results_file)
+    if args.metrics_avg:
+        require('sklearn', 'digits')
     for target in targets:
         try:
             with explain_lost_peers(world):
@@ -268,9 +293,10 @@ def validate(args: Namespace) -> List[Dict[str, Any]]:
                 raise
             _logger.error('%s: %s', target, error)
     rows.sort(key=lambda row: row['top1'], reverse=True)
-    table = [{key: row[key] for key in TABLE} for row in rows]
+    columns = [key for key in rows[0] if key not in ('loss', 'images')] if rows else TABLE
+    table = [{key: row[key] for key in columns} for row in rows]
     text = io.StringIO()
-    writer = csv.DictWriter(text, TABLE, lineterminator='\n')
+    writer = csv.DictWriter(text, columns, lineterminator='\n')
     writer.writeheader()
     writer.writerows(table)
     if len(targets) > 1:
@@ -281,3 +307,12 @@ def validate(args: Namespace) -> List[Dict[str, Any]]:
     if len(rows) < len(targets):
         raise ConfigError(f'{len(targets) - len(rows)} of the {len(targets)} models could not be validated')
     return rows
+
+
+def main() -> None:
+    """Run the command line."""
+    validate(parse_args(create_validate_parser()))
+
+
+if __name__ == '__main__':
+    main()

@@ -48,10 +48,10 @@ LEFT_OUT_OF_DETECTION = {
 """Flags of train.py that train_detection.py lacks, each with the reason."""
 
 
-def _create_parser(script: str, arguments: str, description: str) -> FlagParser:
-    usage = f'{script} {arguments} [--FLAG VALUE ...]'
+def _create_parser(arguments: str, description: str) -> FlagParser:
+    usage = f'%(prog)s {arguments} [--FLAG VALUE ...]'
     options = dict(left_out=LEFT_OUT_OF_DETECTION, recipes=RECIPES / 'detection')
-    return FlagParser(script, usage, description, **options)
+    return FlagParser(usage=usage, description=description, **options)
 
 
 def _add_data_args(parser: FlagParser) -> None:
@@ -65,7 +65,7 @@ def _add_data_args(parser: FlagParser) -> None:
 def create_detection_parser() -> FlagParser:
     """The command line of train_detection.py."""
     description = 'Train a detector on COCO-format data; without a data folder, on digits in scenes.'
-    parser = _create_parser('train_detection.py', '[DIR] [--recipe NAME]', description)
+    parser = _create_parser('[DIR] [--recipe NAME]', description)
     parser.add_argument('data', action=DataFolder, help='data folder')
     detector = 'maskrcnn_resnet50_fpn_depla'
     parser.add_argument('-m', '--model', default=detector, metavar='NAME', help='HEAD_BACKBONE_NECK: see the docs')
@@ -98,7 +98,7 @@ def create_detection_parser() -> FlagParser:
 def create_detection_validate_parser() -> FlagParser:
     """The command line of validate_detection.py."""
     description = 'Average precision of a detector: of a run, a checkpoint, or a file of weights of --model.'
-    parser = _create_parser('validate_detection.py', 'RUN|CHECKPOINT|FILE', description)
+    parser = _create_parser('RUN|CHECKPOINT|FILE', description)
     parser.add_argument('target', metavar='RUN|CHECKPOINT|FILE', help='what to validate')
     _add_data_args(parser)
     add_device_args(parser)

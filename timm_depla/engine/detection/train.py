@@ -19,9 +19,9 @@ from timm_depla.detection.rcnn import split_name
 from timm_depla.files import list_digest
 
 from .. import training
-from ..config import updated
+from ..config import parse_args, updated
 from ..errors import ConfigError
-from ..models import create_model, load_weights, pretrained_file
+from ..models import create_model, load_weights, pretrained_file, resumed_recipe
 from ..plan import count_cost
 from ..report import Metric
 from ..run import Run
@@ -165,3 +165,17 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> DetectionRun:
 def train(args: Namespace) -> int:
     """Train a detector: see `training.train`."""
     return training.train(args, build)
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = create_detection_parser()
+    args = parse_args(parser)
+    if not args.recipe:
+        default = 'coco_1x' if args.data_dir else 'scenes'
+        args = parse_args(parser, default_recipe=resumed_recipe(args) or default)
+    return train(args)
+
+
+if __name__ == '__main__':
+    main()

@@ -14,12 +14,13 @@ from timm_depla.data import UnreadableError
 from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import CocoDetection, evaluate_coco, to_results
 
-from ..config import updated
+from ..config import parse_args, updated
 from ..errors import ConfigError
 from ..models import load_weights, run_arguments, trained_data, trained_on
 from ..report import check_results, progress, write_results
 from ..setup import autocast
 from ..world import Interrupt, World, explain_lost_peers, setup_world
+from .flags import create_detection_validate_parser
 from .loaders import ValidationLoader, embedded_scenes, open_split
 
 __all__ = ['Evaluation', 'evaluate', 'validate']
@@ -137,3 +138,12 @@ def validate(args: Namespace) -> Evaluation:
         if args.results_file:
             write_results(args.results_file, json.dumps(evaluation.results) + '\n')
     return evaluation
+
+
+def main() -> None:
+    """Run the command line."""
+    validate(parse_args(create_detection_validate_parser()))
+
+
+if __name__ == '__main__':
+    main()

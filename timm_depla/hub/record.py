@@ -15,11 +15,16 @@ __all__ = ['create_record']
 
 
 def _commit() -> str:
-    """The commit of the code, with '-modified' if the working tree differs; empty outside of a repository."""
+    """The commit of the code, with '-modified' if the working tree differs; empty outside of a clone or without git."""
+    clone = Path(__file__).parent.parent.parent
+    if not (clone / '.git').exists():  # an installed package, perhaps within another repository
+        return ''
 
     def git(*args: str) -> str:
-        command = ['git', '-C', str(Path(__file__).parent.parent.parent), *args]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(['git', '-C', str(clone), *args], capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:
+            return ''
 
     written = (':!docs', ':!benchmarks/records', ':!benchmarks/evidence/*.jsonl')  # by the benchmarks themselves
     return git('rev-parse', 'HEAD') + ('-modified' if git('status', '--porcelain', '-uno', '--', *written) else '')

@@ -1,0 +1,185 @@
+"""Deployment on a CPU: each runtime's accuracy on the digits, and its time over the plain network.
+
+`test_resnet_depla` with its shipped weights, and untrained `test_resnet`, both through the same runtime, in turn on the
+same batches. Calibration takes training images.
+"""
+
+import argparse
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+
+from timm_depla.data import digits_folder
+
+from .pairs import ratio_text, time_rounds
+from .record import table
+
+WEIGHTS = Path(__file__).parent.parent / 'hub' / 'weights' / 'test_resnet_depla.digits'
+Call = Callable[[Tensor], Any]
+
+
+def _eager(model: nn.Module, batches: List[Tensor]) -> Call:
+    return model
+
+
+def _export(model: nn.Module, batches: List[Tensor], path: Path) -> str:
+    torch.onnx.export(model, (batches[0],), dynamo=True, verbose=False).save(path)
+    return str(path)
+
+
+def _session(path: str) -> Call:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    return lambda images: session.run(None, {name: images.numpy()})[0]
+
+
+def onnxruntime(model: nn.Module, batches: List[Tensor]) -> Call:
+    """`torch.onnx.export(model, (images,), dynamo=True).save('model.onnx')`"""
+    with tempfile.TemporaryDirectory() as folder:
+        return _session(_export(model, batches, Path(folder, 'model.onnx')))
+
+
+def onnxruntime_int8(model: nn.Module, batches: List[Tensor]) -> Call:
+    """`onnxruntime.quantization.quantize_dynamic('model.onnx', 'int8.onnx')`"""
+    from onnxruntime.quantization import quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = _export(model, batches, Path(folder, 'model.onnx'))
+        quantize_dynamic(path, f'{folder}/int8.onnx')
+        return _session(f'{folder}/int8.onnx')
+
+
+def openvino(model: nn.Module, batches: List[Tensor]) -> Call:
+    """`openvino.compile_model(openvino.convert_model(model, example_input=images))`"""
+    return _compile_openvino(_convert(model, batches))
+
+
+def openvino_int8(model: nn.Module, batches: List[Tensor]) -> Call:
+    """`nncf.quantize(openvino.convert_model(...), nncf.Dataset(batches))`"""
+    import nncf
+
+    return _compile_openvino(nncf.quantize(_convert(model, batches), nncf.Dataset(batches)))
+
+
+def _convert(model: nn.Module, batches: List[Tensor]) -> Any:
+    import openvino
+
+    return openvino.convert_model(model, example_input=batches[0], input=list(batches[0].shape))
+
+
+def _compile_openvino(converted: Any) -> Call:
+    import openvino
+
+    threads = {'INFERENCE_NUM_THREADS': torch.get_num_threads()}
+    compiled = openvino.compile_model(converted, 'CPU', threads)
+    return lambda images: compiled(images.numpy())[0]
+
+
+def pt2e_int8(model: nn.Module, batches: List[Tensor]) -> Call:
+    """`prepare_pt2e(torch.export.export(...).module(), X86InductorQuantizer())`, `convert_pt2e`, `torch.compile`"""
+    from torchao.quantization.pt2e import move_exported_model_to_eval
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(torch.export.export(model, (batches[0],)).module(), quantizer)
+    for batch in batches:
+        prepared(batch)
+    compiled = torch.compile(move_exported_model_to_eval(convert_pt2e(prepared)))
+    with inductor_config.patch(freezing=True):  # the weights, which it needs for its int8 kernels
+        compiled(batches[0])
+    return compiled
+
+
+def torchao_int8(model: nn.Module, batches: List[Tensor]) -> Call:
+    """`torchao.quantization.quantize_(model, Int8WeightOnlyConfig())`"""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def torchao_int8_dynamic(model: nn.Module, batches: List[Tensor]) -> Call:
+    """`torchao.quantization.quantize_(model, Int8DynamicActivationInt8WeightConfig())`"""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+RUNTIMES: Dict[str, Callable[[nn.Module, List[Tensor]], Call]] = {
+    'PyTorch': _eager,
+    'ONNX Runtime': onnxruntime,
+    'ONNX Runtime, int8': onnxruntime_int8,
+    'OpenVINO': openvino,
+    'OpenVINO, int8': openvino_int8,
+    'PT2E, int8': pt2e_int8,
+    'torchao, int8 weights': torchao_int8,
+    'torchao, int8': torchao_int8_dynamic,
+}
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--runtime', nargs='+', choices=RUNTIMES, default=list(RUNTIMES), metavar='NAME')
+    parser.add_argument('--batch-size', type=int, default=8)
+    parser.add_argument('--rounds', type=int, default=60, help='of each pair of timings')
+
+
+def read_batches(model: nn.Module, split: str, size: int) -> List[Tensor]:
+    """The images of a split in batches of one size; the last is filled up with the first images."""
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    files = sorted((digits_folder() / split).glob('*/*.png'))
+    files += files[: -len(files) % size]
+    images = torch.stack([transform(Image.open(file).convert('RGB')) for file in files])
+    return list(images.split(size))
+
+
+def accuracy(call: Call, batches: List[Tensor]) -> float:
+    """Top-1 in percent on the batches of the validation split."""
+    labels = [int(path.parent.name) for path in sorted((digits_folder() / 'validation').glob('*/*.png'))]
+    found = np.concatenate([np.asarray(call(batch)).argmax(1) for batch in batches])
+    return round(100 * float(np.mean(found[: len(labels)] == labels)), 2)
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> Dict[str, Any]:
+    model = timm.create_model(f'local-dir:{WEIGHTS}', pretrained=True).eval()
+    plain = timm.create_model('test_resnet', num_classes=10).eval()
+    images = read_batches(model, 'validation', args.batch_size)
+    calibration = read_batches(model, 'train', args.batch_size)[::10]
+    results: Dict[str, Any] = {'batch_size': args.batch_size}
+    for name in args.runtime:
+        with torch.inference_mode(False), torch.no_grad():
+            calls = [RUNTIMES[name](copy.deepcopy(network), calibration) for network in (model, plain)]
+        top1 = accuracy(calls[0], images)
+        pairs = time_rounds([lambda call=call: call(images[0]) for call in calls], args.rounds)
+        results[name] = {'top1': top1, 'seconds': pairs}
+        print(name, top1, flush=True)
+    return results
+
+
+def render(results: Dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            (RUNTIMES[name].__doc__ or '').strip(),
+            f'{row["top1"]:.2f}',
+            ratio_text([a / b for a, b in row['seconds']]),
+        ]
+        for name, row in results.items()
+        if name != 'batch_size'
+    ]
+    header = ['runtime', 'how', 'top-1 of the digits', 'time over the plain network: median (95% interval)']
+    return table(header, rows) + f'\n\nBatches of {results["batch_size"]} images of 128 x 128 pixels.'

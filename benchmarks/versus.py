@@ -1,0 +1,89 @@
+"""timm's train.py and ours side by side: the same flags, seeds in turn, on the embedded digits.
+
+timm's script, which its wheel has not, is given by its path. The top-1 is that of the last epoch; the difference is the
+mean over the seeds, with Student's 95 percent interval. Images a second are those of training and validation together,
+from the first epoch's row in summary.csv to the last one's.
+"""
+
+import argparse
+import hashlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+from scipy.stats import ttest_1samp
+
+from timm_depla.data import digits_folder
+
+from .pairs import ratio_text
+from .record import table
+
+OURS = Path(__file__).parent.parent / 'train.py'
+FLAGS = (
+    '--model test_resnet --num-classes 10 --img-size 64 --crop-pct 1 --batch-size 64 --workers 1 --device cpu --lr 0.1 '
+    '--warmup-epochs 1 --sched-on-updates --weight-decay 1e-4 --hflip 0 --color-jitter 0 --scale 0.8 1'
+)
+IMAGES = 1797  # of both splits
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('script', help="timm's train.py")
+    parser.add_argument('--epochs', type=int, default=3)
+    parser.add_argument('--seed', nargs='+', type=int, default=[0, 1, 2, 3, 4], help='seeds')
+
+
+def _rows(summary: Path) -> List[str]:
+    return summary.read_text().splitlines()[1:] if summary.is_file() else []
+
+
+def _train(command: List[str], epochs: int) -> Tuple[float, float]:
+    """Top-1 after the last epoch, and images a second from the first epoch's row to the last one's."""
+    with tempfile.TemporaryDirectory() as output:
+        summary, ends = Path(output, 'run', 'summary.csv'), []
+        command = [sys.executable, *command, '--output', output, '--experiment', 'run', '--epochs', str(epochs)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while len(ends) < epochs and process.poll() is None:
+                ends += [time.perf_counter()] * (len(_rows(summary)) - len(ends))
+                time.sleep(0.01)
+        if process.returncode:
+            raise SystemExit(f'failed: {" ".join(command)}')
+        header = summary.read_text().splitlines()[0].split(',')
+        top1 = float(_rows(summary)[-1].split(',')[header.index('eval_top1')])
+    return round(top1, 3), round((epochs - 1) * IMAGES / (ends[-1] - ends[0]), 1)
+
+
+def run(args: argparse.Namespace) -> Dict[str, Any]:
+    digest = hashlib.sha256(Path(args.script).read_bytes()).hexdigest()
+    results: Dict[str, Any] = {'timm': [], 'ours': [], 'epochs': args.epochs, 'sha256': digest}
+    scripts = {'timm': [args.script], 'ours': [str(OURS), '--recipe', 'timm']}
+    for number, seed in enumerate(args.seed):
+        for name in list(scripts)[:: 1 if number % 2 else -1]:
+            flags = [*scripts[name], '--data-dir', str(digits_folder()), *FLAGS.split(), '--seed', str(seed)]
+            results[name].append(_train(flags, args.epochs))
+            print(name, seed, *results[name][-1], flush=True)
+    return results
+
+
+def render(results: Dict[str, Any]) -> str:
+    rows = []
+    for name in ('timm', 'ours'):
+        scores, rates = zip(*results[name], strict=True)
+        numbers = [f'{score:.2f}' for score in scores]
+        rows.append([f'{name}', *numbers, f'{statistics.mean(scores):.2f}', f'{statistics.median(rates):.0f}'])
+    pairs = list(zip(results['ours'], results['timm'], strict=True))
+    gains = [ours[0] - timm[0] for ours, timm in pairs]
+    low, high = ttest_1samp(gains, 0).confidence_interval(0.95)
+    seeds = [f'seed {number}' for number in range(len(pairs))]
+    gain, ratio = (
+        f'{statistics.mean(gains):+.2f} ({low:+.2f} to {high:+.2f})',
+        [ours[1] / timm[1] for ours, timm in pairs],
+    )
+    return (
+        table(['train.py', *seeds, 'mean', 'images a second'], rows)
+        + f'\n\nAfter {results["epochs"]} epochs, ours has {gain} points; it trains {ratio_text(ratio)} times as fast. '
+        f"The SHA-256 of timm's script is {results['sha256'][:12]}; both had `{FLAGS}`."
+    )

@@ -1,0 +1,6 @@
+"""`python -m timm_depla VERB`."""
+
+from .commands import main
+
+if __name__ == '__main__':
+    main()
