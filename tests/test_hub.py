@@ -29,7 +29,7 @@ from timm_depla.engine.detection.flags import create_detection_parser
 from timm_depla.engine.errors import ConfigError
 from timm_depla.files import SUMS, find_change, write_file
 from timm_depla.hub.card import create_card
-from timm_depla.hub.publish import FILES, publish
+from timm_depla.hub.publish import FILES, publish, without_folders
 
 WEIGHTS = sorted(path for path in (ROOT / 'hub' / 'weights').iterdir())
 SCRIPT = """

@@ -218,7 +218,7 @@ def render_summary(totals: Dict[str, Dict[str, Tensor]]) -> str:
         dead = (strengths < DEAD * strengths.max()).nonzero().flatten().tolist()
         ranges = [f'{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})' for v in (entropy, coverage)]
         for peaks in (values['map_peak'], values['heatmap_peak']):
-            schema.append(f'{peaks.median():.2f} ({(peaks >= PLACED).sum()} of {len(peaks)})')
+            ranges.append(f'{peaks.median():.2f} ({(peaks >= PLACED).sum()} of {len(peaks)})')
         lists = [', '.join(map(str, groups)) or 'none' for groups in (uniform, dead)]
         lines.append(f'| `{name}` | {" | ".join(ranges + lists)} |')
     return '\n'.join(lines) + '\n'
