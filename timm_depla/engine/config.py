@@ -3,7 +3,7 @@
 import argparse
 import difflib
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional, Sequence
+from typing import Any, Dict, Iterable, List, NoReturn, Optional, Sequence
 
 from timm.utils import ParseKwargs
 
@@ -11,7 +11,10 @@ from timm_depla.files import read_mapping
 
 from .errors import ConfigError
 
-__all__ = ['DataFolder', 'FlagParser', 'KeyValues', 'closest', 'list_recipes', 'parse_args', 'updated']
+__all__ = [
+    'VALIDATION', 'DataFolder', 'FlagParser', 'KeyValues', 'closest', 'find_name', 'list_recipes', 'parse_args',
+    'updated',
+]  # fmt: skip
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
 
@@ -20,6 +23,17 @@ def closest(name: str, names: Sequence[str]) -> str:
     """Return '; did you mean X?' for the valid name closest to a mistaken one, or an empty string."""
     matches = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean '{matches[0]}'?" if matches else ''
+
+
+VALIDATION = ('validation', 'val', 'valid', 'test')
+"""Names of a validation split."""
+
+
+def find_name(split: str, names: Iterable[str]) -> Optional[str]:
+    """The name of a split, in any case; a validation split may have any name of `VALIDATION`. None if there is none."""
+    known = {name.lower(): name for name in names}
+    wanted = (split, *VALIDATION) if split.lower() in VALIDATION else (split,)
+    return next((known[name.lower()] for name in wanted if name.lower() in known), None)
 
 
 ONCE = ('dry_run', 'no_resume_opt', 'resume', 'resume_with_changes')  # said of one start, not of the run

@@ -23,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 DATA = (
-    'dataset', 'data_dir', 'class_map', 'input_key', 'target_key', 'input_img_mode', 'in_chans',
+    'dataset', 'data_dir', 'class_map', 'input_key', 'target_key', 'input_img_mode', 'in_chans', 'val_fraction',
 )  # arguments that identify the data  # fmt: skip
 _SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # timm's prefixes of a model's name
 

@@ -22,13 +22,17 @@ from .errors import ConfigError, TrainingError, require
 
 __all__ = [
     'PLAIN', 'Metric', 'Report', 'UnreadableImages', 'check_loggers', 'check_results', 'choose', 'draw_curves',
-    'explain_worker', 'progress', 'write_results',
+    'explain_worker', 'max_unreadable', 'progress', 'write_results',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 
 PLAIN = 'plain_'  # before the names of the metrics of the weights without averaging
-_MAX_UNREADABLE = 0.01  # of the images
+
+
+def max_unreadable(num_images: int) -> int:
+    """How many of so many images may be unreadable: 1%, but at least one."""
+    return max(1, num_images // 100)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class UnreadableImages:
         """Log what was skipped since the last call.
 
         Raises:
-            TrainingError: If more than 1% of the split cannot be read.
+            TrainingError: If more of the split than `max_unreadable` cannot be read.
         """
         while self.names is not None:
             try:
@@ -123,11 +127,11 @@ class UnreadableImages:
             if file not in self.files:
                 self.files[file] = cause
                 _logger.warning('skipped an unreadable image, %d so far: %s: %s', len(self.files), file, cause)
-        if len(self.files) > _MAX_UNREADABLE * self.num_images:
+        if len(self.files) > max_unreadable(self.num_images):
             named = '; '.join(f'{file}: {cause}' for file, cause in list(self.files.items())[:5])
             raise TrainingError(
                 f"{len(self.files)} of the {self.num_images} images of the split '{self.split}' cannot be read, more "
-                f'than {_MAX_UNREADABLE:.0%}: {named}. Replace or remove them'
+                f'than 1%: {named}. Replace or remove them'
             )
 
 

@@ -120,7 +120,7 @@ def build_model(args: Namespace, dataset: CocoDetection, world: World, is_fresh:
         model = create_detector(
             args.model,
             num_classes=len(dataset.category_ids) + 1,
-            pretrained_backbone=is_pretrained and is_fresh,
+            pretrained_backbone=is_pretrained and is_fresh and not args.dry_run,
             trainable_backbone_layers=args.trainable_backbone_layers,
             backbone_norm=args.backbone_norm,
             **kwargs,

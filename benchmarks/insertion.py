@@ -1,0 +1,80 @@
+"""DEPLA inserted into each of timm's networks by `insert_depla`, with its default placement.
+
+Every architecture of `timm.list_models()` is created on the meta device, DEPLA is inserted, and an image of its own
+size passes through it: that tests shapes, not values, which `tests/test_insertion.py` compares. DEPLA has no default
+place where blocks work on tokens, where no block of the stage at 1/16 takes and gives one map of one shape, or where
+timm tells no such stage; `modules` may name blocks elsewhere.
+"""
+
+import argparse
+from collections import Counter, defaultdict
+from typing import Any, Dict
+
+import timm
+import torch
+
+import timm_depla
+
+from .record import table
+
+
+def add_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--models', default='*', metavar='PATTERN', help="of timm's names")
+
+
+def insert(name: str) -> Dict[str, str]:
+    """A network's family, and why DEPLA has no place in it, empty if it has.
+
+    Raises:
+        RuntimeError: If the network with DEPLA does not run, or gives another shape.
+    """
+    with torch.device('meta'), torch.no_grad():
+        model = timm.create_model(name).eval()
+        row = dict(family=type(model).__module__.rpartition('.')[2], reason='')
+        x = torch.zeros(1, *model.pretrained_cfg['input_size'])
+        try:
+            timm_depla.insert_depla(model)
+        except ValueError as error:
+            reason = str(error).partition(':')[0].partition(f'{type(model).__name__} ')[2]
+            return {**row, 'reason': reason}
+        shape = tuple(model(x).shape)
+        if shape != tuple(timm.create_model(name).eval()(x).shape):
+            raise RuntimeError(f"'{name}' with DEPLA gives {shape}")
+    return row
+
+
+def run(args: argparse.Namespace) -> Dict[str, Any]:
+    names = [name for name in timm.list_models(args.models) if name not in timm_depla.list_models()]
+    rows = {}
+    for name in names:
+        rows[name] = insert(name)
+        print(name, rows[name], flush=True)
+    families: Dict[str, Dict[str, Any]] = defaultdict(lambda: dict(yes=0, no={}))
+    for name, row in rows.items():
+        family = families[row['family']]
+        if row['reason']:
+            family['no'].setdefault(row['reason'], []).append(name)
+        else:
+            family['yes'] += 1
+    return dict(families)
+
+
+def render(results: Dict[str, Any]) -> str:
+    rows, whole, counts = [], [], Counter()
+    for name, family in sorted(results.items()):
+        yes, refused = family['yes'], {reason: len(names) for reason, names in family['no'].items()}
+        counts.update({'': yes, **refused})
+        if not refused:
+            whole.append(f'{name} {yes}')
+            continue
+        reasons = [
+            f'{reason}: {count}' + (f' ({", ".join(family["no"][reason])})' if yes and count < 5 else '')
+            for reason, count in refused.items()
+        ]
+        rows.append([name, f'{yes} of {yes + sum(refused.values())}', '; '.join(reasons)])
+    reasons = ', '.join(f'{count} {reason}' for reason, count in counts.most_common() if reason)
+    return (
+        f'{counts[""]:,} of {counts.total():,} networks take DEPLA. What the others do: {reasons}.\n\n'
+        f'Families (files of timm) of which every network takes it: {", ".join(whole)}.\n\n'
+        + table(['family', 'take DEPLA', 'what the blocks of the others do'], rows)
+    )
