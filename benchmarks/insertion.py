@@ -28,18 +28,18 @@ def insert(name: str) -> Dict[str, str]:
     Raises:
         RuntimeError: If the network with DEPLA does not run, or gives another shape.
     """
-    with torch.device('meta'), torch.no_grad():
+    with torch.device('meta'):
         model = timm.create_model(name).eval()
-        row = dict(family=type(model).__module__.rpartition('.')[2], reason='')
-        x = torch.zeros(1, *model.pretrained_cfg['input_size'])
-        try:
+    x = torch.zeros(1, *model.pretrained_cfg['input_size'], device='meta')
+    row = dict(family=type(model).__module__.rpartition('.')[2], reason='')
+    try:
+        with torch.no_grad():
+            shape = model(x).shape
             timm_depla.insert_depla(model)
-        except ValueError as error:
-            reason = str(error).partition(':')[0].partition(f'{type(model).__name__} ')[2]
-            return {**row, 'reason': reason}
-        shape = tuple(model(x).shape)
-        if shape != tuple(timm.create_model(name).eval()(x).shape):
-            raise RuntimeError(f"'{name}' with DEPLA gives {shape}")
+            if model(x).shape != shape:
+                raise RuntimeError(f"'{name}' with DEPLA gives another shape than {shape}")
+    except ValueError as error:
+        row['reason'] = str(error).partition(':')[0].partition(f'{type(model).__name__} ')[2]
     return row
 
 

@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from timm_depla.capture import BlockCapture, capture, capturing, find_blocks, measure, strength
 from timm_depla.detection import from_pretrained, is_detector
 from timm_depla.detection.predict import read_image
+from timm_depla.engine.classification.datasets import is_image
 from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.models import load_model
 from timm_depla.engine.world import run_command
@@ -31,7 +32,6 @@ UNIFORM = 0.99  # a group of higher entropy counts as uniform
 PLACED = 1.5  # times uniform: a group whose peak is at least this places
 DEAD = 0.01  # of the strongest group's strength: a weaker group counts as dead
 _MIN_SIDE = 8  # pixels
-_SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.webp'}
 
 
 def find_limit(*maps: Tensor) -> float:
@@ -248,7 +248,7 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(f"'{args.model}': {error}") from error
     if args.summary:
-        files = sorted(file for file in Path(args.image).rglob('*') if file.suffix.lower() in _SUFFIXES)
+        files = sorted(file for file in Path(args.image).rglob('*') if is_image(file))
         if not files:
             raise ConfigError(f"no images in '{args.image}'")
         print(f'{len(files)} images\n\n{render_summary(summarize(model, files))}', end='')

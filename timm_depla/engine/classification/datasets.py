@@ -27,7 +27,7 @@ from ..world import World
 
 __all__ = [
     'check_images', 'class_names', 'count_classes', 'count_streams', 'embedded_digits', 'file_names', 'find_data',
-    'image_mode', 'open_split', 'open_splits', 'split_name',
+    'image_mode', 'is_image', 'open_split', 'open_splits', 'split_name',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
