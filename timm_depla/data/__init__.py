@@ -1,4 +1,5 @@
 from .digits import digits_folder as digits_folder
+from .images import UNREADABLE as UNREADABLE
 from .images import CheckedImages as CheckedImages
 from .images import CheckedStream as CheckedStream
 from .images import UnreadableError as UnreadableError

@@ -12,9 +12,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from timm_depla.files import FORMATS, open_image
 
 __all__ = [
-    'CheckedImages', 'CheckedStream', 'UnreadableError', 'inspect_images', 'read_image', 'read_or_next', 'read_stream',
+    'UNREADABLE', 'CheckedImages', 'CheckedStream', 'UnreadableError', 'inspect_images', 'read_image', 'read_or_next',
+    'read_stream',
 ]  # fmt: skip
 
+UNREADABLE = 'cannot be read'
 _MAX_ATTEMPTS = 10  # unreadable images in a row
 
 
@@ -41,7 +43,7 @@ def inspect_images(files: Sequence[str], threads: int) -> List[Tuple[str, str, s
                     found.append((file, 'are turned by EXIF alone, which is not applied, as in timm', ''))
                 return found
         except Exception as error:  # a damaged file can make Pillow raise anything
-            return [(file, 'cannot be read', f': {str(error).replace(repr(file), "it") or repr(error)}')]
+            return [(file, UNREADABLE, f': {str(error).replace(repr(file), "it") or repr(error)}')]
 
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         return [finding for findings in pool.map(inspect, files) for finding in findings]

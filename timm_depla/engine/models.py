@@ -1,13 +1,18 @@
 """Models by name, or from runs and checkpoints."""
 
 import json
+import socket
 import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 import torch.nn as nn
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.models._hub import save_config_for_hf
 
 from timm_depla.detection import is_detector
@@ -53,13 +58,33 @@ def create_model(name: str, **kwargs) -> nn.Module:
     """
     if not name.startswith(_SOURCES) and not timm.is_model(name):
         raise ConfigError(f"no model '{name}'{closest(name, timm.list_models())}")
+    if kwargs.get('pretrained') and not name.startswith('local-dir:'):
+        look_offline()
     elsewhere = kwargs.keys() & {'host', 'pretrained_cfg_overlay'}  # that tell where the weights come from
     if kwargs.get('pretrained') and timm.is_model(name) and not elsewhere:
         check_pretrained(name)
     try:
         return timm.create_model(name, **kwargs)
     except (AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"cannot create model '{name}': {error}") from error
+        raise ConfigError(f"cannot create model '{name}': {_cause(error)}") from error
+
+
+def look_offline() -> None:
+    """Let the Hub's client look in its cache alone where it cannot connect: it would try for a minute."""
+    address = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
+def _cause(error: Exception) -> str:
+    """What an error of loading says."""
+    if not isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return str(error)
+    return f'{constants.ENDPOINT} cannot be reached, and its cache lacks the weights: connect, or give a file'
 
 
 def check_pretrained(name: str) -> None:
@@ -142,10 +167,12 @@ def load_weights(model: nn.Module, path: str, heads: Optional[Sequence[str]] = N
     for place in (folder, folder / 'best') if Path(path).is_dir() else (folder,):
         if change := find_change(place, ['model.safetensors']):
             raise ConfigError(f"'{path}' is damaged: {change}")
+    if not Path(path).exists():
+        look_offline()
     try:
         return str(load_trunk(model, path, heads))
     except Exception as error:  # a file that is no checkpoint can make the unpickler raise anything
-        raise ConfigError(f"cannot load '{path}': {error}") from error
+        raise ConfigError(f"cannot load '{path}': {_cause(error)}") from error
 
 
 def run_arguments(target: str) -> Dict[str, Any]:

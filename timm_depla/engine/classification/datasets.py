@@ -18,7 +18,7 @@ from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import is_img_extension
 from timm.utils.misc import natural_key
 
-from timm_depla.data import digits_folder, inspect_images
+from timm_depla.data import UNREADABLE, digits_folder, inspect_images
 
 from ..config import VALIDATION, find_name, updated
 from ..errors import ConfigError
@@ -330,6 +330,8 @@ def open_splits(args: Namespace) -> Tuple[Any, Any]:
         ConfigError: If one cannot be opened, both are the same folder, or their classes differ.
     """
     train_set, val_set = open_split(args, args.train_split, is_training=True), open_split(args, args.val_split)
+    if args.val_fraction and '.' in (args.train_split, args.val_split):
+        raise ConfigError("--val-fraction divides the folder: leave out --train-split and --val-split '.'")
     folders = has_folders(args) and not args.val_fraction
     if folders and find_split(args, args.train_split) == find_split(args, args.val_split):
         raise ConfigError(
@@ -366,10 +368,10 @@ def check_images(args: Namespace, world: World, *datasets: Any) -> None:
         by_kind = defaultdict(list)
         for file, kind, text in found:
             by_kind[kind].append(f'{os.path.relpath(file, dataset.reader.root)}{text}')
-        for kind, names in by_kind.items():
+        for kind, names in sorted(by_kind.items(), key=lambda item: item[0] == UNREADABLE):
             text = f"{len(names)} of the {len(samples)} images of the split '{split}' {kind}"
             listed = f'{text}:\n' + '\n'.join(f'  {name}' for name in sorted(names, key=natural_key))
-            if kind == 'cannot be read' and len(names) > max_unreadable(len(samples)):
+            if kind == UNREADABLE and len(names) > max_unreadable(len(samples)):
                 raise ConfigError(f'{listed}\nreplace or remove them')
             _logger.info('%s', listed)
 

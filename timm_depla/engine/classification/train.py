@@ -116,7 +116,7 @@ class ClassificationRun(Run):
     """The training of a classifier, with the data configuration in the model's `pretrained_cfg`."""
 
     metrics = (
-        Metric('loss', 'validation loss', 'loss', 3),
+        Metric('loss', 'val loss', 'loss', 3),
         Metric('top1', 'top-1', 'accuracy (%)', 2),
         Metric('top5', 'top-5', 'accuracy (%)'),
     )
