@@ -27,10 +27,10 @@ COMMANDS = (
 )
 PAGE = """# A first session
 
-A terminal, from a folder of photographs without splits to a sheet of predictions. {seconds:.0f} seconds on two CPU cores;
-`python docs/session.py` runs it and writes this page. `demo/images` has crops of six photographs of scikit-image and
-scikit-learn, a folder for each; take a folder of your own instead. The network is a tiny ResNet with DEPLA, from random
-weights.
+A terminal, from a folder of photographs without splits to a sheet of predictions: {seconds:.0f} seconds on two CPU
+cores. `python docs/session.py` runs it and writes this page. `demo/images` has crops of six photographs of scikit-image
+and scikit-learn, a folder for each; take a folder of your own instead. The network is a tiny ResNet with DEPLA, from
+random weights.
 
 ```console
 {transcript}

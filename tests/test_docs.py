@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -87,6 +88,20 @@ def test_python_runs(block, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for expected in re.findall(r'^print\(.*\)  # (.*)$', block, re.MULTILINE):
         assert expected in printed
+
+
+def test_session(tmp_path):
+    """The commands of the page do what it says, but for fewer epochs."""
+    pytest.importorskip('sklearn')
+    pytest.importorskip('skimage')
+    session = runpy.run_path(str(ROOT / 'docs/session.py'))
+    page = (ROOT / 'docs/session.md').read_text()
+    assert [line[2:] for line in page.splitlines() if line.startswith('$ ')] == list(session['COMMANDS'])
+    text = session['transcribe'](tmp_path, [command.replace('epochs 8', 'epochs 1') for command in session['COMMANDS']])
+    said = re.sub(r'[\d.]+', '', page)
+    for line in re.findall(r'^(?:train.py: error|data  |demo/images:|image,rank).*', text, re.MULTILINE):
+        assert re.sub(r'[\d.]+', '', line) in said
+    assert (tmp_path / 'sheet.jpg').is_file() and len((tmp_path / 'predictions.csv').read_text().splitlines()) == 31
 
 
 def test_fine_tuning_page(tmp_path, monkeypatch, capfd):

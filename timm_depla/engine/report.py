@@ -191,7 +191,8 @@ class Report:
                 notes += [f'plain {row[plain]:{shown}}'] if plain in row else []
                 notes += ['best' if best is row else f'best {best[best_column]:{shown}}'] if best else []
             text += f'  {metric.text(row)}' + (f' ({", ".join(notes)})' if notes else '')
-        _logger.info('%s  lr %.2g  %.0f s', text, row['lr'], time.perf_counter() - self.start_time)
+        seconds = time.perf_counter() - self.start_time
+        _logger.info('%s  lr %.2g  %.*f s', text, row['lr'], int(seconds < 100), seconds)
         horizon = round(1 / max(1 - self.args.model_ema_decay, 1e-9)) if run.ema is not None else 0
         if run.updates < horizon and not self.args.model_ema_warmup:
             message = 'the average of %d updates still holds the start: it spans about %d'
