@@ -206,9 +206,8 @@ def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
         metrics.update(top1=real.get_accuracy(k=1), top5=real.get_accuracy(k=5))
     top1, top5, loss, images = (metrics[key] for key in ('top1', 'top5', 'loss', 'count'))
     scores = f'top-1 {top1:.2f}  top-5 {top5:.2f}  loss {loss:.3f}'
-    data = (
-        f'{args.data_dir or args.dataset} {args.val_split if args.val_fraction else split_name(args, args.val_split)}'
-    )
+    split = args.val_split if args.val_fraction else split_name(args, args.val_split)
+    data = f'{args.data_dir or args.dataset} {split}'
     _logger.info('%s on %s, %d images: %s  %.0f images/s', target, data, images, scores, rate)
     return dict(
         model=target,
