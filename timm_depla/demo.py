@@ -105,7 +105,7 @@ def draw_group(image: Tensor, block: BlockCapture, group: int) -> Tuple[np.ndarr
         figure = Figure(figsize=(3.2, 4), dpi=100, layout='constrained')
         figure.get_layout_engine().set(h_pad=0.1)  # inches: the page cuts the edges
         canvas, place = FigureCanvasAgg(figure), figure.subplots()
-        drawn = show_map(place, image, values, limit, f'{name}: {values.min():.2g} to {values.max():.3g}')
+        drawn = show_map(place, image, values, limit, name)
         add_scale(figure, drawn, place, limit, location='bottom', aspect=30)
         canvas.draw()
         pictures.append(np.asarray(canvas.buffer_rgba())[..., :3])
@@ -116,7 +116,9 @@ def describe(block: BlockCapture, group: int) -> str:
     """A group's measures in words."""
     found = {key: value[0] for key, value in measure(block).items()}
     rank = int((found['strength'] > found['strength'][group]).sum()) + 1
-    coverage, looks, writes = (found[key][group] for key in ('coverage', 'map_peak', 'heatmap_peak'))
+    coverage, writes = (found[key][group] for key in ('coverage', 'heatmap_peak'))
+    maps = block.maps[0, group].mean(0)
+    looks = maps.max() * maps.numel()
     return (
         f'Group {group} is number {rank} of {len(found["strength"])} by how much it changes. It looks more at '
         f'{coverage:.0%} of the picture than at the rest, at one place {looks:.2g} times as much as on average. '
@@ -341,10 +343,7 @@ def create_app(models: Dict[str, str], images: Optional[str] = None) -> Any:
         with gr.Row():
             with gr.Column(min_width=280):
                 image, drawing = create_inputs(files)
-                prediction, without = (
-                    gr.Label(num_top_classes=3, label=label)
-                    for label in ('Prediction', 'Without what the groups write')
-                )
+                prediction = gr.Label(num_top_classes=3, label='Prediction')
             with gr.Column(min_width=280):
                 with gr.Row():
                     roi, heat = (
@@ -353,6 +352,7 @@ def create_app(models: Dict[str, str], images: Optional[str] = None) -> Any:
                     )
                 numbers = gr.Markdown(_ASK)
                 name, block, group, temperature = create_controls(models)
+                without = gr.Label(num_top_classes=3, label='Prediction without what the groups write back')
         inputs = [name, image, drawing, source, block, group, temperature]
         outputs = [prediction, without, roi, heat, numbers, group]
         first = [part for part in inputs if part is not group]
