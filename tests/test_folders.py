@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import fit, run, validate
+from huggingface_hub import constants
 from PIL import Image
 
 from timm_depla.engine.classification.datasets import open_splits
@@ -73,7 +74,9 @@ def test_a_divided_folder_from_training_to_predictions(photos, tmp_path):
     assert row['images'] == len(splits(photos)[1])
     epochs = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert row['top1'] == max(float(epoch['eval_top1']) for epoch in epochs)
-    assert fit('--recipe', tmp_path / 'run/args.yaml', '--resume', tmp_path / 'run') == 0
+    more = ['--resume', tmp_path / 'run', '--resume-with-changes', '--epochs', 4]  # of the finished run
+    assert fit('--recipe', tmp_path / 'run/args.yaml', *more) == 0
+    assert len((tmp_path / 'run/summary.csv').read_text().splitlines()) == 1 + 4
     files = [tmp_path / name for name in ('sheet.png', 'table.csv', 'table.json')]
     predict = ['-m', 'timm_depla.predict', tmp_path / 'run', photos / 'red']
     result = run(*predict, photos / 'blue/0.png', '--output', *files)
@@ -164,6 +167,15 @@ def test_classes_of_one_split_alone(photos, tmp_path):
     (tmp_path / 'map.txt').write_text('wolf\n')
     with pytest.raises(ConfigError, match=r"no classes with images in .* classes that are not in .*: 'blue', 'cat'"):
         splits(tmp_path / 'data', '--val-fraction', 0, '--class-map', tmp_path / 'map.txt')
+
+
+def test_weights_that_cannot_be_fetched_fail_at_once(photos, monkeypatch, caplog):
+    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')  # nobody answers there
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    for argv in (['--initial-checkpoint', 'resnet18.a1_in1k'], ['--model', 'resnet18.a1_in1k', '--pretrained']):
+        with pytest.raises(ConfigError, match=r'127.0.0.1:9 cannot be reached, and its cache lacks the weights'):
+            fit(photos, *SPLIT, *FAST, *argv)
+    assert 'Retrying' not in caplog.text
 
 
 def test_dry_run_tries_what_training_needs(photos, tmp_path, caplog, capsys):
