@@ -316,8 +316,9 @@ def test_unreadable_images(workers, trained, folder, recipe, tmp_path):
     (tmp_path / 'data' / 'val' / '000001.jpg').write_bytes(b'')
     with pytest.raises(TrainingError, match=r'loading data failed: .*val/000001.jpg: cannot identify image'):
         fit(*args, '--experiment', 'val')
-    (tmp_path / 'data' / 'train' / '000001.jpg').write_bytes(b'')
-    with pytest.raises(TrainingError, match=r"1 of the \d+ images of the split 'train' cannot be read, more than 1%"):
+    for name in ('000001.jpg', '000002.jpg'):
+        (tmp_path / 'data' / 'train' / name).write_bytes(b'')
+    with pytest.raises(TrainingError, match=r"2 of the \d+ images of the split 'train' cannot be read, more than 1%"):
         fit(*args, '--experiment', 'train')
     with pytest.raises(ConfigError, match=r'cannot read an image: .*val/000001.jpg: cannot identify image'):
         score(trained, '--data-dir', tmp_path / 'data', '--workers', workers)

@@ -99,9 +99,7 @@ def test_lite0_is_the_network_of_its_package():
     package = pytest.importorskip('efficientnet_lite_pytorch')
     page = runpy.run_path(str(ROOT / 'docs/photographs.py'))
     model, x = page['convert_lite0'](), torch.randn(2, 3, 224, 224)
-    other = package.EfficientNet.from_pretrained(
-        'efficientnet-lite0', weights_path=weights.get_model_file_path()
-    ).eval()
+    other = package.EfficientNet.from_pretrained('efficientnet-lite0', weights_path=file).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     with torch.no_grad():
         torch.testing.assert_close(model(x), other(x), atol=1e-5, rtol=0)

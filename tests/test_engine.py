@@ -124,7 +124,7 @@ def test_bad_data(error, images, tmp_path):
     )
     (images / 'test').rename(images / 'validation')
     (images / 'train' / 'dog').rename(images / 'train' / 'wolf')
-    assert 'differ in their classes, 'dog' in 'train' alone' in error('train.py', images, *model)
+    assert "differ in their classes, 'wolf' in 'train' alone; 'dog' in" in error('train.py', images, *model)
 
 
 def test_bad_model(error, images):
