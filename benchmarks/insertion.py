@@ -8,7 +8,7 @@ timm tells no such stage; `modules` may name blocks elsewhere.
 
 import argparse
 from collections import Counter, defaultdict
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import timm
 import torch
@@ -16,6 +16,8 @@ import torch
 import timm_depla
 
 from .record import table
+
+FEW = 5
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
@@ -49,26 +51,28 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     for name in names:
         rows[name] = insert(name)
         print(name, rows[name], flush=True)
-    families: Dict[str, Dict[str, Any]] = defaultdict(lambda: dict(yes=0, no={}))
+    families: Dict[str, List[Any]] = defaultdict(lambda: [0, defaultdict(list)])
     for name, row in rows.items():
         family = families[row['family']]
+        family[0] += not row['reason']
         if row['reason']:
-            family['no'].setdefault(row['reason'], []).append(name)
-        else:
-            family['yes'] += 1
-    return dict(families)
+            family[1][row['reason']].append(name)
+    return {  # how many take it, and by reason how many do not: their names where they are few
+        family: [yes, {reason: names if yes and len(names) < FEW else len(names) for reason, names in no.items()}]
+        for family, (yes, no) in families.items()
+    }
 
 
 def render(results: Dict[str, Any]) -> str:
     rows, whole, counts = [], [], Counter()
-    for name, family in sorted(results.items()):
-        yes, refused = family['yes'], {reason: len(names) for reason, names in family['no'].items()}
+    for name, (yes, no) in sorted(results.items()):
+        refused = {reason: len(found) if isinstance(found, list) else found for reason, found in no.items()}
         counts.update({'': yes, **refused})
         if not refused:
             whole.append(f'{name} {yes}')
             continue
         reasons = [
-            f'{reason}: {count}' + (f' ({", ".join(family["no"][reason])})' if yes and count < 5 else '')
+            f'{reason}: {count}' + (f' ({", ".join(no[reason])})' if isinstance(no[reason], list) else '')
             for reason, count in refused.items()
         ]
         rows.append([name, f'{yes} of {yes + sum(refused.values())}', '; '.join(reasons)])

@@ -115,7 +115,7 @@ def test_bad_data(error, images, tmp_path):
     fast = [images, *model, '--batch-size', 2, '--img-size', 32, '--output', tmp_path / 'out']
     assert 'would both read' in error('train.py', *fast, '--val-split', 'train')
     message = error('train.py', *fast, '--train-split', 'trian')
-    assert re.search(r"no folder or tar file 'trian' in '.*', which has .*train, validation", message)
+    assert re.search(r"no folder or tar file 'trian' in '.*', which has .*'train', 'validation'", message)
     (images / 'validation').rename(images / 'unseen')  # with train/ alone, all of it would be read as validation
     assert "no folder or tar file 'validation'" in error('train.py', *fast)
     (images / 'unseen').rename(images / 'test')
