@@ -11,8 +11,8 @@ from timm.utils import setup_default_logging
 from . import record
 
 NAMES = (
-    'attack', 'block', 'bound', 'cost', 'crash', 'deploy', 'feeding', 'finetune', 'grid', 'init', 'maps', 'neck',
-    'pipeline', 'scaling', 'speed', 'throughput', 'versus',
+    'attack', 'block', 'bound', 'cost', 'crash', 'deploy', 'feeding', 'finetune', 'grid', 'init', 'insertion', 'maps',
+    'neck', 'pipeline', 'scaling', 'speed', 'throughput', 'versus',
 )  # fmt: skip
 BENCHMARKS = {name: import_module(f'benchmarks.{name}') for name in NAMES}
 DOCS = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'

@@ -29,6 +29,7 @@ from timm_depla.engine.detection.flags import (
     create_detection_parser,
     create_detection_validate_parser,
 )
+from timm_depla.engine.detection.loaders import annotated_split
 from timm_depla.engine.detection.train import build, train
 from timm_depla.engine.detection.validate import validate
 from timm_depla.engine.errors import ConfigError, TrainingError
@@ -247,11 +248,26 @@ def test_predicts_and_draws(trained, folder, tmp_path):
     assert drawn.shape == pixels.shape
     assert not torch.equal(drawn, pixels)
     assert torch.equal(draw_detections(pixels, predict(model, pixels, 1.0), model.class_names), pixels)
-    run('-m', 'timm_depla.detection.predict', trained, image, '--output', tmp_path)
-    assert Image.open(tmp_path / '000000.detections.png').size == (320, 320)
-    result = run('-m', 'timm_depla.detection.predict', tmp_path, image, fails=True)
-    assert result.stderr.startswith('python -m timm_depla.detection.predict: error: ')
-    assert 'has no checkpoint' in result.stderr
+    outputs = [tmp_path / name for name in ('det.png', 'det.json', 'det.csv')]
+    run('-m', 'timm_depla.predict', trained, image, '--output', *outputs, '--threshold', 0.02)
+    assert Image.open(outputs[0]).size == (640, 640)  # twice as large, for the labels
+    ((name, rows),) = (row.values() for row in json.loads(outputs[1].read_text()))
+    assert name == str(image) and [row['score'] for row in rows] == pytest.approx(found['scores'].tolist(), abs=1e-4)
+    assert rows[0]['box'] == pytest.approx(found['boxes'][0].tolist(), abs=0.01)
+    assert len(outputs[2].read_text().splitlines()) == 1 + len(rows)
+    result = run('-m', 'timm_depla.predict', tmp_path, image, fails=True)
+    assert result.stderr.startswith('timm_depla.predict: error: ')
+
+
+@pytest.mark.parametrize('names', [('train2017', 'val2017'), ('Train', 'VALID'), ('train', 'val')])
+def test_names_of_splits(names, tmp_path):
+    """A recipe's train2017 and val2017, the flags' train and val, and what the folder has need not be the same."""
+    (tmp_path / 'annotations').mkdir()
+    for name in (*names, 'test-dev'):
+        (tmp_path / 'annotations' / f'instances_{name}.json').touch()
+    args = parse_args(create_detection_parser(), [str(tmp_path)])
+    for splits in (('train', 'val'), ('train2017', 'val2017'), names):
+        assert tuple(annotated_split(args, split) for split in splits) == names
 
 
 @pytest.mark.parametrize(
@@ -260,7 +276,7 @@ def test_predicts_and_draws(trained, folder, tmp_path):
         (['--model', 'maskrcnn_resnet50'], "no detector 'maskrcnn_resnet50': give fasterrcnn or maskrcnn"),
         (['--model-kwargs', 'min_sise=3'], r"cannot create detector .* unknown argument \['min_sise'\]"),
         (['--batch-size', '13'], r'a batch of 13 is larger than the training set of \d+ images: lower --batch-size'),
-        (['--val-split', 'val2017'], r'no annotation file .*instances_val2017.json.* there are the splits train, val'),
+        (['--val-split', 'dev'], r'no annotation file .*instances_dev.json.* there are the splits train, val'),
         (['--gp', 'max'], "'--gp' of timm is not here: it is for classifiers"),
         (['--recipe', 'better'], "no recipe 'better'.*coco_1x, coco_fishnet, scenes"),
     ],
@@ -301,8 +317,9 @@ def test_unreadable_images(workers, trained, folder, recipe, tmp_path):
     (tmp_path / 'data' / 'val' / '000001.jpg').write_bytes(b'')
     with pytest.raises(TrainingError, match=r'loading data failed: .*val/000001.jpg: cannot identify image'):
         fit(*args, '--experiment', 'val')
-    (tmp_path / 'data' / 'train' / '000001.jpg').write_bytes(b'')
-    with pytest.raises(TrainingError, match=r"1 of the \d+ images of the split 'train' cannot be read, more than 1%"):
+    for name in ('000001.jpg', '000002.jpg'):
+        (tmp_path / 'data' / 'train' / name).write_bytes(b'')
+    with pytest.raises(TrainingError, match=r"2 of the \d+ images of the split 'train' cannot be read, more than 1%"):
         fit(*args, '--experiment', 'train')
     with pytest.raises(ConfigError, match=r'cannot read an image: .*val/000001.jpg: cannot identify image'):
         score(trained, '--data-dir', tmp_path / 'data', '--workers', workers)

@@ -59,10 +59,14 @@ def test_modules_by_name():
 @pytest.mark.parametrize(
     'host,depla,error,message',
     [
-        ('densenet121', {}, ValueError, r'denseblock3\.denselayer1, .* take or give something else than one map'),
-        ('test_vit', {}, ValueError, r'of VisionTransformer take or give something else than one map of one shape'),
+        ('densenet121', {}, ValueError, r'^features.denseblock3.denselayer1 and 23 more of DenseNet takes or'),
+        ('test_vit', {}, ValueError, '^VisionTransformer works on tokens, not on maps: DEPLA has no place in it$'),
+        ('vit_tiny_patch16_224', {}, ValueError, '^VisionTransformer works on tokens, not on maps'),
+        ('vgg11', {}, ValueError, r'^features\.\d+ of VGG has no blocks: name other blocks'),
+        ('twins_pcpvt_small', {}, ValueError, '^Twins tells no stage at 1/16: name blocks'),
+        ('test_resnet', {}, ValueError, '^layer3.0 of ResNet changes the shape of its map: name other blocks'),
         ('test_resnet', dict(modules=['layer3.7']), ValueError, r"no module \['layer3.7'\] in ResNet"),
-        ('test_resnet', dict(modules=['layer3']), ValueError, 'layer3 of ResNet take or give something else'),
+        ('test_resnet', dict(modules=['layer3']), ValueError, '^layer3 of ResNet changes the shape of its map'),
         ('test_resnet', dict(positions=[1]), TypeError, r"unknown depla argument \['positions'\]"),
         ('test_resnet', dict(modules=['layer4'], keep_candidate=False), ValueError, 'leave out keep_candidate=False'),
     ],
@@ -77,7 +81,7 @@ def test_what_cannot_be_served_says_why(host, depla, error, message):
 
 def test_insertion_twice():
     model = timm_depla.insert_depla(create('test_convnext'))
-    with pytest.raises(ValueError, match='take or give something else'):
+    with pytest.raises(ValueError, match=r'^stages.* of ConvNeXt has DEPLA'):
         timm_depla.insert_depla(model, dict(modules=inserted(model)))
 
 

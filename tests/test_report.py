@@ -8,7 +8,7 @@ from helpers import fit, validate
 from PIL import Image
 
 from timm_depla.engine.errors import ConfigError, TrainingError
-from timm_depla.engine.report import UnreadableImages
+from timm_depla.engine.report import UnreadableImages, draw_curves
 
 FAST = ['--recipe', 'digits', '--epochs', '2', '--img-size', '32', '--workers', '0', '--experiment', 'run']
 
@@ -84,9 +84,26 @@ def test_average_and_plain_weights_are_both_told(decay, kept, tmp_path, caplog):
     assert (max(values, key=values.get) == 'plain_eval_top1') == (kept == 'plain')
     (row,) = validate(folder / 'last')
     assert row['top1'] == pytest.approx(max(values.values()), abs=1e-4)
-    assert 'top-1 without average' in caplog.text
+    lines = [line for line in caplog.messages if line.startswith('epoch ')]
+    assert all(f'(plain {float(row["eval_plain_top1"]):.2f}, ' in line for row, line in zip(rows, lines, strict=True))
+    assert all(len(line) <= 90 for line in lines)  # 100 with three digits in each number
     assert ('still holds the start: it spans about 10000' in caplog.text) == (kept == 'plain')
     assert (f'best top-1 without average {row["top1"]:.2f} at epoch 1' in caplog.text) == (kept == 'plain')
+
+
+def test_curves_show_a_short_run_whole(monkeypatch):
+    """The first epoch of a long run may be cut off, where it would flatten the rest."""
+    axes = pytest.importorskip('matplotlib.axes')
+    set_ylim, cuts = axes.Axes.set_ylim, []
+
+    def record(self, *limits, **options):
+        cuts.extend([] if options else [limits])  # matplotlib itself gives options
+        return set_ylim(self, *limits, **options)
+
+    monkeypatch.setattr(axes.Axes, 'set_ylim', record)
+    for epochs in (3, 9):
+        draw_curves([dict(epoch=i, train_loss=9.0 if i == 0 else 0.5, lr=0.1) for i in range(epochs)], [])
+        assert bool(cuts) == (epochs == 9)
 
 
 def test_summary_has_the_rate_that_was_used(tmp_path):

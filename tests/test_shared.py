@@ -282,7 +282,7 @@ def test_control_characters_are_shown(tmp_path):
 
 def test_batch_of_one_position(tmp_path):
     argv = ['--recipe', 'digits', '--img-size', 32, '--batch-size', 1, '--workers', 0, '--output', tmp_path]
-    with pytest.raises(TrainingError, match='cannot train on batches of 1: a norm sees one value per channel'):
+    with pytest.raises(TrainingError, match='a norm sees one value per channel in a batch: raise --batch-size'):
         fit(*argv)
 
 

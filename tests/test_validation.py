@@ -83,7 +83,7 @@ def test_timm_form_validates_the_data_that_it_names(digits_run, tmp_path):
 
 @pytest.mark.parametrize('split', ['tset', 'train2'])
 def test_split_that_is_not_there(split, digits_run):
-    with pytest.raises(ConfigError, match=rf"no folder or tar file '{split}' in .*, which has train, validation: name"):
+    with pytest.raises(ConfigError, match=rf"no folder or tar file '{split}' in .*, which has 'train', 'valid"):
         validate(digits_run, '--split', split)
 
 

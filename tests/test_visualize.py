@@ -157,7 +157,7 @@ def test_maps_are_on_one_scale(digit):
         block.heatmaps[..., 0, 0] = peak / count
         figure = draw_block(torch.rand(3, 96, 96), block)
         figure.canvas.draw()
-        places = [place for place in figure.axes if 'group' in place.get_title() or 'put back' in place.get_title()]
+        places = [place for place in figure.axes if ' here' in place.get_title()]
         uniform = ['nearly uniform' in place.get_title() for place in places]
         assert uniform == [True] * 5 + [peak < 1.1] * 5
         assert len({place.images[1].norm.vmax for place in places}) == 1

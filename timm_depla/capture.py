@@ -11,7 +11,7 @@ from torch import Tensor
 
 from timm_depla.layers import Depla
 
-__all__ = ['BlockCapture', 'capture', 'capturing', 'find_blocks', 'measure', 'strength']
+__all__ = ['BlockCapture', 'capture', 'capturing', 'find_blocks', 'measure', 'strength', 'without_refinement']
 
 
 @dataclass
@@ -93,6 +93,22 @@ def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
             handles += [part.register_forward_hook(keep(name, key)) for key, part in parts.items()]
             handles.append(block.register_forward_hook(end(name)))
         yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def without_refinement(model: nn.Module) -> Iterator[None]:
+    """Context manager in which DEPLA adds nothing: its blocks return X, or what `keep_candidate` keeps.
+
+    Raises:
+        ValueError: If the model has no DEPLA block, or is compiled or scripted.
+    """
+    norms = [block.norm for block in find_blocks(model).values()]
+    handles = [norm.register_forward_hook(lambda _, __, output: torch.zeros_like(output)) for norm in norms]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -18,7 +18,7 @@ VERBS = {
     'validate': ('timm_depla.engine.classification.validate', 'validate runs, checkpoints and models'),
     'train-detection': ('timm_depla.engine.detection.train', 'train a detector'),
     'validate-detection': ('timm_depla.engine.detection.validate', 'average precision of a detector'),
-    'predict': ('timm_depla.detection.predict', 'draw what a detector finds in images'),
+    'predict': ('timm_depla.predict', 'classify images, or detect objects in them'),
     'visualize': ('timm_depla.visualize', 'draw what the DEPLA blocks see in an image'),
     'demo': ('timm_depla.demo', 'a page that shows it'),
     'publish': ('timm_depla.hub.publish', 'write the repository folder of a run, and push it to the Hub'),

@@ -5,6 +5,7 @@ temperature. Without --model, it offers the digit classifiers of `hub/weights`.
 """
 
 import argparse
+import math
 import threading
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,11 +20,13 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla import schema
-from timm_depla.capture import BlockCapture, capturing, find_blocks, measure, strength
+from timm_depla.capture import BlockCapture, capturing, find_blocks, measure, strength, without_refinement
 from timm_depla.data import digits_folder
+from timm_depla.engine.classification.datasets import is_image
 from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.world import run_command
 from timm_depla.files import open_image
+from timm_depla.predict import label_names
 from timm_depla.visualize import add_scale, find_limit, load_any, prepare, show_map
 
 __all__ = ['create_app', 'launch', 'look']
@@ -36,8 +39,8 @@ _FONTS = ['system-ui', 'sans-serif']  # of the visitor's machine: nothing is dow
 _ASK = 'Upload, pick or draw an image.'
 _HEADING = """# What DEPLA sees
 
-A group detects regions in the identity X, pools the candidate Y over them, and puts what it found back where its
-heatmap says."""
+A group looks at some places of the picture (red), sums up what it finds there, and writes that back to other places.
+White is an even spread."""
 # The sketch pad starts without a tool, and is there only some time after its tab is opened.
 _PICK_BRUSH = """() => {
     const pick = () => {
@@ -65,7 +68,7 @@ def temperature_set(model: nn.Module, temperature: float) -> Iterator[None]:
 
 def look(
     model: nn.Module, pixels: Tensor, temperature: float
-) -> Tuple[Dict[str, float], Tensor, Dict[str, BlockCapture]]:
+) -> Tuple[Dict[str, float], Dict[str, float], Tensor, Dict[str, BlockCapture]]:
     """Classify an image and capture the DEPLA blocks at a temperature.
 
     Args:
@@ -74,16 +77,20 @@ def look(
         temperature: T of all blocks.
 
     Returns:
-        Probabilities by class name, the image as the model saw it, (3, H, W) from 0 to 1, and the blocks.
+        Probabilities by class name with DEPLA and without what it adds, the image as the model saw it, (3, H, W) from 0
+        to 1, and the blocks.
 
     Raises:
         ConfigError: If the image is too small.
     """
     image, x = prepare(model, pixels)
-    with _LOCK, temperature_set(model, temperature), capturing(model) as blocks, torch.no_grad():
-        probabilities = model(x)[0].softmax(0).tolist()
-    names = model.pretrained_cfg.get('label_names') or range(len(probabilities))
-    return {str(name): p for name, p in zip(names, probabilities, strict=True)}, image, blocks
+    with _LOCK, temperature_set(model, temperature), torch.no_grad():
+        with capturing(model) as blocks:
+            whole = model(x)[0].softmax(0).tolist()
+        with without_refinement(model):
+            without = model(x)[0].softmax(0).tolist()
+    names = label_names(model)
+    return *(dict(zip(names, values, strict=True)) for values in (whole, without)), image, blocks
 
 
 def draw_group(image: Tensor, block: BlockCapture, group: int) -> Tuple[np.ndarray, np.ndarray]:
@@ -94,11 +101,11 @@ def draw_group(image: Tensor, block: BlockCapture, group: int) -> Tuple[np.ndarr
     count = block.maps[0, 0, 0].numel()
     maps = block.maps[0, group].mean(0) * count, block.heatmaps[0, group] * count
     limit, pictures = find_limit(*maps), []
-    for name, values in zip(('Detected in X', 'Put back'), maps, strict=True):
+    for name, values in zip(('Looks here', 'Writes back here'), maps, strict=True):
         figure = Figure(figsize=(3.2, 4), dpi=100, layout='constrained')
         figure.get_layout_engine().set(h_pad=0.1)  # inches: the page cuts the edges
         canvas, place = FigureCanvasAgg(figure), figure.subplots()
-        drawn = show_map(place, image, values, limit, f'{name}: {values.min():.2g} to {values.max():.3g}')
+        drawn = show_map(place, image, values, limit, name)
         add_scale(figure, drawn, place, limit, location='bottom', aspect=30)
         canvas.draw()
         pictures.append(np.asarray(canvas.buffer_rgba())[..., :3])
@@ -106,13 +113,16 @@ def draw_group(image: Tensor, block: BlockCapture, group: int) -> Tuple[np.ndarr
 
 
 def describe(block: BlockCapture, group: int) -> str:
-    """Text with the measures of a group."""
+    """A group's measures in words."""
     found = {key: value[0] for key, value in measure(block).items()}
     rank = int((found['strength'] > found['strength'][group]).sum()) + 1
-    entropy, coverage, strength = (found[key][group] for key in ('entropy', 'coverage', 'strength'))
+    coverage, writes = (found[key][group] for key in ('coverage', 'heatmap_peak'))
+    maps = block.maps[0, group].mean(0)
+    looks = maps.max() * maps.numel()
     return (
-        f'Group {group}: entropy {entropy:.4f} of 1, coverage {coverage:.0%} of the positions, '
-        f'strength {strength:.3g}, number {rank} of {len(found["strength"])} in strength.'
+        f'Group {group} is number {rank} of {len(found["strength"])} by how much it changes. It looks more at '
+        f'{coverage:.0%} of the picture than at the rest, at one place {looks:.2g} times as much as on average. '
+        f'It writes back to one place {writes:.2g} times as much as on average.'
     )
 
 
@@ -152,8 +162,17 @@ def open_model(target: str) -> nn.Module:
     return model
 
 
-def examples() -> List[str]:
-    """Files of digits, one of each class; empty if the digits cannot be written."""
+def examples(images: Optional[str] = None) -> List[str]:
+    """The images of a folder, twenty at most; by default digits, one of each class, if they can be written.
+
+    Raises:
+        ConfigError: If the folder has none.
+    """
+    if images:
+        files = sorted(str(file) for file in Path(images).rglob('*') if is_image(file))
+        if not files:
+            raise ConfigError(f"no images in '{images}'")
+        return files[:: math.ceil(len(files) / 20)]
     try:
         folder = digits_folder() / 'validation'
     except (ModuleNotFoundError, OSError, RuntimeError):
@@ -219,8 +238,8 @@ def answer(
     group: Optional[float],
     temperature: float,
     shown: Sequence[str] = (),
-) -> Tuple[Any, Any, Any, str, int]:
-    """Prediction, ROI map, heatmap, measures and group for the values of the page's controls.
+) -> Tuple[Any, Any, Any, Any, str, int]:
+    """Prediction with and without DEPLA, ROI map, heatmap, measures and group for the values of the page's controls.
 
     Args:
         target: What `open_model` takes.
@@ -237,11 +256,11 @@ def answer(
     """
     pixels = pixels_of(drawing) if source == 'drawing' else read_upload(image, shown) if image is not None else None
     if pixels is None:
-        return None, None, None, _ASK, int(group or 0)
-    found, pixels, blocks = look(open_model(target), pixels, temperature)
+        return None, None, None, None, _ASK, int(group or 0)
+    found, without, pixels, blocks = look(open_model(target), pixels, temperature)
     part = blocks.get(block, list(blocks.values())[-1])
     group = int(strength(part)[0].argmax() if group is None else group)
-    return found, *draw_group(pixels, part, group), describe(part, group), group
+    return found, without, *draw_group(pixels, part, group), describe(part, group), group
 
 
 def create_inputs(files: List[str]) -> Tuple[Any, Any]:
@@ -249,14 +268,14 @@ def create_inputs(files: List[str]) -> Tuple[Any, Any]:
     import gradio as gr
 
     with gr.Tab('Image'):
-        first = files[4] if files else None
+        first = files[len(files) // 2 - 1] if files else None
         image = gr.Image(
             first, type='filepath', sources=['upload', 'clipboard'], label='Image', height=240, elem_id='picture'
         )
         # gr.Image would open the file and raise its own errors: take the path, and open it in `read_upload`
         image.preprocess = lambda payload: None if payload is None else payload.path
         if files:
-            gr.Examples(files, image, label='Digits that it was not trained on')
+            gr.Examples(files, image, label='Examples')
     with gr.Tab('Draw') as tab:
         brush = gr.Brush(default_size=16, colors=['#000000'], color_mode='fixed')
         drawing = gr.Sketchpad(
@@ -286,15 +305,19 @@ def create_controls(models: Dict[str, str]) -> Tuple[Any, Any, Any, Any]:
     return name, block, group, temperature
 
 
-def create_app(models: Dict[str, str]) -> Any:
+def create_app(models: Dict[str, str], images: Optional[str] = None) -> Any:
     """The page, a `gradio.Blocks`.
 
     Args:
         models: What `open_model` takes, by the name to show.
+        images: A folder of examples; digits by default.
+
+    Raises:
+        ConfigError: If the folder has no images.
     """
     import gradio as gr
 
-    files = examples()
+    files = examples(images)
 
     def choose(name: str) -> Tuple[Any, Any, Any]:
         blocks = find_blocks(open_model(models[name]))
@@ -305,7 +328,7 @@ def create_app(models: Dict[str, str]) -> Any:
             gr.update(value=block.rpn.temperature),
         )
 
-    def update(name: str, *controls: Any) -> Tuple[Any, Any, Any, str, int]:
+    def update(name: str, *controls: Any) -> Tuple[Any, ...]:
         try:
             return answer(models[name], *controls, shown=files)
         except ConfigError as error:
@@ -325,12 +348,13 @@ def create_app(models: Dict[str, str]) -> Any:
                 with gr.Row():
                     roi, heat = (
                         gr.Image(label=label, show_label=False, interactive=False, min_width=220, buttons=[])
-                        for label in ('Detected in X', 'Put back')
+                        for label in ('Looks here', 'Writes back here')
                     )
                 numbers = gr.Markdown(_ASK)
                 name, block, group, temperature = create_controls(models)
+                without = gr.Label(num_top_classes=3, label='Prediction without what the groups write back')
         inputs = [name, image, drawing, source, block, group, temperature]
-        outputs = [prediction, roi, heat, numbers, group]
+        outputs = [prediction, without, roi, heat, numbers, group]
         first = [part for part in inputs if part is not group]
         app.load(find_strongest, first, outputs)
         image.change(lambda: 'image', None, source).then(find_strongest, first, outputs)
@@ -345,9 +369,10 @@ def create_app(models: Dict[str, str]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', nargs='+', default=[], metavar='RUN|MODEL', help='classifiers to look into')
+    parser.add_argument('--images', metavar='FOLDER', help='examples to show (default: digits)')
     parser.add_argument('--port', type=schema.port, metavar='N', help='port on localhost (default: a free one)')
     args = parser.parse_args()
-    launch(args.model, args.port)
+    launch(args.model, args.port, args.images)
 
 
 def find_models(targets: List[str]) -> Dict[str, str]:
@@ -368,12 +393,13 @@ def find_models(targets: List[str]) -> Dict[str, str]:
     return models
 
 
-def launch(targets: List[str], port: Optional[int] = None) -> None:
+def launch(targets: List[str], port: Optional[int] = None, images: Optional[str] = None) -> None:
     """Serve the page until interrupted.
 
     Args:
         targets: Classifiers: runs, checkpoints, models with pretrained weights; the shipped ones if empty.
         port: On localhost; a free one if None.
+        images: A folder of examples; digits by default.
 
     Raises:
         ConfigError: If a package is not installed, or a classifier does not load.
@@ -387,7 +413,7 @@ def launch(targets: List[str], port: Optional[int] = None) -> None:
     theme = gr.themes.Default(font=_FONTS, font_mono=['monospace'])
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=['localhost', '127.0.0.1'])
     options = dict(theme=theme, css=_CSS, footer_links=[], max_file_size=MAX_BYTES)
-    create_app(find_models(targets)).launch(server_port=port, app_kwargs={'middleware': [hosts]}, **options)
+    create_app(find_models(targets), images).launch(server_port=port, app_kwargs={'middleware': [hosts]}, **options)
 
 
 if __name__ == '__main__':

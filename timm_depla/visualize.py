@@ -18,6 +18,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from timm_depla.capture import BlockCapture, capture, capturing, find_blocks, measure, strength
 from timm_depla.detection import from_pretrained, is_detector
 from timm_depla.detection.predict import read_image
+from timm_depla.engine.classification.datasets import is_image
 from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.models import load_model
 from timm_depla.engine.world import run_command
@@ -30,7 +31,6 @@ UNIFORM = 0.99  # a group of higher entropy counts as uniform
 PLACED = 1.5  # times uniform: a group whose peak is at least this places
 DEAD = 0.01  # of the strongest group's strength: a weaker group counts as dead
 _MIN_SIDE = 8  # pixels
-_SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.webp'}
 
 
 def find_limit(*maps: Tensor) -> float:
@@ -79,7 +79,7 @@ def add_scale(figure: Any, drawn: Any, places: Any, limit: float, **options: Any
     bar = figure.colorbar(drawn, ax=places, **options)
     bar.set_ticks(ticks, labels=labels)
     bar.minorticks_off()
-    bar.set_label('times uniform', fontsize=9)
+    bar.set_label('times an even spread', fontsize=9)
 
 
 def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: int = 5) -> Any:
@@ -110,21 +110,20 @@ def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: 
     axes[0, 0].imshow(image.permute(1, 2, 0).cpu().numpy())
     axes[0, 0].set_title('image', fontsize=9)
     change = block.output - match_size(block.identity, block.output, 'bilinear')
-    features = {'identity X': block.identity, 'candidate Y': block.candidate, 'output - X': change}
-    features['output'] = block.output
+    features = {'comes in: X': block.identity, 'is offered: Y': block.candidate, 'the block changes': change}
+    features['goes out'] = block.output
     for place, (name, x) in zip(axes[0, 1:], features.items(), strict=False):
         energy = x[0].square().mean(0).sqrt().float().cpu().numpy()
         bar = figure.colorbar(place.imshow(energy, cmap='viridis'), ax=place, location='bottom', shrink=0.8, aspect=15)
         bar.locator = MaxNLocator(3)
         bar.update_ticks()
-        place.set_title(f'{name}, RMS', fontsize=9)
+        place.set_title(name, fontsize=9)
     count = block.maps[0, 0, 0].numel()
     maps, heatmaps = block.maps[0, groups].mean(1) * count, block.heatmaps[0, groups] * count
     limit = find_limit(maps, heatmaps)
     for column, group in enumerate(groups.tolist()):
-        show_map(axes[1, column], image, maps[column], limit, f'group {group}: detected in X')
-        name = f'put back, strength {strengths[group]:.3g}'
-        drawn = show_map(axes[2, column], image, heatmaps[column], limit, name)
+        show_map(axes[1, column], image, maps[column], limit, f'group {group} looks here')
+        drawn = show_map(axes[2, column], image, heatmaps[column], limit, 'and writes back here')
     add_scale(figure, drawn, axes[1:], limit, location='bottom', shrink=0.5, aspect=50)
     return figure
 
@@ -246,7 +245,7 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(f"'{args.model}': {error}") from error
     if args.summary:
-        files = sorted(file for file in Path(args.image).rglob('*') if file.suffix.lower() in _SUFFIXES)
+        files = sorted(file for file in Path(args.image).rglob('*') if is_image(file))
         if not files:
             raise ConfigError(f"no images in '{args.image}'")
         print(f'{len(files)} images\n\n{render_summary(summarize(model, files))}', end='')

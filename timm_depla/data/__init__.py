@@ -1,7 +1,9 @@
 from .digits import digits_folder as digits_folder
+from .images import UNREADABLE as UNREADABLE
 from .images import CheckedImages as CheckedImages
 from .images import CheckedStream as CheckedStream
 from .images import UnreadableError as UnreadableError
+from .images import inspect_images as inspect_images
 from .images import read_image as read_image
 from .images import read_or_next as read_or_next
 from .positions import Draw as Draw

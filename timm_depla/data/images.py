@@ -1,17 +1,22 @@
 """timm's image data sets, with a report of unreadable images."""
 
 import logging
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, Tuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, List, Sequence, Tuple
 
 import torch.multiprocessing
-from PIL import Image
+from PIL import ExifTags, Image
 from timm.data import ImageDataset, IterableImageDataset
 from torch.utils.data import IterableDataset, get_worker_info
 
-from timm_depla.files import open_image
+from timm_depla.files import FORMATS, open_image
 
-__all__ = ['CheckedImages', 'CheckedStream', 'UnreadableError', 'read_image', 'read_or_next', 'read_stream']
+__all__ = [
+    'UNREADABLE', 'CheckedImages', 'CheckedStream', 'UnreadableError', 'inspect_images', 'read_image', 'read_or_next',
+    'read_stream',
+]  # fmt: skip
 
+UNREADABLE = 'cannot be read'
 _MAX_ATTEMPTS = 10  # unreadable images in a row
 
 
@@ -22,6 +27,26 @@ class UnreadableError(RuntimeError):
 def read_image(file: BinaryIO, mode: str) -> Image.Image:
     """Decode an image by Pillow, converted to the mode."""
     return open_image(file, mode)
+
+
+def inspect_images(files: Sequence[str], threads: int) -> List[Tuple[str, str, str]]:
+    """Read images in threads, and return (file, what is to be said of it, its cause) where there is something."""
+
+    def inspect(file: str) -> List[Tuple[str, str, str]]:
+        try:
+            open_image(file, 'RGB')
+            with Image.open(file, formats=FORMATS) as image:
+                found = []
+                if getattr(image, 'is_animated', False):
+                    found.append((file, 'have several frames, of which the first is read', ''))
+                if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                    found.append((file, 'are turned by EXIF alone, which is not applied, as in timm', ''))
+                return found
+        except Exception as error:  # a damaged file can make Pillow raise anything
+            return [(file, UNREADABLE, f': {str(error).replace(repr(file), "it") or repr(error)}')]
+
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        return [finding for findings in pool.map(inspect, files) for finding in findings]
 
 
 def read_or_next(

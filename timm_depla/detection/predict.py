@@ -1,23 +1,18 @@
-"""Detect objects in image files and draw them: `python -m timm_depla.detection.predict RUN IMAGE ...`."""
+"""Detect objects in images and draw them; the command is `timm_depla.predict`."""
 
-import argparse
 import colorsys
 import io
 import os
-import sys
-from pathlib import Path
 from typing import Dict, Sequence
 
 import torch
 from PIL import ImageFont, ImageOps
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
-from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype, to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from timm_depla.files import open_image
-
-from .pretrained import from_pretrained
 
 __all__ = ['draw_detections', 'predict', 'read_image']
 
@@ -84,28 +79,3 @@ def draw_detections(image: Tensor, detections: Dict[str, Tensor], class_names: S
         label_colors='black',
         fill_labels=True,
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog='python -m timm_depla.detection.predict', description=__doc__.split(':')[0])
-    parser.add_argument('source', metavar='RUN', help="a run's folder or a checkpoint's")
-    parser.add_argument('images', metavar='IMAGE', nargs='+', help='image files')
-    parser.add_argument('--output', metavar='DIR', default='.', help='where to write IMAGE.detections.png')
-    parser.add_argument('--threshold', type=float, metavar='X', default=0.5, help='lowest score to draw')
-    args = parser.parse_args()
-    try:
-        model = from_pretrained(args.source)
-        Path(args.output).mkdir(parents=True, exist_ok=True)
-        for path in map(Path, args.images):
-            image = read_image(path)
-            detections = predict(model, image, args.threshold)
-            target = Path(args.output, f'{path.stem}.detections.png')
-            to_pil_image(draw_detections(image, detections, model.class_names)).save(target)
-            names = [model.class_names[label - 1] for label in detections['labels'].tolist()]
-            print(f'{target}: {len(names)} found{": " if names else ""}{", ".join(names)}')
-    except (OSError, TypeError, ValueError) as error:
-        sys.exit(f'{parser.prog}: error: {error}')
-
-
-if __name__ == '__main__':
-    main()

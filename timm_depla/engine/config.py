@@ -4,7 +4,7 @@ import argparse
 import difflib
 import shlex
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional, Sequence, Set
+from typing import Any, Dict, Iterable, List, NoReturn, Optional, Sequence, Set
 
 from timm.utils import ParseKwargs
 
@@ -14,7 +14,10 @@ from timm_depla.schema import Kind, check_arguments
 from .errors import ConfigError
 from .timm_runs import translate
 
-__all__ = ['DataFolder', 'FlagParser', 'KeyValues', 'closest', 'list_recipes', 'parse_args', 'updated']
+__all__ = [
+    'VALIDATION', 'DataFolder', 'FlagParser', 'KeyValues', 'closest', 'find_name', 'list_recipes', 'parse_args',
+    'updated',
+]  # fmt: skip
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
 
@@ -25,14 +28,18 @@ def closest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean '{matches[0]}'?" if matches else ''
 
 
-ONCE = (
-    'dry_run',
-    'experiment',
-    'no_resume_opt',
-    'output',
-    'resume',
-    'resume_with_changes',
-)  # of one start, not of the run
+VALIDATION = ('validation', 'val', 'valid', 'test')
+"""Names of a validation split."""
+
+
+def find_name(split: str, names: Iterable[str]) -> Optional[str]:
+    """The name of a split, in any case; a validation split may have any name of `VALIDATION`. None if there is none."""
+    known = {name.lower(): name for name in names}
+    wanted = (split, *VALIDATION) if split.lower() in VALIDATION else (split,)
+    return next((known[name.lower()] for name in wanted if name.lower() in known), None)
+
+
+ONCE = ('dry_run', 'experiment', 'no_resume_opt', 'output', 'resume', 'resume_with_changes')  # of one start
 START = ('initial_checkpoint', 'pretrained', 'pretrained_backbone', 'pretrained_path')  # of a run without checkpoint
 SHARED = {
     'aa', 'amp', 'bce_loss', 'bce_sum', 'channels_last', 'class_map', 'data_dir', 'dataset', 'deterministic', 'device',

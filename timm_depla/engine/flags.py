@@ -19,7 +19,7 @@ __all__ = [
 OWN_FLAGS = {
     '--recipe', '--dry-run', '--checkpoint-minutes', '--deterministic', '--resume-with-changes', '--log-tensorboard',
     '--evaluator', '--pretrained-backbone', '--trainable-backbone-layers', '--backbone-norm', '--classes',
-    '--resize-backend', '--trunk-lr-scale', '--save-epochs', '--stop-epoch',
+    '--resize-backend', '--trunk-lr-scale', '--save-epochs', '--stop-epoch', '--val-fraction',
 }  # fmt: skip
 """Flags that timm's scripts do not have."""
 

@@ -1,13 +1,18 @@
 """Models by name, or from runs and checkpoints."""
 
 import json
+import socket
 import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 import torch.nn as nn
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.models._hub import save_config_for_hf
 
 from timm_depla.detection import is_detector
@@ -24,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 DATA = (
-    'dataset', 'data_dir', 'class_map', 'input_key', 'target_key', 'input_img_mode', 'in_chans',
+    'dataset', 'data_dir', 'class_map', 'input_key', 'target_key', 'input_img_mode', 'in_chans', 'val_fraction',
 )  # arguments that identify the data  # fmt: skip
 _SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # timm's prefixes of a model's name
 
@@ -54,6 +59,8 @@ def create_model(name: str, **kwargs) -> nn.Module:
     """
     if not name.startswith(_SOURCES) and not timm.is_model(name):
         raise ConfigError(f"no model '{name}'{closest(name, timm.list_models())}")
+    if kwargs.get('pretrained') and not name.startswith('local-dir:'):
+        look_offline()
     elsewhere = kwargs.keys() & {'host', 'pretrained_cfg_overlay'}  # that tell where the weights come from
     if kwargs.get('pretrained') and timm.is_model(name) and not elsewhere:
         check_pretrained(name)
@@ -61,9 +68,25 @@ def create_model(name: str, **kwargs) -> nn.Module:
         return timm.create_model(name, **kwargs)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError, TypeError,
             ValueError) as error:  # fmt: skip
-        raise ConfigError(
-            f"cannot create model '{name}': {' '.join(str(error or type(error).__name__).split())}"
-        ) from error
+        raise ConfigError(f"cannot create model '{name}': {_cause(error)}") from error
+
+
+def look_offline() -> None:
+    """Let the Hub's client look in its cache alone where it cannot connect: it would try for a minute."""
+    address = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or getproxies():
+        return
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
+def _cause(error: Exception) -> str:
+    """What an error of loading says."""
+    if not isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return ' '.join(str(error).split()) or type(error).__name__
+    return f'{constants.ENDPOINT} cannot be reached, and its cache lacks the weights: connect, or give a file'
 
 
 def check_pretrained(name: str) -> None:
@@ -161,10 +184,12 @@ def load_weights(model: nn.Module, path: str, heads: Optional[Sequence[str]] = N
     for place in (folder, folder / 'best') if Path(path).is_dir() else (folder,):
         if change := find_change(place, ['model.safetensors']):
             raise ConfigError(f"'{path}' is damaged: {change}")
+    if not Path(path).exists():
+        look_offline()
     try:
         return str(load_trunk(model, path, heads))
     except Exception as error:  # a file that is no checkpoint can make the unpickler raise anything
-        raise ConfigError(f"cannot load '{path}': {error}") from error
+        raise ConfigError(f"cannot load '{path}': {_cause(error)}") from error
 
 
 def run_arguments(target: str) -> Dict[str, Any]:

@@ -12,10 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_depla.files import escape
 
-from .config import parse_args
+from .config import parse_args, updated
 from .errors import ConfigError
+from .setup import learning_rate
 
 __all__ = ['count_cost', 'count_macs', 'describe', 'learning_rates']
+
+
+RATE = ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'opt')
 
 
 def count_cost(model: nn.Module, size: Sequence[int]) -> Dict[str, int]:
@@ -77,19 +81,25 @@ def describe(run: Any) -> str:
     batch, accumulate = args.batch_size * run.world.size, args.grad_accum_steps
     points = sorted({0, args.warmup_epochs / 2, args.warmup_epochs, *(num_epochs * i / 4 for i in range(1, 5))})
     rates = learning_rates(args, run.updates_per_epoch, points)
+    recipe = _recipe_of(run)
+    ratio = (
+        args.lr / learning_rate(updated(args, **{key: recipe.get(key) for key in RATE}), run.world.size)
+        if recipe
+        else 1
+    )
     lines = {
         **run.subject(),
         'batch': f'{run.world.size} process{"es" if run.world.size > 1 else ""} x {args.batch_size} images'
         + (f' x {accumulate} steps accumulated' if accumulate > 1 else '')
         + f' = {batch * accumulate:,} images an update',
         'steps': f'{num_epochs} epochs x {steps:,} steps = {num_epochs * steps:,} steps',
-        'rate': ', '.join(f'{rate:.4g} at epoch {point:g}' for point, rate in zip(points, rates, strict=True)),
+        'rate': ', '.join(f'{rate:.4g} at epoch {point:g}' for point, rate in zip(points, rates, strict=True))
+        + ('' if 0.99 < ratio < 1.01 else f' ({ratio:,.4g} times the {"recipe" if args.recipe else "default"})'),
         'device': f'{run.world.device}, {torch.get_num_threads()} threads, '
         f'{args.amp_dtype if args.amp else "float32"}, optimizer {args.opt}',
         'folder': str(run.folder),
     }  # fmt: skip
     text = [f'{name:7} {escape(line)}' for name, line in lines.items()]
-    recipe = {} if args.dry_run else _recipe_of(run)
-    told = {key: value for key, value in sorted(vars(args).items()) if recipe.get(key) != value}
+    told = {key: value for key, value in sorted(vars(args).items()) if args.dry_run or recipe.get(key) != value}
     arguments = ' '.join(f'{key}={value!r}' for key, value in told.items() if value not in (None, ''))
     return '\n'.join([*text, *textwrap.wrap(arguments, 110, initial_indent='with    ', subsequent_indent=' ' * 8)])

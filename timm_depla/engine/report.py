@@ -22,13 +22,17 @@ from .errors import ConfigError, TrainingError, command_for, require
 
 __all__ = [
     'PLAIN', 'Metric', 'Report', 'UnreadableImages', 'check_loggers', 'check_results', 'choose', 'draw_curves',
-    'explain_worker', 'progress', 'write_results',
+    'explain_worker', 'max_unreadable', 'progress', 'write_results',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 
 PLAIN = 'plain_'  # before the names of the metrics of the weights without averaging
-_MAX_UNREADABLE = 0.01  # of the images
+
+
+def max_unreadable(num_images: int) -> int:
+    """How many of so many images may be unreadable: 1%, but at least one."""
+    return max(1, num_images // 100)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class UnreadableImages:
         """Log what was skipped since the last call.
 
         Raises:
-            TrainingError: If more than 1% of the split cannot be read.
+            TrainingError: If more of the split than `max_unreadable` cannot be read.
         """
         while self.names is not None:
             try:
@@ -123,11 +127,11 @@ class UnreadableImages:
             if file not in self.files:
                 self.files[file] = cause
                 _logger.warning('skipped an unreadable image, %d so far: %s: %s', len(self.files), file, cause)
-        if len(self.files) > _MAX_UNREADABLE * self.num_images:
+        if len(self.files) > max_unreadable(self.num_images):
             named = '; '.join(f'{file}: {cause}' for file, cause in list(self.files.items())[:5])
             raise TrainingError(
                 f"{len(self.files)} of the {self.num_images} images of the split '{self.split}' cannot be read, more "
-                f'than {_MAX_UNREADABLE:.0%}: {named}. Replace or remove them'
+                f'than 1%: {named}. Replace or remove them'
             )
 
 
@@ -177,16 +181,22 @@ class Report:
             return
         row, best = run.history[-1], (run.ranked(run.history) or [{}])[0]
         best_column = choose(best, self.args.eval_metric)[1] if best else None
-        text = f'epoch {row["epoch"]}/{self.num_epochs - 1}  train loss {row["train_loss"]:.3f}'
-        for metric in run.all_metrics:
-            if metric.column in row and metric.digits is not None:
-                text += f'  {metric.text(row)}'
-            if metric.column in row and metric.column == best_column:
-                text += f' (best {metric.text(best).split()[-1]})'
+        text = f'epoch {row["epoch"]}/{self.num_epochs - 1}  loss {row["train_loss"]:.3f}'
+        for metric in run.metrics:
+            if metric.column not in row or metric.digits is None:
+                continue
+            notes = []
+            if metric.name == self.args.eval_metric:
+                plain, shown = f'eval_{PLAIN}{metric.name}', f'.{metric.digits}f'
+                notes += [f'plain {row[plain]:{shown}}'] if plain in row else []
+                notes += ['best' if best is row else f'best {best[best_column]:{shown}}'] if best else []
+            text += f'  {metric.text(row)}' + (f' ({", ".join(notes)})' if notes else '')
+        seconds = time.perf_counter() - self.start_time
+        _logger.info('%s  lr %.2g  %.*f s', text, row['lr'], int(seconds < 100), seconds)
         horizon = round(1 / max(1 - self.args.model_ema_decay, 1e-9)) if run.ema is not None else 0
         if run.updates < horizon and not self.args.model_ema_warmup:
-            text += f'  (the average of {run.updates} updates still holds the start: it spans about {horizon})'
-        _logger.info('%s  lr %.3g  %.1f s', text, row['lr'], time.perf_counter() - self.start_time)
+            message = 'the average of %d updates still holds the start: it spans about %d'
+            _logger.info(message, run.updates, horizon)
         for log in self._loggers:
             log(row)
 
@@ -238,7 +248,8 @@ def draw_curves(history: List[Dict[str, Any]], metrics: Sequence[Metric]) -> byt
         axes.set(xlabel='epoch', title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        if title == 'loss' and shown and axes.get_ylim()[1] > 3 * max(shown):  # the first epoch would flatten the rest
+        # the first epoch of a longer run would flatten the rest
+        if title == 'loss' and shown and len(history) > 5 and axes.get_ylim()[1] > 3 * max(shown):
             axes.set_ylim(min(shown) - 0.1 * max(shown), 1.3 * max(shown))
         if title != 'learning rate':
             axes.legend(frameon=False)

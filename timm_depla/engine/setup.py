@@ -18,7 +18,7 @@ import yaml
 from filelock import FileLock, Timeout
 from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
-from timm.optim import create_optimizer_v2, optimizer_kwargs, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, NativeScaler, unwrap_model
 
@@ -26,7 +26,7 @@ from timm_depla.files import check_own, escape, open_to_append, read_mapping
 from timm_depla.layers import Depla
 
 from .checkpoint import LINKS, checkpoint_name, find_damage, newest_checkpoint, set_aside, write_file, writing
-from .config import updated
+from .config import closest, updated
 from .errors import ConfigError
 from .run import Run
 from .timm_runs import read_timm_run
@@ -41,6 +41,7 @@ _logger = logging.getLogger(__name__)
 
 DIVERGED = 'diverged.json'  # in a run folder, from a loss that is not finite until training resumes
 LOG = 'log.txt'
+SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'constant', 'plateau', 'poly', 'wsd', 'rsqrt')  # of timm
 LOCK_SECONDS = 20.0  # to wait for a run folder's lock, which the workers of a killed process hold a while longer
 
 
@@ -85,7 +86,11 @@ def create_optimizer(args: Namespace, trainable: nn.Module, num_updates: int) ->
         groups = partial(group_parameters, args=args) if getattr(args, 'trunk_lr_scale', None) is not None else None
         optimizer = create_optimizer_v2(trainable, **optimizer_kwargs(args), **args.opt_kwargs, param_group_fn=groups)
     except (AssertionError, TypeError, ValueError) as error:
-        raise ConfigError(f"cannot create optimizer '{args.opt}': {error}") from error
+        hint = '' if args.opt.lower() in list_optimizers() else closest(args.opt.lower(), list_optimizers())
+        raise ConfigError(f"cannot create optimizer '{args.opt}': {error}{hint}") from error
+    if args.sched not in SCHEDULES:
+        hint = closest(args.sched, SCHEDULES)
+        raise ConfigError(f"no schedule '{args.sched}'{hint}: give one of {', '.join(SCHEDULES)}")
     try:
         scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=num_updates)
     except (AssertionError, ValueError) as error:
@@ -94,8 +99,6 @@ def create_optimizer(args: Namespace, trainable: nn.Module, num_updates: int) ->
     if args.warmup_epochs > num_epochs:
         message = 'the warm-up of %s epochs is longer than the %d epochs: the learning rate never reaches %.4g'
         _logger.warning(message, args.warmup_epochs, num_epochs, args.lr)
-    if scheduler is None:
-        raise ConfigError(f"cannot create schedule '{args.sched}': use one of timm's, such as cosine or constant")
     if args.stop_epoch is not None and not 0 < args.stop_epoch <= num_epochs:
         raise ConfigError(f'--stop-epoch {args.stop_epoch} is not within the {num_epochs} epochs of the schedule')
     return optimizer, scheduler, num_epochs

@@ -160,13 +160,29 @@ def train_epochs(run: Run, report: Report) -> int:
             report.stop()
             if isinstance(error, DivergedError) and run.world.is_primary:
                 write_file(run.folder / DIVERGED, (json.dumps({'epoch': run.epoch}) + '\n').encode())
-            if isinstance(error, UnreadableError) or 'DataLoader worker' in str(error):
-                raise TrainingError(explain_worker(error)) from error
-            if 'more than 1 value per channel' in str(error):
-                message = 'a norm sees one value per channel: raise --batch-size or the image size'
-                raise TrainingError(f'cannot train on batches of {run.args.batch_size}: {message}') from error
-            raise
+            raise explained(error) from error
     return signal
+
+
+def explained(error: Exception) -> Exception:
+    """The error, or one that says in a sentence why data loading, or a norm, failed."""
+    if isinstance(error, UnreadableError) or 'DataLoader worker' in str(error):
+        return TrainingError(explain_worker(error))
+    if 'more than 1 value per channel' in str(error):
+        return TrainingError('a norm sees one value per channel in a batch: raise --batch-size or the image size')
+    return error
+
+
+def try_batches(run: Run) -> None:
+    """Load a batch of each split.
+
+    Raises:
+        TrainingError: If one cannot be loaded.
+    """
+    try:
+        next(iter(run.loader.epoch(0))), next(iter(run.val_loader))
+    except Exception as error:
+        raise explained(error) from error
 
 
 def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> int:
@@ -187,10 +203,11 @@ def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> in
     set_up_device(args, world)
     check_loggers(args)
     args, checkpoint = find_resume(args, world)
-    run = build(args, world, checkpoint is None and not args.dry_run)
+    run = build(args, world, checkpoint is None)
     if world.is_primary:
         print(describe(run), flush=True)
     if args.dry_run:
+        try_batches(run)
         return 0
     is_changed = checkpoint is not None and run.load(checkpoint)
     if checkpoint is not None:

@@ -4,7 +4,8 @@ Paper: `Aggregation with Feature Detection`, Sun et al., ICCV 2021 -
 https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html
 """
 
-from typing import Any, Dict, Optional, Sequence, Tuple
+from functools import partial
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -22,6 +23,7 @@ from .placement import default_positions
 __all__ = ['BlockWithDepla', 'insert_depla']  # register_model adds the entrypoint
 
 REDUCTION = 16  # of the stage that has DEPLA, as in the paper's ResNet
+TOKENS = 'works on tokens, not on maps'
 
 
 class BlockWithDepla(nn.Module):
@@ -82,15 +84,16 @@ def insert_depla(model: nn.Module, depla: Optional[Dict[str, Any]] = None) -> nn
     if unknown := [name for name in names if name not in modules]:
         raise ValueError(f'no module {unknown} in {type(model).__name__}; see model.named_modules()')
     shapes = _trace_shapes(model, {name: modules[name] for name in names})
-    kept = [name for name in names if shapes[name] is not None]
+    kept = [name for name in names if isinstance(shapes[name], tuple)]
     if stage is not None and kept:
         kept = [kept[i - 1] for i in default_positions(len(kept) + 1)]
     elif not kept or len(kept) < len(names):
-        changed = ', '.join(name for name in names if name not in kept)
-        raise ValueError(
-            f'{changed} of {type(model).__name__} take or give something else than one map of one shape, which DEPLA '
-            "can't be around: name other modules, depla=dict(modules=[...])"
-        )
+        changed = [name for name in names if name not in kept]
+        if len(set(shapes.values())) == 1 and TOKENS in shapes.values():
+            raise ValueError(f'{type(model).__name__} {TOKENS}: DEPLA has no place in it')
+        which = f'{changed[0]} and {len(changed) - 1} more' if len(changed) > 1 else ''.join(changed) or stage
+        what = shapes[changed[0]] if changed else 'has no blocks'
+        raise ValueError(f'{which} of {type(model).__name__} {what}: name other blocks, depla=dict(modules=[...])')
     channels_last = getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
     for name in kept:
         parent, _, child = name.rpartition('.')
@@ -102,9 +105,13 @@ def insert_depla(model: nn.Module, depla: Optional[Dict[str, Any]] = None) -> nn
 
 def _find_stage(model: nn.Module) -> str:
     """Name of the last stage at 1/16."""
-    infos = getattr(model, 'feature_info', [])
-    stages = [info['module'] for info in getattr(infos, 'info', infos) if info['reduction'] == REDUCTION]
+    infos, modules = getattr(model, 'feature_info', []), dict(model.named_modules())
+    found = [info for info in getattr(infos, 'info', infos) if info['module'] in modules]
+    stages = [info['module'] for info in found if info['reduction'] == REDUCTION]
     if not stages:
+        last = found[-1]['module'] if found else None
+        if last and _trace_shapes(model, {last: modules[last]})[last] == TOKENS:
+            raise ValueError(f'{type(model).__name__} {TOKENS}: DEPLA has no place in it')
         raise ValueError(
             f'{type(model).__name__} tells no stage at 1/{REDUCTION}: name blocks, depla=dict(modules=[...])'
         )
@@ -117,20 +124,29 @@ def _list_blocks(model: nn.Module, stage: str) -> Sequence[str]:
     return [f'{path}.{name}' for name, _ in model.get_submodule(path).named_children()]
 
 
-@torch.no_grad()
-def _trace_shapes(model: nn.Module, modules: Dict[str, nn.Module]) -> Dict[str, Optional[Tuple[int, ...]]]:
-    """Shape of each module's map for one image, or None if its input and output are not maps of one shape."""
-    shapes: Dict[str, Optional[Tuple[int, ...]]] = dict.fromkeys(modules)
+def _describe(inputs: Tuple[Any, ...], output: Any) -> Union[str, Tuple[int, ...]]:
+    """The shape of a module's map, or what else it does than to keep the shape of one map."""
+    if not isinstance(output, Tensor) or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        return 'takes or gives several maps'
+    if output.ndim != 4:
+        return TOKENS
+    return tuple(output.shape) if inputs[0].shape == output.shape else 'changes the shape of its map'
 
-    def listen(name: str, inputs: Tuple[Any, ...], output: Any) -> None:
-        is_map = len(inputs) == 1 and isinstance(output, Tensor) and output.ndim == 4
-        if is_map and isinstance(inputs[0], Tensor) and inputs[0].shape == output.shape:
-            shapes[name] = tuple(output.shape)
+
+@torch.no_grad()
+def _trace_shapes(model: nn.Module, modules: Dict[str, nn.Module]) -> Dict[str, Union[str, Tuple[int, ...]]]:
+    """Shape of each module's map for one image, or why its input and output are not maps of one shape."""
+    shapes: Dict[str, Union[str, Tuple[int, ...]]] = dict.fromkeys(modules, 'does not run')
+
+    shapes.update({name: 'has DEPLA' for name, module in modules.items() if isinstance(module, BlockWithDepla)})
+
+    def listen(name: str, _: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
+        shapes[name] = _describe(inputs, output)
 
     hooks = [
-        module.register_forward_hook(lambda _, inputs, output, name=name: listen(name, inputs, output))
+        module.register_forward_hook(partial(listen, name))
         for name, module in modules.items()
-        if not isinstance(module, BlockWithDepla)
+        if shapes[name] != 'has DEPLA'
     ]
     was_training = {module: module.training for module in model.modules()}
     try:

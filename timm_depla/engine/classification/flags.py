@@ -90,6 +90,8 @@ def _add_data_args(parser: FlagParser) -> None:
     text('--data-dir', default=None, metavar='DIR', help='data folder, or cache of a Hugging Face data set')
     text('--dataset', metavar='NAME', help='wds/, hfds/NAME, hfids/NAME or torch/NAME (default: folder or tar)')
     text('--class-map', metavar='FILE', help='file that maps class names to indices')
+    number = partial(add, type=schema.fraction, metavar='X')
+    number('--val-fraction', help='share of each class for validation, of a folder without splits')
     add('--dataset-download', help='download torch/ and hfids/ data sets')
     add('--dataset-trust-remote-code', help='let Hugging Face data sets run their own code')
     modes = ['L', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'LAB']

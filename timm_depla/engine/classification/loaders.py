@@ -28,6 +28,7 @@ from timm_depla.data import (
 )
 
 from ..batches import ResumableLoader, loader_kwargs
+from ..config import closest
 from ..errors import ConfigError, require
 from ..report import UnreadableImages
 from ..world import World
@@ -79,7 +80,13 @@ def check_channels(args: Namespace, data_config: Dict[str, Any]) -> None:
         raise ConfigError(f"--aa '{args.aa}' takes grey and colour images, not those of {bands} channels: give --aa ''")
 
 
+POLICIES = ('original', 'originalr', 'v0', 'v0r', '3a', 'rand', 'augmix')  # of timm, before the first dash
+
+
 def _train_transform(args: Namespace, data_config: Dict[str, Any]) -> Any:
+    if args.aa and (policy := args.aa.partition('-')[0]) not in POLICIES:
+        hint = closest(policy, POLICIES)
+        raise ConfigError(f"no augmentation policy '{args.aa}'{hint}: give one of {', '.join(POLICIES)} (--aa)")
     kwargs = {key: data_config[key] for key in ('mean', 'std')}
     interpolation = data_config['interpolation'] if args.no_aug else args.train_interpolation
     kwargs['interpolation'] = interpolation or data_config['interpolation']

@@ -22,7 +22,16 @@ from ..report import Metric
 from ..run import Run
 from ..setup import assemble, check_compile, share_batch_norm
 from ..world import Interrupt, World
-from .datasets import class_names, count_classes, count_streams, file_names, find_data, open_splits, split_name
+from .datasets import (
+    check_images,
+    class_names,
+    count_classes,
+    count_streams,
+    file_names,
+    find_data,
+    open_splits,
+    split_name,
+)
 from .flags import create_train_parser
 from .loaders import TrainLoader, create_val_loader, mixes, resolve_data
 from .validate import evaluate
@@ -40,7 +49,8 @@ def rebuild_args(args: Namespace) -> Dict[str, Any]:
 def build_model(args: Namespace, world: World, is_fresh: bool) -> Tuple[nn.Module, Dict[str, Any]]:
     """Build the model, on its device, and the data configuration, which its `pretrained_cfg` holds too."""
     seed_position(args.seed, Draw.INIT)
-    kwargs = dict(pretrained=args.pretrained and is_fresh, num_classes=args.num_classes, drop_rate=args.drop)
+    is_pretrained = args.pretrained and is_fresh and not args.dry_run  # which downloads nothing
+    kwargs = dict(pretrained=is_pretrained, num_classes=args.num_classes, drop_rate=args.drop)
     kwargs.update(drop_path_rate=args.drop_path, in_chans=args.in_chans)
     if args.drop_block:
         kwargs['drop_block_rate'] = args.drop_block
@@ -105,7 +115,7 @@ class ClassificationRun(Run):
     """The training of a classifier, with the data configuration in the model's `pretrained_cfg`."""
 
     metrics = (
-        Metric('loss', 'validation loss', 'loss', 3),
+        Metric('loss', 'val loss', 'loss', 3),
         Metric('top1', 'top-1', 'accuracy (%)', 2),
         Metric('top5', 'top-5', 'accuracy (%)'),
     )
@@ -143,6 +153,8 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Classificatio
     in_chans = args.in_chans or (args.input_size or [None])[0]
     args = count_streams(updated(args, data_dir=find_data(args), in_chans=in_chans), 'train', 'val')
     train_set, val_set = open_splits(args)
+    if is_fresh:
+        check_images(args, world, train_set, val_set)
     args = updated(args, num_classes=count_classes(args, train_set))
     model, data_config = build_model(args, world, is_fresh)
     classes = [str(name) for name in class_names(train_set)]

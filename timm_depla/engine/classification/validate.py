@@ -21,7 +21,7 @@ from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 from ..config import parse_args, updated
 from ..errors import ConfigError, TrainingError, UserError, require
 from ..models import load_model, run_arguments, trained_data, trained_on
-from ..report import check_results, progress, write_results
+from ..report import check_results, max_unreadable, progress, write_results
 from ..setup import autocast, check_compile
 from ..world import Interrupt, World, explain_lost_peers, setup_world
 from .datasets import class_names, count_classes, count_streams, embedded_digits, open_split, split_name
@@ -64,7 +64,7 @@ def evaluate(
         `loss`, `top1`, `top5`, and `count`, the number of images.
 
     Raises:
-        TrainingError: If more than 1% of the images are missing.
+        TrainingError: If more images are missing than `max_unreadable`.
     """
     model.eval()
     loss, top1, top5, count = (torch.zeros((), dtype=torch.float64) for _ in range(4))
@@ -87,7 +87,7 @@ def evaluate(
             break
     total = world.sum(*(value.item() for value in (loss, top1, top5, count)))
     expected, is_whole = loader.unreadable.num_images, interrupt is None or not interrupt.signal
-    if is_whole and total[3] < max(1, 0.99 * expected):
+    if is_whole and (expected - total[3] > max_unreadable(expected) or not total[3]):
         raise TrainingError(
             f'validation got {total[3]:.0f} images with a class that can be read, of {expected}: check the split'
         )
@@ -233,7 +233,8 @@ def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
         )
     top1, top5, loss, images = (metrics[key] for key in ('top1', 'top5', 'loss', 'count'))
     scores = f'top-1 {top1:.2f}  top-5 {top5:.2f}  loss {loss:.3f}'
-    data = f'{args.data_dir or args.dataset} {split_name(args, args.val_split)}'
+    split = args.val_split if args.val_fraction else split_name(args, args.val_split)
+    data = f'{args.data_dir or args.dataset} {split}'
     _logger.info('%s on %s, %d images: %s  %.0f images/s', target, data, images, scores, rate)
     return dict(
         model=target,

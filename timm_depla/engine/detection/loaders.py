@@ -2,6 +2,7 @@
 
 import logging
 from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -14,11 +15,20 @@ from timm_depla.data.scenes import scenes_folder
 from timm_depla.detection.coco import CocoDetection, create_transform
 
 from ..batches import ResumableLoader, loader_kwargs
+from ..config import find_name
 from ..errors import ConfigError
 from ..report import UnreadableImages
 from ..world import World
 
-__all__ = ['DetectionLoader', 'ValidationLoader', 'embedded_scenes', 'find_data', 'open_split', 'open_splits']
+__all__ = [
+    'DetectionLoader',
+    'ValidationLoader',
+    'annotated_split',
+    'embedded_scenes',
+    'find_data',
+    'open_split',
+    'open_splits',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -49,23 +59,38 @@ def find_data(args: Namespace) -> str:
     return embedded_scenes()
 
 
+def annotated_split(args: Namespace, split: str) -> str:
+    """The name of a split whose annotations are there, in any case, with or without a year: val may be val2017.
+
+    Raises:
+        ConfigError: If there is none, or several.
+    """
+    annotations = Path(args.data_dir, 'annotations')
+    found = sorted(path.stem.removeprefix('instances_') for path in annotations.glob('instances_*.json'))
+    without_year = defaultdict(list)
+    for name in found:
+        without_year[name.rstrip('0123456789')].append(name)
+    alike = without_year.get(find_name(split.rstrip('0123456789'), without_year), [])
+    if split in found or len(alike) == 1:
+        return split if split in found else alike[0]
+    raise ConfigError(
+        f"no annotation file '{annotations / f'instances_{split}.json'}': expected DIR/SPLIT and "
+        'DIR/annotations/instances_SPLIT.json'
+        + (f'; there are the splits {", ".join(found)}: name them with --train-split, --val-split' if found else '')
+    )
+
+
 def open_split(args: Namespace, split: str, is_training: bool = False) -> CocoDetection:
     """One split of the data: DIR/SPLIT and DIR/annotations/instances_SPLIT.json.
 
     Raises:
         ConfigError: If it cannot be opened.
     """
-    folder = Path(args.data_dir)
-    annotations = folder / 'annotations' / f'instances_{split}.json'
-    if not annotations.is_file():
-        found = sorted(path.stem.removeprefix('instances_') for path in annotations.parent.glob('instances_*.json'))
-        raise ConfigError(
-            f"no annotation file '{annotations}': expected DIR/SPLIT and DIR/annotations/instances_SPLIT.json"
-            + (f'; there are the splits {", ".join(found)}: name them with --train-split, --val-split' if found else '')
-        )
+    folder, name = Path(args.data_dir), annotated_split(args, split)
+    annotations = folder / 'annotations' / f'instances_{name}.json'
     transform = create_transform(is_training, args.hflip if is_training else 0.0)
     try:
-        return CocoDetection(folder / split, annotations, is_training, transform)
+        return CocoDetection(folder / name, annotations, is_training, transform)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -28,7 +28,7 @@ from ..run import Run
 from ..setup import assemble, share_batch_norm
 from ..world import Interrupt, World
 from .flags import create_detection_parser
-from .loaders import DetectionLoader, ValidationLoader, find_data, open_splits
+from .loaders import DetectionLoader, ValidationLoader, annotated_split, find_data, open_splits
 from .validate import evaluate
 
 __all__ = ['build', 'train']
@@ -67,8 +67,9 @@ class DetectionRun(Run):
         kinds = {'': 'box AP'}
         if self.model.roi_heads.has_mask():
             kinds['mask_'] = 'mask AP'
+        logged = ('AP', 'AP50')[: 3 - len(kinds)]  # that fit a line
         return tuple(
-            Metric(f'{prefix}{name}', f'{kind}{name[2:]}', kind, 3 if name in ('AP', 'AP50') else None)
+            Metric(f'{prefix}{name}', f'{kind}{name[2:]}', kind, 3 if name in logged else None)
             for prefix, kind in kinds.items()
             for name in METRICS[:6]
         )
@@ -83,11 +84,12 @@ class DetectionRun(Run):
         size = [32 * math.ceil(side / 32) for side in (max(transform.min_size), transform.max_size)]
         macs = count_cost(self.model.backbone, (3, *size))['macs'] / 1e9
         images, val_images = self.loader.num_images, self.val_loader.unreadable.num_images
+        splits = [annotated_split(args, split) for split in (args.train_split, args.val_split)]
         return {
             'model': f'{args.model}, {parameters:.2f} M parameters, {macs:.1f} G multiply-adds in backbone and neck at '
             f'{size[0]} x {size[1]}',
-            'data': f'{args.data_dir}: {images:,} training and {val_images:,} validation images of '
-            f'{len(self.val_loader.dataset.category_ids):,} categories',
+            'data': f"{args.data_dir}: {images:,} training images of '{splits[0]}', {val_images:,} validation images "
+            f"of '{splits[1]}', {len(self.val_loader.dataset.category_ids):,} categories",
         }
 
 
@@ -118,7 +120,7 @@ def build_model(args: Namespace, dataset: CocoDetection, world: World, is_fresh:
         model = create_detector(
             args.model,
             num_classes=len(dataset.category_ids) + 1,
-            pretrained_backbone=is_pretrained and is_fresh,
+            pretrained_backbone=is_pretrained and is_fresh and not args.dry_run,
             trainable_backbone_layers=args.trainable_backbone_layers,
             backbone_norm=args.backbone_norm,
             **kwargs,

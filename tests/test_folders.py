@@ -1,0 +1,198 @@
+"""Folders of a user's own images: what is used, what is not, and predictions on them."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from helpers import fit, run, validate
+from huggingface_hub import constants
+from PIL import Image
+
+from timm_depla.engine.classification.datasets import open_splits
+from timm_depla.engine.classification.flags import create_train_parser
+from timm_depla.engine.config import parse_args
+from timm_depla.engine.errors import ConfigError
+
+FAST = ['--model', 'test_resnet', '--img-size', 32, '--batch-size', 4, '--workers', 1, '--epochs', 1]
+SPLIT = ['--val-fraction', 0.3]
+COLOURS = {'blue': (20, 40, 200), 'red': (200, 40, 20)}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """DIR/CLASS/IMAGE, 20 images of each of two classes."""
+    for name, colour in COLOURS.items():
+        (tmp_path / 'photos' / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new('RGB', (40, 30), colour).save(tmp_path / 'photos' / name / f'{i}.png')
+    return tmp_path / 'photos'
+
+
+def splits(folder, *argv):
+    """The file names of both splits."""
+    args = parse_args(create_train_parser(), [str(a) for a in [folder, *SPLIT, *argv]])
+    return [set(dataset.filenames()) for dataset in open_splits(args)]
+
+
+def test_a_folder_without_splits_is_divided_by_class_and_stays_so(photos):
+    with pytest.raises(
+        ConfigError, match=r"no folder or tar file 'train' in .*: divide '.*photos' by --val-fraction 0.2"
+    ):
+        fit(photos, *FAST)
+    train, val = splits(photos)
+    assert len(train | val) == 40 and not train & val
+    for name in COLOURS:
+        assert 1 <= sum(file.startswith(name) for file in val) <= 12
+    for i in range(20, 60):
+        shutil.copy(photos / 'red' / '0.png', photos / 'red' / f'{i}.png')
+    shutil.copytree(photos, photos.parent / 'elsewhere' / 'train')
+    grown = splits(photos)
+    assert train < grown[0] and val < grown[1]
+    assert splits(photos.parent / 'elsewhere') == grown  # a training split alone is divided alike
+    (photos.parent / 'elsewhere' / 'val').mkdir()
+    with pytest.raises(ConfigError, match="has a validation split, 'val': leave out --val-fraction"):
+        splits(photos.parent / 'elsewhere')
+
+
+def test_small_classes_have_both_parts(photos):
+    for i in range(2, 20):
+        (photos / 'red' / f'{i}.png').unlink()
+    train, val = splits(photos, '--val-fraction', 0.001)
+    assert sorted(file.split('/')[0] for file in val) == ['blue', 'red']
+    assert sum(file.startswith('red') for file in train) == 1
+
+
+def test_a_divided_folder_from_training_to_predictions(photos, tmp_path):
+    """The run remembers how it was divided, and validates and predicts by itself."""
+    argv = [*FAST, '--epochs', 3, '--lr', 0.05, '--warmup-epochs', 0]
+    assert fit(photos, *SPLIT, *argv, '--output', tmp_path, '--experiment', 'run') == 0
+    assert yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())['val_fraction'] == 0.3
+    (row,) = validate(tmp_path / 'run')
+    assert row['images'] == len(splits(photos)[1])
+    epochs = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
+    assert row['top1'] == max(float(epoch['eval_top1']) for epoch in epochs)
+    more = ['--resume', tmp_path / 'run', '--resume-with-changes', '--epochs', 4]  # of the finished run
+    assert fit('--recipe', tmp_path / 'run/args.yaml', *more) == 0
+    assert len((tmp_path / 'run/summary.csv').read_text().splitlines()) == 1 + 4
+    files = [tmp_path / name for name in ('sheet.png', 'table.csv', 'table.json')]
+    predict = ['-m', 'timm_depla.predict', tmp_path / 'run', photos / 'red']
+    result = run(*predict, photos / 'blue/0.png', '--output', *files)
+    rows = json.loads(files[2].read_text())
+    assert len(rows) == 21 == len(result.stdout.splitlines())
+    for row in rows:
+        assert sum(found['score'] for found in row['predictions']) == pytest.approx(1)
+        assert {found['label'] for found in row['predictions']} == set(COLOURS)
+    table = list(csv.DictReader(files[1].open()))
+    assert [row['image'] for row in table[::2]] == [row['image'] for row in rows]
+    sheet = np.asarray(Image.open(files[0])).reshape(-1, 3)
+    assert all((sheet == colour).all(1).any() for colour in COLOURS.values())
+    (photos / 'red' / 'no.png').write_text('no image')
+    result = run(*predict, fails=True)
+    assert len(result.stdout.splitlines()) == 20 and "1 of 21 images cannot be read: '" in result.stderr
+    assert 'name a file that ends in' in run('-m', 'timm_depla.predict', 'x', 'y', '--output', 'z', fails=True).stderr
+
+
+@pytest.mark.parametrize('names', [('Train', 'Val'), ('TRAIN', 'TEST'), ('train', 'Validation')])
+def test_splits_in_any_case(names, photos, tmp_path):
+    for name in names:
+        shutil.copytree(photos, tmp_path / 'data' / name)
+    train, val = splits(tmp_path / 'data', '--val-fraction', 0)
+    assert len(train) == len(val) == 40
+
+
+def write_kinds(folder):
+    """Images of every kind, and files that are none."""
+    grey = Image.fromarray(np.tile(np.arange(0, 65536, 2048, dtype=np.uint16), (32, 1)))
+    colour, other = Image.new('RGB', (32, 32), COLOURS['red']), Image.new('RGB', (32, 32), COLOURS['blue'])
+    colour.save(folder / 'still.gif')
+    colour.save(folder / 'moving.gif', save_all=True, append_images=[other])
+    colour.save(folder / 'animated.png', save_all=True, append_images=[other])
+    colour.save(folder / 'animated.webp', save_all=True, append_images=[other])
+    grey.save(folder / 'deep.png')
+    colour.convert('CMYK').save(folder / 'print.jpg')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    colour.save(folder / 'turned.jpg', exif=exif)
+    colour.quantize(4).save(folder / 'palette.png')
+    colour.convert('RGBA').save(folder / 'clear.PNG')
+    (folder / 'empty.jpg').touch()
+    colour.resize((200, 200)).effect_spread(50).save(folder / 'cut.jpg')
+    (folder / 'cut.jpg').write_bytes((folder / 'cut.jpg').read_bytes()[:900])
+    (folder / 'text.png').write_text('this is no image')
+    (folder / 'notes.txt').write_text('nor is this')
+    (folder / 'raw.heic').write_bytes(b'0')
+
+
+def test_every_file_is_used_or_named(photos, tmp_path, caplog):
+    caplog.set_level('INFO')
+    shutil.copytree(photos, tmp_path / 'data' / 'val')
+    photos = photos.rename(tmp_path / 'data' / 'train')
+    write_kinds(photos / 'red')
+    (photos / 'green').mkdir()
+    shutil.copy(photos / 'blue' / '0.png', photos / 'loose.png')
+    argv = [tmp_path / 'data', *FAST, '--output', tmp_path / 'out']
+    with pytest.raises(ConfigError) as caught:
+        fit(*argv)
+    said = str(caught.value)
+    assert "3 of the 52 images of the split 'train' cannot be read" in said and not (tmp_path / 'out').exists()
+    for name, cause in (('empty.jpg', 'cannot identify'), ('cut.jpg', 'truncated'), ('text.png', 'cannot identify')):
+        assert f'  red/{name}: ' in said and cause in said
+    assert "3 of the 52 images of the split 'train' have several frames, of which the first is read:" in caplog.text
+    assert '\n  red/animated.png\n  red/animated.webp\n  red/moving.gif' in caplog.text
+    assert "1 of the 52 images of the split 'train' are turned by EXIF alone, which is not applied" in caplog.text
+    assert "not used: files of other kinds (1 .txt, 1 .heic): 'red/notes.txt', 'red/raw.heic'; " in caplog.text
+    assert (
+        "images in no folder of a class (1): 'loose.png'; folders of classes without images (1): 'green'" in caplog.text
+    )
+    for name in ('empty.jpg', 'cut.jpg'):
+        (photos / 'red' / name).unlink()
+    assert fit(*argv, '--experiment', 'one') == 0  # unreadable is less than the floor
+    used = splits(tmp_path / 'data', '--val-fraction', 0)[0]
+    assert {f'red/{name}' for name in ('still.gif', 'deep.png', 'clear.PNG', 'print.jpg', 'palette.png')} <= used
+
+
+def test_classes_of_one_split_alone(photos, tmp_path):
+    for name, only in (('train', 'cat'), ('val', 'dog')):
+        shutil.copytree(photos, tmp_path / 'data' / name)
+        (tmp_path / 'data' / name / 'red').rename(tmp_path / 'data' / name / only)
+    with pytest.raises(
+        ConfigError, match=r"'cat' in 'train' alone; 'dog' in 'validation' alone: add images .*--class-map"
+    ):
+        splits(tmp_path / 'data', '--val-fraction', 0)
+    (tmp_path / 'map.txt').write_text('blue\ncat\ndog\n')
+    assert len(splits(tmp_path / 'data', '--val-fraction', 0, '--class-map', tmp_path / 'map.txt')[0]) == 40
+    (tmp_path / 'map.txt').write_text('wolf\n')
+    with pytest.raises(ConfigError, match=r"no classes with images in .* classes that are not in .*: 'blue', 'cat'"):
+        splits(tmp_path / 'data', '--val-fraction', 0, '--class-map', tmp_path / 'map.txt')
+
+
+def test_weights_that_cannot_be_fetched_fail_at_once(photos, monkeypatch, caplog):
+    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')  # nobody answers there
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    for argv in (['--initial-checkpoint', 'resnet18.a1_in1k'], ['--model', 'resnet18.a1_in1k', '--pretrained']):
+        with pytest.raises(ConfigError, match=r'127.0.0.1:9 cannot be reached, and its cache lacks the weights'):
+            fit(photos, *SPLIT, *FAST, *argv)
+    assert 'Retrying' not in caplog.text
+
+
+def test_dry_run_tries_what_training_needs(photos, tmp_path, caplog, capsys):
+    argv = [photos, *SPLIT, *FAST, '--dry-run', '--output', tmp_path / 'out']
+    assert fit(*argv, '--recipe', 'digits', '--lr', 100) == 0
+    assert '(1,000 times the recipe)' in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"cannot load 'nowhere\.pth'"):
+        fit(*argv, '--initial-checkpoint', 'nowhere.pth')
+    with pytest.raises(ConfigError, match=r'cannot load .*test_resnet_depla.digits'):
+        fit(*argv, '--initial-checkpoint', 'hub/weights/test_resnet_depla.digits')
+    with pytest.raises(ConfigError, match=r'teacher .* has 10 classes, not 2'):
+        fit(*argv, '--kd-model-name', 'hub/weights/test_resnet_depla.digits')
+    for flag, value, hint in (
+        ('--aa', 'orignal', 'original'),
+        ('--opt', 'adamv', 'adam'),
+        ('--sched', 'cosin', 'cosine'),
+    ):
+        with pytest.raises(ConfigError, match=f"'{value}'.*did you mean '{hint}"):
+            fit(*argv, flag, value)
+    assert not (tmp_path / 'out').exists()
