@@ -274,8 +274,8 @@ def test_control_characters_are_shown(tmp_path):
             (tmp_path / 'data' / split / label).mkdir(parents=True)
             shutil.copy(next((digits_folder() / split / '1').iterdir()), tmp_path / 'data' / split / label)
     (tmp_path / 'data' / 'train' / 'a' / 'x\n\x1b[31m.png').write_bytes(b'no image')
-    argv = [tmp_path / 'data', '--recipe', 'digits', '--batch-size', 2, '--workers', 0, '--output', tmp_path / 'out']
-    result = run('train.py', *argv, fails=True)
+    argv = [tmp_path / 'data', '--recipe', 'digits', '--batch-size', 2, '--epochs', 1, '--warmup-epochs', 0]
+    result = run('train.py', *argv, '--output', tmp_path / 'out')
     shown = result.stdout + result.stderr + ''.join(path.read_text() for path in (tmp_path / 'out').rglob('log.txt'))
     assert r'x\n\x1b[31m.png' in shown and '\x1b[31m' not in shown
 

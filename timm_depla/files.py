@@ -30,8 +30,8 @@ _FLAGS = sum(getattr(os, name, 0) for name in ('O_BINARY', 'O_NOFOLLOW', 'O_NONB
 
 
 def escape(text: str) -> str:
-    """The text with its control characters, line breaks included, written as in a Python string."""
-    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """The text with its control characters written as in a Python string, but for breaks before lines of a list."""
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text).replace('\\n  ', '\n  ')
 
 
 def _open(path: Path) -> BinaryIO:

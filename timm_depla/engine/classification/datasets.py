@@ -19,6 +19,7 @@ from timm.data.readers.img_extensions import is_img_extension
 from timm.utils.misc import natural_key
 
 from timm_depla.data import UNREADABLE, digits_folder, inspect_images
+from timm_depla.files import escape
 
 from ..config import VALIDATION, find_name, updated
 from ..errors import ConfigError
@@ -370,10 +371,10 @@ def check_images(args: Namespace, world: World, *datasets: Any) -> None:
             by_kind[kind].append(f'{os.path.relpath(file, dataset.reader.root)}{text}')
         for kind, names in sorted(by_kind.items(), key=lambda item: item[0] == UNREADABLE):
             text = f"{len(names)} of the {len(samples)} images of the split '{split}' {kind}"
-            listed = f'{text}:\n' + '\n'.join(f'  {name}' for name in sorted(names, key=natural_key))
+            listed = ''.join(f'\n  {escape(name)}' for name in sorted(names, key=natural_key))
             if kind == UNREADABLE and len(names) > max_unreadable(len(samples)):
-                raise ConfigError(f'{listed}\nreplace or remove them')
-            _logger.info('%s', listed)
+                raise ConfigError(f'{text}; replace or remove them:{listed}')
+            _logger.info('%s:%s', text, listed)
 
 
 def count_classes(args: Namespace, dataset: Any) -> int:
