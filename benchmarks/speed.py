@@ -9,18 +9,89 @@ every DEPLA, so that its candidate is computed; `plain` has hooks on all of its 
 
 import argparse
 import statistics
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Iterator
+from unittest.mock import patch
 
 import timm
 import torch
 from timm.utils import reparameterize_model
 
 from timm_depla.engine.world import keep_memory
-from timm_depla.layers import Depla
+from timm_depla.layers import Depla, depla, linear
 
 from .pairs import median_interval, peak_memory, ratio_text, seconds_text, time_rounds
 from .record import table
+
+
+def _softmax(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(2).softmax(2)
+
+
+def _pool(maps: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    values = values.type_as(maps).flatten(2).unflatten(1, (maps.shape[2], -1))
+    return linear.matmul(maps.transpose(1, 2), values.transpose(2, 3)).sum(1)
+
+
+def _fill(features: Any, heatmaps: Any, like: Any, dtype: torch.dtype, level: Any = None) -> torch.Tensor:
+    if dtype == torch.bfloat16:
+        features, heatmaps = features.to(dtype), heatmaps.to(dtype)
+        level = None if level is None else level.to(dtype)
+    filled = linear.matmul(features.transpose(1, 2), heatmaps, None if level is None else level.transpose(1, 2))
+    return filled.unflatten(2, like.shape[2:])
+
+
+def _fill_single(features: Any, heatmaps: Any, like: Any, dtype: torch.dtype, level: Any = None) -> torch.Tensor:
+    return _back_fill(features, heatmaps, like, features.dtype, level)
+
+
+_back_fill = depla.back_fill
+PATHS = {
+    'unfolded': {'timm_depla.layers.depla.can_fold': lambda *_: False},
+    'uncomposed': {
+        'timm_depla.models.resnet_depla.can_compose': lambda *_: False,
+        'timm_depla.models.regnet_depla.can_compose': lambda *_: False,
+    },
+    'unpooled': {'timm_depla.layers.depla.pool_repeated': lambda x, _: x},
+    'unshared': {
+        'timm_depla.models.fishnet_blocks.join_sharing_memory': lambda d, x, y: torch.cat([d(x, y), y], dim=1)
+    },
+    'conv2d': {
+        'timm_depla.layers.linear.convolve': torch.nn.functional.conv2d,
+        'timm_depla.layers.fold.convolve': torch.nn.functional.conv2d,
+    },
+    'one-format': {
+        'timm_depla.layers.depla.softmax_positions': _softmax,
+        'timm_depla.layers.depla.soft_roi_pool': _pool,
+        'timm_depla.layers.depla.back_fill': _fill,
+    },
+    'fill-one-format': {'timm_depla.layers.depla.back_fill': _fill},
+    'softmax-one-format': {'timm_depla.layers.depla.softmax_positions': _softmax},
+    'pool-one-format': {'timm_depla.layers.depla.soft_roi_pool': _pool},
+    'single': {'timm_depla.layers.depla.back_fill': _fill_single},
+    'unread': {'timm_depla.detection.fpn.read_composed': lambda *_: (None, None)},
+}
+
+
+@contextmanager
+def path(spec: str) -> Iterator[None]:
+    """Run without the fast path that stands after the plus."""
+    with ExitStack() as stack:
+        for target, function in PATHS.get(spec.partition('+')[2], {}).items():
+            stack.enter_context(patch(target, function))
+        yield
+
+
+def along(spec: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call without the path."""
+
+    def run() -> Any:
+        with path(spec):
+            return call()
+
+    return run
+
 
 IMAGENET = 1_281_167  # training images
 EPOCHS = 400  # of the recipe `better`
@@ -53,10 +124,10 @@ def create_model(spec: str, img_size: int) -> torch.nn.Module:
     model = timm.create_model(name, **kwargs)
     if path == 'fused':
         model = reparameterize_model(model.eval())
-    elif path:
+    elif path == 'plain':
         for module in model.modules():
             if isinstance(module, Depla):
-                for part in module.modules() if path == 'plain' else (module,):
+                for part in module.modules():
                     part.register_forward_hook(listen)
     for parameter in model.parameters():
         if parameter.ndim == 4:  # lambda networks also have 3D convolutions
