@@ -1,0 +1,110 @@
+"""The fused form of DEPLA, for training: the same outputs, gradients and running statistics, with fewer large maps.
+
+`set_fused_depla` is its switch. As in timm's fused attention, hooks inside a fused block may stay silent; those on the
+block itself always hear X, Y and the output. For inference, `reparameterize_model` fuses the norms instead.
+"""
+
+import os
+from typing import Any, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from .linear import back_fill, larger_size, matmul, resize, soft_roi_pool
+
+__all__ = ['aggregate', 'forward', 'set_fused_depla', 'update_statistics', 'use_fused_depla']
+
+_FUSED = os.environ.get('TIMM_DEPLA_FUSED', '1') != '0'
+
+
+class set_fused_depla:
+    """Switch the fused form of DEPLA on or off everywhere, from here on or in a `with` block.
+
+    It is on unless the environment variable TIMM_DEPLA_FUSED is 0.
+    """
+
+    def __init__(self, enable: bool = True) -> None:
+        global _FUSED
+        self.before, _FUSED = _FUSED, enable
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        global _FUSED
+        _FUSED = self.before
+
+
+def use_fused_depla(training: bool) -> bool:
+    """Whether to take the fused form: in training, except in scripts and exports, which see the modules."""
+    if torch.jit.is_scripting():
+        return False
+    else:  # which TorchScript does not compile
+        return training and _FUSED and not torch.compiler.is_exporting()
+
+
+def forward(block: nn.Module, identity: Tensor, candidate: Tensor) -> Tensor:
+    """Compute block(identity, candidate)."""
+    values = block.candidate(candidate)
+    if block.upsample == 'nearest' and not block.keep_candidate:
+        values = pool_repeated(values, identity)
+    refined = block.combine(identity, candidate, aggregate(block, identity, values))
+    return resize(refined, larger_size(identity, candidate), block.upsample)
+
+
+def aggregate(block: nn.Module, identity: Tensor, values: Tensor) -> Tensor:
+    """The refinement of X (B, C1, h, w) from Y' (B, D*C, h, w).
+
+    The output's norm is computed on the vectors, except on a GPU, where a norm of the map launches fewer operations.
+    """
+    size = larger_size(identity, values)
+    maps = block.rpn(identity, size)
+    pooled = soft_roi_pool(maps, resize(values, size, block.upsample))
+    vectors, heatmaps = block.bfn(identity, pooled, maps)
+    vectors, norm = block.proj(vectors), block.norm
+    can_fold = type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats and norm.momentum is not None
+    is_many = maps[:, 0, 0].numel() > 1  # else as BatchNorm answers it
+    if can_fold and is_many and (vectors.device.type in ('cpu', 'meta') or torch.compiler.is_compiling()):
+        return back_fill(*fold_norm(norm, vectors, heatmaps))
+    return norm(back_fill(vectors, heatmaps))
+
+
+def pool_repeated(x: Tensor, other: Tensor) -> Tensor:
+    """Average x (B, C, H, W) over each block of positions for which nearest up-sampling repeats one of the other map.
+
+    Then the other map need not be up-sampled: every sum of Equation 1 and of back-filling has equal terms in a block.
+    Returns x if the other map is not smaller by whole factors.
+    """
+    rows, columns = x.shape[2] // other.shape[2], x.shape[3] // other.shape[3]
+    if rows * other.shape[2] != x.shape[2] or columns * other.shape[3] != x.shape[3] or rows * columns <= 1:
+        return x
+    return F.avg_pool2d(x, [rows, columns])
+
+
+def fold_norm(norm: nn.BatchNorm2d, vectors: Tensor, heatmaps: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """What fills the map that the norm would return: vectors (B, L, C), heatmaps (B, L, H, W), and a bias (B, 1, C).
+
+    N times a heatmap is one, plus its contrast. So the mean of the map is that of the summed vectors, and its variance
+    follows from the Gram matrix of the contrasts.
+    """
+    dtype, size = vectors.dtype, heatmaps.shape[2:].numel()
+    vectors, count = vectors.type_as(norm.weight), len(heatmaps) * size
+    heatmaps = heatmaps - 1 / size
+    contrasts = heatmaps.flatten(2).type_as(norm.weight) * size  # (B, L, N)
+    means = vectors.sum(1, keepdim=True)  # (B, 1, C), over the positions
+    between, mean = torch.var_mean(means, (0, 1), correction=0)  # of the images
+    gram = matmul(contrasts, contrasts.transpose(1, 2))  # (B, L, L)
+    var = torch.add(between, (vectors * matmul(gram, vectors)).sum((0, 1)), alpha=1 / count)
+    update_statistics(norm, mean, var, count)
+    scale = norm.weight * (var + norm.eps).rsqrt()
+    return (vectors * scale).to(dtype), heatmaps, torch.addcmul(norm.bias, means - mean, scale)
+
+
+@torch.no_grad()
+def update_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Update a norm's running statistics with those of a batch of `count` positions."""
+    norm.num_batches_tracked += 1
+    norm.running_mean.lerp_(mean.type_as(norm.running_mean), norm.momentum)
+    norm.running_var.lerp_((var * (count / (count - 1))).type_as(norm.running_var), norm.momentum)
