@@ -8,11 +8,11 @@ import torch
 from helpers import create, gpu_autocast
 from timm.layers import create_feature_extractor
 from timm.utils import reparameterize_model
+from timm_depla.layers.fold import compose
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from timm_depla.engine.plan import count_cost, count_macs
 from timm_depla.layers import Depla
-from timm_depla.layers.fold import compose
 from timm_depla.layers.linear import matmul
 from timm_depla.models.placement import default_positions
 

@@ -23,7 +23,7 @@ from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.models import load_model
 from timm_depla.engine.world import run_command
 from timm_depla.files import check_writable
-from timm_depla.layers import resize
+from timm_depla.layers.linear import match_size
 
 __all__ = ['BlockCapture', 'capture', 'capturing', 'draw_block', 'measure', 'strength', 'summarize']
 
@@ -110,7 +110,7 @@ def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: 
         place.set_axis_off()
     axes[0, 0].imshow(image.permute(1, 2, 0).cpu().numpy())
     axes[0, 0].set_title('image', fontsize=9)
-    change = block.output - resize(block.identity, block.output.shape[2:], 'bilinear')
+    change = block.output - match_size(block.identity, block.output, 'bilinear')
     features = {'identity X': block.identity, 'candidate Y': block.candidate, 'output - X': change}
     features['output'] = block.output
     for place, (name, x) in zip(axes[0, 1:], features.items(), strict=False):

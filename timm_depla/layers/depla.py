@@ -9,7 +9,7 @@ Where the paper is ambiguous, the code follows a numbered ruling of docs/rulings
 """
 
 import math
-from typing import List, Optional, Tuple, Type
+from typing import Any, Dict, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.nn.utils.fusion import fuse_linear_bn_weights
 
 from . import fused
-from .fused import use_fused_depla
-from .linear import ConvNorm, Linear, back_fill, larger_size, mix, resize, soft_roi_pool, softmax
+from .linear import ConvNorm, Linear, back_fill, match_size, mix, soft_roi_pool, softmax
 
-__all__ = ['SoftRPN', 'PlainBFN', 'AdaptiveBFN', 'Depla']
+__all__ = ['SoftRPN', 'PlainBFN', 'AdaptiveBFN', 'Depla', 'check_depla_args']
 
 
 class SoftRPN(nn.Module):
@@ -32,24 +31,21 @@ class SoftRPN(nn.Module):
         super().__init__()
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f'temperature must be positive and finite, got {temperature!r}; the paper uses 0.2 to 1.0')
-        self.num_groups = num_groups
-        self.maps_per_group = maps_per_group
-        self.temperature = float(temperature)
-        self.upsample = upsample
+        self.num_groups, self.maps_per_group = num_groups, maps_per_group
+        self.temperature, self.upsample = float(temperature), upsample
         self.logits = ConvNorm(in_chs, num_groups * maps_per_group, **layers)
 
-    def forward(self, x: Tensor, size: List[int]) -> Tensor:
-        """Map X (B, C1, h, w) to ROI maps M (B, L, D, H, W), with logits up-sampled to the size (H, W)."""
-        logits = resize(self.logits(x) / self.temperature, size, self.upsample)  # (B, D*L, H, W)
-        maps = softmax(logits)
-        return maps.unflatten(1, (self.maps_per_group, self.num_groups)).transpose(1, 2)
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        """Map X (B, C1, h, w) to ROI maps M (B, L, D, H, W), up-sampled to the other map's size if that is larger."""
+        logits = match_size(self.logits(x) / self.temperature, other, self.upsample)  # (B, D*L, H, W)
+        return softmax(logits).unflatten(1, (self.maps_per_group, self.num_groups)).transpose(1, 2)
 
 
 class PlainBFN(nn.Module):
     """Plain back-filling network: heatmaps from the ROI maps alone."""
 
     def __init__(
-        self, identity_chs: int, num_groups: int, pooled_chs: int, maps_per_group: int, upsample: str, norm_layer, **dd
+        self, in_chs: int, num_groups: int, pooled_chs: int, maps_per_group: int, upsample: str, norm_layer, **dd
     ):
         super().__init__()
         self.heatmap = ConvNorm(num_groups * maps_per_group, num_groups, norm_layer, **dd)
@@ -68,22 +64,30 @@ class AdaptiveBFN(nn.Module):
     """Adaptive back-filling network: each position of the identity attends to the pooled features."""
 
     def __init__(
-        self, identity_chs: int, num_groups: int, pooled_chs: int, maps_per_group: int, upsample: str, norm_layer, **dd
+        self, in_chs: int, num_groups: int, pooled_chs: int, maps_per_group: int, upsample: str, norm_layer, **dd
     ):
         super().__init__()
         self.upsample = upsample
-        self.query = ConvNorm(identity_chs, pooled_chs, norm_layer, **dd)
+        self.query = ConvNorm(in_chs, pooled_chs, norm_layer, **dd)
         self.key = Linear(pooled_chs, pooled_chs, **dd)
         self.transform = Linear(pooled_chs, pooled_chs, **dd)
 
     def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor) -> Tuple[Tensor, Tensor]:
         """Map X (B, C1, h, w), Z (B, L, C) and M (B, L, D, H, W) to Z' (B, L, C) and heatmaps B (B, L, H, W)."""
-        query = resize(self.query(identity), maps.shape[3:], self.upsample)  # (B, C, H, W)
+        query = match_size(self.query(identity), maps[:, 0], self.upsample)  # (B, C, H, W)
         key = F.normalize(self.key(pooled), dim=2)  # (B, L, C), ruling 10
         return self.transform(pooled), softmax(mix(query, key))  # <q_n, k_l>
 
 
 BFNS = {'plain': PlainBFN, 'adaptive': AdaptiveBFN}
+NETWORK_ARGS = ('num_groups', 'pooled_chs', 'maps_per_group', 'temperature', 'bfn', 'keep_candidate')  # of `Depla`
+
+
+def check_depla_args(depla: Dict[str, Any], *network_args: str) -> None:
+    """Raise TypeError if a network's `depla` has a key that is neither an argument of `Depla` nor in `network_args`."""
+    allowed = [*network_args, *NETWORK_ARGS]
+    if unknown := sorted(set(depla) - set(allowed)):
+        raise TypeError(f'unknown depla argument {unknown}; there are {allowed}')
 
 
 @register_notrace_module  # control flow depends on sizes
@@ -140,9 +144,7 @@ class Depla(nn.Module):
         if keep_candidate and candidate_chs != identity_chs:
             raise ValueError(f'keep_candidate adds maps of one width, got {identity_chs} and {candidate_chs} channels')
         self.identity_chs, self.candidate_chs = identity_chs, candidate_chs
-        self.upsample = upsample
-        self.keep_candidate = keep_candidate
-        self.add_identity = add_identity
+        self.keep_candidate, self.add_identity, self.upsample = keep_candidate, add_identity, upsample
         self.init_scale = init_scale if init_scale is not None else 0.0 if keep_candidate else 0.2
         layers = dict(norm_layer=norm_layer, device=device, dtype=dtype)
         self.rpn = SoftRPN(identity_chs, num_groups, maps_per_group, temperature, upsample, **layers)
@@ -166,16 +168,15 @@ class Depla(nn.Module):
         nn.init.constant_(self.norm.weight, self.init_scale)
 
     def forward(self, identity: Tensor, candidate: Tensor) -> Tensor:
-        """Refine X (B, C1, h1, w1) with Y (B, C2, h2, w2); the result (B, C1, H, W) has the larger of the sizes."""
+        """Refine X (B, C1, h, w) with Y (B, C2, h, w) to (B, C1, H, W), the larger of their sizes."""
         self.check_channels(identity, candidate)
-        if use_fused_depla(self.training):
+        if fused.use_fused_depla(self.training):
             return self.forward_fused(identity, candidate)
-        size = larger_size(identity, candidate)
-        maps = self.rpn(identity, size)  # M (B, L, D, H, W)
-        values = resize(self.candidate(candidate), size, self.upsample)  # Y' (B, D*C, H, W)
+        values = match_size(self.candidate(candidate), identity, self.upsample)  # Y' (B, D*C, H, W)
+        maps = self.rpn(identity, values)  # M (B, L, D, H, W)
         pooled = soft_roi_pool(maps, values)  # Z (B, L, C)
         vectors, heatmaps = self.bfn(identity, pooled, maps)  # Z' (B, L, C), B (B, L, H, W)
-        filled = back_fill(self.proj(vectors), heatmaps, self.bias)  # (B, C1, H, W); projecting L vectors, not N
+        filled = back_fill(self.proj(vectors), heatmaps, self.bias)  # (B, C1, H, W), by projecting L vectors, not N
         return self.combine(identity, candidate, self.norm(filled))
 
     @torch.jit.unused
@@ -184,13 +185,11 @@ class Depla(nn.Module):
 
     def combine(self, identity: Tensor, candidate: Tensor, refinement: Tensor) -> Tensor:
         """X + refinement (B, C1, H, W), and Y where it is kept (rulings 2 and 14), in the type of X."""
-        size, refinement = refinement.shape[2:], refinement.type_as(identity)
-        if not self.keep_candidate:
-            return resize(identity, size, self.upsample) + self.drop_path(refinement)
-        candidate = resize(candidate, size, self.upsample)
-        if not self.add_identity:
-            return candidate + self.drop_path(refinement)
-        return resize(identity, size, self.upsample) + self.drop_path(refinement + candidate)
+        refinement = refinement.type_as(identity)
+        base = identity if self.add_identity else candidate
+        if self.keep_candidate and self.add_identity:
+            refinement = refinement + match_size(candidate, refinement, self.upsample)
+        return match_size(base, refinement, self.upsample) + self.drop_path(refinement)
 
     def check_channels(self, identity: Tensor, candidate: Tensor) -> None:
         if identity.shape[1] != self.identity_chs or candidate.shape[1] != self.candidate_chs:

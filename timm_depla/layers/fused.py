@@ -5,36 +5,29 @@ block itself always hear X, Y and the output. For inference, `reparameterize_mod
 """
 
 import os
-from typing import Any, Tuple
+from contextlib import ExitStack
+from typing import Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import back_fill, larger_size, matmul, resize, soft_roi_pool
-
-__all__ = ['aggregate', 'forward', 'set_fused_depla', 'update_statistics', 'use_fused_depla']
+from .linear import back_fill, match_size, matmul, soft_roi_pool
 
 _FUSED = os.environ.get('TIMM_DEPLA_FUSED', '1') != '0'
 
 
-class set_fused_depla:
-    """Switch the fused form of DEPLA on or off everywhere, from here on or in a `with` block.
+def set_fused_depla(enable: bool = True) -> ExitStack:
+    """Switch the fused form on or off everywhere, from here on, or while the result is used as a context manager.
 
-    It is on unless the environment variable TIMM_DEPLA_FUSED is 0.
+    It is on at first, unless the environment variable TIMM_DEPLA_FUSED is 0.
     """
-
-    def __init__(self, enable: bool = True) -> None:
-        global _FUSED
-        self.before, _FUSED = _FUSED, enable
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: Any) -> None:
-        global _FUSED
-        _FUSED = self.before
+    global _FUSED
+    before, _FUSED = _FUSED, enable
+    stack = ExitStack()
+    stack.callback(set_fused_depla, before)
+    return stack
 
 
 def use_fused_depla(training: bool) -> bool:
@@ -51,22 +44,19 @@ def forward(block: nn.Module, identity: Tensor, candidate: Tensor) -> Tensor:
     if block.upsample == 'nearest' and not block.keep_candidate:
         values = pool_repeated(values, identity)
     refined = block.combine(identity, candidate, aggregate(block, identity, values))
-    return resize(refined, larger_size(identity, candidate), block.upsample)
+    return match_size(refined, candidate, block.upsample)
 
 
 def aggregate(block: nn.Module, identity: Tensor, values: Tensor) -> Tensor:
-    """The refinement of X (B, C1, h, w) from Y' (B, D*C, h, w).
-
-    The output's norm is computed on the vectors, except on a GPU, where a norm of the map launches fewer operations.
-    """
-    size = larger_size(identity, values)
-    maps = block.rpn(identity, size)
-    pooled = soft_roi_pool(maps, resize(values, size, block.upsample))
-    vectors, heatmaps = block.bfn(identity, pooled, maps)
+    """The refinement of X (B, C1, h, w) from Y' (B, D*C, h, w), whose norm, except on a GPU, is that of `fold_norm`."""
+    values = match_size(values, identity, block.upsample)
+    maps = block.rpn(identity, values)
+    vectors, heatmaps = block.bfn(identity, soft_roi_pool(maps, values), maps)
     vectors, norm = block.proj(vectors), block.norm
     can_fold = type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats and norm.momentum is not None
     is_many = maps[:, 0, 0].numel() > 1  # else as BatchNorm answers it
-    if can_fold and is_many and (vectors.device.type in ('cpu', 'meta') or torch.compiler.is_compiling()):
+    is_quick = vectors.device.type in ('cpu', 'meta') or torch.compiler.is_compiling()  # to launch small operations
+    if can_fold and is_many and is_quick:
         return back_fill(*fold_norm(norm, vectors, heatmaps))
     return norm(back_fill(vectors, heatmaps))
 
@@ -75,12 +65,10 @@ def pool_repeated(x: Tensor, other: Tensor) -> Tensor:
     """Average x (B, C, H, W) over each block of positions for which nearest up-sampling repeats one of the other map.
 
     Then the other map need not be up-sampled: every sum of Equation 1 and of back-filling has equal terms in a block.
-    Returns x if the other map is not smaller by whole factors.
     """
     rows, columns = x.shape[2] // other.shape[2], x.shape[3] // other.shape[3]
-    if rows * other.shape[2] != x.shape[2] or columns * other.shape[3] != x.shape[3] or rows * columns <= 1:
-        return x
-    return F.avg_pool2d(x, [rows, columns])
+    is_whole = rows * other.shape[2] == x.shape[2] and columns * other.shape[3] == x.shape[3]
+    return F.avg_pool2d(x, [rows, columns]) if is_whole and rows * columns > 1 else x
 
 
 def fold_norm(norm: nn.BatchNorm2d, vectors: Tensor, heatmaps: Tensor) -> Tuple[Tensor, Tensor, Tensor]:

@@ -1,10 +1,8 @@
-"""The block's operations on maps. They keep the memory format, and, but for convolutions, the precision of their input.
-
-A change of format is slow, and PyTorch's BatchNorm on a CPU misreads the gradient of one image with unusual strides.
-"""
+"""Operations on maps. They keep the memory format of their input: a change is slow, and PyTorch's BatchNorm on a CPU
+misreads a batch of one that has unusual strides."""
 
 from functools import wraps
-from typing import Any, Callable, List, Optional, Type
+from typing import Any, Callable, Optional, Type
 
 import torch
 import torch.nn as nn
@@ -13,20 +11,18 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-__all__ = ['ConvNorm', 'Linear', 'back_fill', 'larger_size', 'matmul', 'mix', 'resize', 'soft_roi_pool', 'softmax']
-
 
 def keep_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compute a function of a tensor in the precision of its arguments, also under autocast (ruling 9)."""
+    """Run a function in the precision of its arguments, also under autocast (ruling 9)."""
 
     @wraps(function)  # TorchScript compiles what is wrapped
-    def call(x: Tensor, *args: Any) -> Tensor:
-        device = x.device.type  # torch 2.8 cannot compile the question whether it has autocast
-        if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device):
-            if torch.is_autocast_enabled(device):
-                with torch.autocast(device, enabled=False):
-                    return function(x, *args)
-        return function(x, *args)
+    def call(*args: Any) -> Tensor:
+        device = args[-1].device.type  # torch 2.8 cannot compile the question whether it has autocast
+        is_known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+        if not (is_known and torch.is_autocast_enabled(device)):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
 
     return call
 
@@ -36,16 +32,12 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-@keep_precision
-def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    return F.linear(x, weight, bias)
-
-
 class Linear(nn.Linear):
-    """Linear layer in the precision of its parameters, also under autocast: its inputs are small (ruling 9)."""
+    """Linear layer in the precision of its parameters, also under autocast: its inputs are small."""
 
+    @keep_precision
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class ConvNorm(nn.Module):
@@ -65,39 +57,27 @@ class ConvNorm(nn.Module):
             self.conv, self.norm = fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()
 
 
-def larger_size(x: Tensor, y: Tensor) -> List[int]:
-    """The larger of two maps' heights, and of their widths."""
-    return [max(x.shape[2], y.shape[2]), max(x.shape[3], y.shape[3])]
-
-
 @register_notrace_function
-def resize(x: Tensor, size: List[int], mode: str) -> Tensor:
-    """Up-sample x (B, C, h, w) to a size (H, W), in its type: a GPU's autocast would give a map of float32."""
-    if x.shape[2] == size[0] and x.shape[3] == size[1]:
+def match_size(x: Tensor, other: Tensor, mode: str) -> Tensor:
+    """Up-sample x (B, C, H, W) to the maximum of its own and the other map's height and width, in its type."""
+    height, width = max(x.shape[2], other.shape[2]), max(x.shape[3], other.shape[3])
+    if height == x.shape[2] and width == x.shape[3]:
         return x
-    return F.interpolate(x, size=size, mode=mode).type_as(x)
-
-
-def is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
-
-
-def rows(x: Tensor) -> Tensor:
-    """The positions of x (B, C, H, W) as rows (B, N, C), a view of channels-last memory."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+    return F.interpolate(x, size=[height, width], mode=mode).type_as(x)  # a GPU's autocast would make it float32
 
 
 def softmax(x: Tensor) -> Tensor:
     """Softmax over the positions of each channel of x (B, K, H, W)."""
-    if is_channels_last(x):
-        return rows(x).softmax(1).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).flatten(1, 2).softmax(1).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
     return x.flatten(2).softmax(2).unflatten(2, x.shape[2:])
 
 
 def mix(x: Tensor, weights: Tensor) -> Tensor:
     """1x1 convolution of x (B, P, H, W) with a matrix (B, K, P) for each image, to (B, K, H, W)."""
-    if is_channels_last(x):
-        return matmul(rows(x), weights.transpose(1, 2)).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        rows = x.permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, P)
+        return matmul(rows, weights.transpose(1, 2)).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
     return matmul(weights, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
@@ -106,11 +86,7 @@ def soft_roi_pool(maps: Tensor, values: Tensor) -> Tensor:
 
     Takes ROI maps M (B, L, D, H, W), probabilities over the positions, and Y' (B, D*C, H, W); returns Z (B, L, C).
     """
-    values, depth = values.type_as(maps), maps.shape[2]
-    if is_channels_last(values):
-        values = rows(values).unflatten(2, (depth, -1)).flatten(1, 2)  # (B, N*D, C)
-        return matmul(maps.permute(0, 1, 3, 4, 2).flatten(2), values)
-    values = values.flatten(2).unflatten(1, (depth, -1))  # (B, D, C, N)
+    values = values.type_as(maps).unflatten(1, (maps.shape[2], -1)).flatten(3)  # (B, D, C, N)
     return matmul(maps.transpose(1, 2).flatten(3), values.transpose(2, 3)).sum(1)
 
 

@@ -12,7 +12,8 @@ from timm.layers import DropPath, register_notrace_function
 from timm.models import checkpoint_seq
 from torch import Tensor
 
-from timm_depla.layers import Depla, resize
+from timm_depla.layers import Depla
+from timm_depla.layers.linear import match_size
 
 
 class Join(NamedTuple):
@@ -198,5 +199,5 @@ class JoinStage(nn.Module):
         x = self.pool(self.blocks(x))
         branch = self.transfer(branch)
         if self.depla is None:
-            return torch.cat([resize(x, branch.shape[2:], 'nearest'), branch], dim=1)
+            return torch.cat([match_size(x, branch, 'nearest'), branch], dim=1)
         return torch.cat([self.depla(x, branch), branch], dim=1)

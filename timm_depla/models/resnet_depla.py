@@ -17,7 +17,8 @@ from timm.layers import register_notrace_module, to_ntuple
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from timm_depla.layers import Depla, use_fused_depla
+from timm_depla.layers import Depla
+from timm_depla.layers.fused import use_fused_depla
 
 from .builder import build_model
 from .candidate import fuse_candidate, is_linear, refine
