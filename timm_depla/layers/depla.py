@@ -44,9 +44,7 @@ class SoftRPN(nn.Module):
 class PlainBFN(nn.Module):
     """Plain back-filling network: heatmaps from the ROI maps alone."""
 
-    def __init__(
-        self, in_chs: int, num_groups: int, pooled_chs: int, maps_per_group: int, upsample: str, norm_layer, **dd
-    ):
+    def __init__(self, in_chs: int, num_groups: int, pooled_chs: int, maps_per_group: int, mode: str, norm_layer, **dd):
         super().__init__()
         self.heatmap = ConvNorm(num_groups * maps_per_group, num_groups, norm_layer, **dd)
         self.transform = Linear(pooled_chs, pooled_chs, **dd)
@@ -54,20 +52,16 @@ class PlainBFN(nn.Module):
     def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor) -> Tuple[Tensor, Tensor]:
         """Map Z (B, L, C) and M (B, L, D, H, W) to Z' (B, L, C) and heatmaps B (B, L, H, W)."""
         maps = maps.transpose(1, 2).flatten(1, 2)  # (B, D*L, H, W)
-        logits = self.heatmap(
-            (maps * (maps.shape[2] * maps.shape[3])).clamp(min=1e-6).log()
-        )  # of log(N M), ruling 4(b)
-        return self.transform(pooled), softmax(logits)  # of logits (B, L, H, W)
+        levels = (maps * (maps.shape[2] * maps.shape[3])).clamp(min=1e-6).log()  # log(N M), ruling 4(b)
+        return self.transform(pooled), softmax(self.heatmap(levels))
 
 
 class AdaptiveBFN(nn.Module):
     """Adaptive back-filling network: each position of the identity attends to the pooled features."""
 
-    def __init__(
-        self, in_chs: int, num_groups: int, pooled_chs: int, maps_per_group: int, upsample: str, norm_layer, **dd
-    ):
+    def __init__(self, in_chs: int, num_groups: int, pooled_chs: int, maps_per_group: int, mode: str, norm_layer, **dd):
         super().__init__()
-        self.upsample = upsample
+        self.upsample = mode
         self.query = ConvNorm(in_chs, pooled_chs, norm_layer, **dd)
         self.key = Linear(pooled_chs, pooled_chs, **dd)
         self.transform = Linear(pooled_chs, pooled_chs, **dd)

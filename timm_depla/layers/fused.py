@@ -1,7 +1,7 @@
 """The fused form of DEPLA, for training: the same outputs, gradients and running statistics, with fewer large maps.
 
-`set_fused_depla` is its switch. As in timm's fused attention, hooks inside a fused block may stay silent; those on the
-block itself always hear X, Y and the output. For inference, `reparameterize_model` fuses the norms instead.
+As in timm's fused attention, hooks inside a fused block may stay silent; those on the block itself always hear X, Y and
+the output. For inference, `reparameterize_model` fuses the norms instead.
 """
 
 import os
@@ -19,23 +19,19 @@ _FUSED = os.environ.get('TIMM_DEPLA_FUSED', '1') != '0'
 
 
 def set_fused_depla(enable: bool = True) -> ExitStack:
-    """Switch the fused form on or off everywhere, from here on, or while the result is used as a context manager.
+    """Switch the fused form on or off everywhere, from here on, or only in a `with` block.
 
     It is on at first, unless the environment variable TIMM_DEPLA_FUSED is 0.
     """
     global _FUSED
     before, _FUSED = _FUSED, enable
-    stack = ExitStack()
-    stack.callback(set_fused_depla, before)
+    (stack := ExitStack()).callback(set_fused_depla, before)
     return stack
 
 
 def use_fused_depla(training: bool) -> bool:
     """Whether to take the fused form: in training, except in scripts and exports, which see the modules."""
-    if torch.jit.is_scripting():
-        return False
-    else:  # which TorchScript does not compile
-        return training and _FUSED and not torch.compiler.is_exporting()
+    return False if torch.jit.is_scripting() else training and _FUSED and not torch.compiler.is_exporting()
 
 
 def forward(block: nn.Module, identity: Tensor, candidate: Tensor) -> Tensor:
@@ -54,18 +50,14 @@ def aggregate(block: nn.Module, identity: Tensor, values: Tensor) -> Tensor:
     vectors, heatmaps = block.bfn(identity, soft_roi_pool(maps, values), maps)
     vectors, norm = block.proj(vectors), block.norm
     can_fold = type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats and norm.momentum is not None
-    is_many = maps[:, 0, 0].numel() > 1  # else as BatchNorm answers it
     is_quick = vectors.device.type in ('cpu', 'meta') or torch.compiler.is_compiling()  # to launch small operations
-    if can_fold and is_many and is_quick:
+    if can_fold and is_quick and maps[:, 0, 0].numel() > 1:  # else as BatchNorm answers it
         return back_fill(*fold_norm(norm, vectors, heatmaps))
     return norm(back_fill(vectors, heatmaps))
 
 
 def pool_repeated(x: Tensor, other: Tensor) -> Tensor:
-    """Average x (B, C, H, W) over each block of positions for which nearest up-sampling repeats one of the other map.
-
-    Then the other map need not be up-sampled: every sum of Equation 1 and of back-filling has equal terms in a block.
-    """
+    """Average x (B, C, H, W) over each block of positions that share one of the other, if it is nearest (ruling 12)."""
     rows, columns = x.shape[2] // other.shape[2], x.shape[3] // other.shape[3]
     is_whole = rows * other.shape[2] == x.shape[2] and columns * other.shape[3] == x.shape[3]
     return F.avg_pool2d(x, [rows, columns]) if is_whole and rows * columns > 1 else x
@@ -74,7 +66,7 @@ def pool_repeated(x: Tensor, other: Tensor) -> Tensor:
 def fold_norm(norm: nn.BatchNorm2d, vectors: Tensor, heatmaps: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """What fills the map that the norm would return: vectors (B, L, C), heatmaps (B, L, H, W), and a bias (B, 1, C).
 
-    N times a heatmap is one, plus its contrast. So the mean of the map is that of the summed vectors, and its variance
+    N times a heatmap is one, plus its contrast: the mean of the map is that of the summed vectors, and its variance
     follows from the Gram matrix of the contrasts.
     """
     dtype, size = vectors.dtype, heatmaps.shape[2:].numel()

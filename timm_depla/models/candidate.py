@@ -15,8 +15,8 @@ __all__ = ['fuse_candidate', 'is_linear', 'refine']
 
 LINEAR = (nn.BatchNorm2d, BatchNormAct2d, nn.Identity, nn.Conv2d, ConvNorm)  # activations are not linear
 LARGE = {'cpu': 2**19, 'cuda': 2**24}
-"""Elements of a candidate from which on not making it pays: on a CPU by benchmark `grid`; a GPU writes so many in the time
-that it takes to launch some ten operations."""
+"""Elements of a candidate from which on not making it pays: on a CPU, measured (benchmark `grid`); a GPU writes so many
+in the time that it takes to launch some ten operations."""
 
 
 def is_linear(conv: nn.Module, norm: nn.Module, depla: Depla) -> bool:
