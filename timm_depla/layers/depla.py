@@ -164,7 +164,7 @@ class Depla(nn.Module):
     def forward(self, identity: Tensor, candidate: Tensor) -> Tensor:
         """Refine X (B, C1, h, w) with Y (B, C2, h, w) to (B, C1, H, W), the larger of their sizes."""
         self.check_channels(identity, candidate)
-        if fused.use_fused_depla(self.training):
+        if fused.use_fused_depla():
             return self.forward_fused(identity, candidate)
         values = match_size(self.candidate(candidate), identity, self.upsample)  # Y' (B, D*C, H, W)
         maps = self.rpn(identity, values)  # M (B, L, D, H, W)

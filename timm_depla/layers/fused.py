@@ -1,7 +1,7 @@
-"""The fused form of DEPLA, for training: the same outputs, gradients and running statistics, with fewer large maps.
+"""The fused form of DEPLA: the same outputs, gradients and running statistics, with fewer and smaller maps.
 
-As in timm's fused attention, hooks inside a fused block may stay silent; those on the block itself always hear X, Y and
-the output. For inference, `reparameterize_model` fuses the norms instead.
+As in timm's fused attention, hooks inside a fused block may stay silent in training; those on the block itself always
+hear X, Y and the output. In evaluation, the norms are modules as ever, which `reparameterize_model` fuses.
 """
 
 import os
@@ -29,9 +29,9 @@ def set_fused_depla(enable: bool = True) -> ExitStack:
     return stack
 
 
-def use_fused_depla(training: bool) -> bool:
-    """Whether to take the fused form: in training, except in scripts and exports, which see the modules."""
-    return False if torch.jit.is_scripting() else training and _FUSED and not torch.compiler.is_exporting()
+def use_fused_depla() -> bool:
+    """Whether to take the fused form; scripts and exports see the modules."""
+    return False if torch.jit.is_scripting() else _FUSED and not torch.compiler.is_exporting()
 
 
 def forward(block: nn.Module, identity: Tensor, candidate: Tensor) -> Tensor:
@@ -53,11 +53,11 @@ def aggregate(block: nn.Module, identity: Tensor, values: Tensor) -> Tensor:
     is_quick = vectors.device.type in ('cpu', 'meta') or torch.compiler.is_compiling()  # to launch small operations
     if can_fold and is_quick and maps[:, 0, 0].numel() > 1:  # else as BatchNorm answers it
         return back_fill(*fold_norm(norm, vectors, heatmaps))
-    return norm(back_fill(vectors, heatmaps))
+    return norm(back_fill(vectors, heatmaps, block.bias))
 
 
 def pool_repeated(x: Tensor, other: Tensor) -> Tensor:
-    """Average x (B, C, H, W) over each block of positions that share one of the other, if it is nearest (ruling 12)."""
+    """Average x (B, C, H, W) where nearest up-sampling would repeat a position of the other map (ruling 12)."""
     rows, columns = x.shape[2] // other.shape[2], x.shape[3] // other.shape[3]
     is_whole = rows * other.shape[2] == x.shape[2] and columns * other.shape[3] == x.shape[3]
     return F.avg_pool2d(x, [rows, columns]) if is_whole and rows * columns > 1 else x

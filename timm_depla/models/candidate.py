@@ -34,16 +34,16 @@ def is_linear(conv: nn.Module, norm: nn.Module, depla: Depla) -> bool:
 
 
 def refine(depla: Depla, identity: Tensor, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """Compute depla(identity, norm(conv(x))) in training, without the candidate where that pays and nobody hears it.
+    """Compute depla(identity, norm(conv(x))); in training, without the candidate where that pays and nobody hears it.
 
     It takes the covariance of x's channels, which is worth it if the convolution at least doubles the width.
     """
+    if not norm.training:
+        return depla(identity, norm(conv(x)))
     layers = (depla, conv, norm, *depla.candidate.modules())
     is_heard = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layers)
     is_large = identity.numel() >= LARGE.get(identity.device.type, LARGE['cuda'])
-    if is_heard or not is_large or not norm.training or not is_linear(conv, norm, depla):
-        return depla(identity, norm(conv(x)))
-    if 2 * conv.in_channels > conv.out_channels:
+    if is_heard or not is_large or not is_linear(conv, norm, depla) or 2 * conv.in_channels > conv.out_channels:
         return depla(identity, norm(conv(x)))
     values = compose(conv, norm, depla.candidate, x)
     return identity + depla.drop_path(aggregate(depla, identity, values).type_as(identity))

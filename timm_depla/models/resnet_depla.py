@@ -46,7 +46,7 @@ class BasicBlockDepla(BasicBlock):
         return self.act2(self.depla(identity, x))
 
 
-@register_notrace_module  # control flow depends on the mode
+@register_notrace_module  # control flow depends on the fused form
 class BottleneckDepla(Bottleneck):
     """Bottleneck residual block (1x1, 3x3 and 1x1 convolutions) that aggregates with DEPLA."""
 
@@ -61,7 +61,7 @@ class BottleneckDepla(Bottleneck):
         identity = x if self.downsample is None else self.downsample(x)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
-        if self.se is None and use_fused_depla(self.training):
+        if self.se is None and use_fused_depla():
             return self.act3(self.refine_fused(identity, x))
         x = self.bn3(self.conv3(x))
         if self.se is not None:
