@@ -36,7 +36,7 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     models = [model for model in BASES if not model.startswith('test_')]
     parser.add_argument('--model', nargs='+', default=models, choices=BASES, metavar='MODEL', help='models to time')
     parser.add_argument('--batch-size', nargs='+', type=int, default=[1, 4, 8, 32], help='images')
-    parser.add_argument('--path', nargs='*', default=[], metavar='PATH', help='paths of each model, see `speed`')
+    parser.add_argument('--path', nargs='*', default=[], metavar='PATH', help='forms of each model, see `speed`')
     parser.add_argument('--contiguous', action='store_true', help='models and images in contiguous format')
     parser.add_argument('--img-size', type=int, default=224, help='pixels')
     parser.add_argument('--mode', choices=MODES, default='eager')

@@ -13,28 +13,17 @@ from torch import nn
 
 from timm_depla.detection import create_detector
 from timm_depla.engine.world import keep_memory
-from timm_depla.layers import Depla
 
 from .pairs import memory_row, peak_memory, render_rows, time_rounds, time_row
-from .speed import along, listen
+from .speed import along
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--model', default='maskrcnn_resnet50_fpn_depla', help='detector to time')
     parser.add_argument('--base', default='maskrcnn_resnet50_fpn', help='detector to compare it with')
-    parser.add_argument('--path', nargs='*', default=[], metavar='PATH', help='paths of the model, see `speed`')
+    parser.add_argument('--path', nargs='*', default=[], metavar='PATH', help='forms of the model, see `speed`')
     parser.add_argument('--img-size', type=int, default=800, help='pixels')
     parser.add_argument('--pairs', type=int, default=20, help='pairs of timings')
-
-
-def _create(spec: str, kwargs: Dict[str, Any]) -> nn.Module:
-    name, _, path = spec.partition('+')
-    detector = create_detector(name, **kwargs).eval()
-    for module in detector.modules() if path == 'plain' else ():
-        if isinstance(module, Depla):
-            for part in module.modules():
-                part.register_forward_hook(listen)
-    return detector
 
 
 @torch.inference_mode()
@@ -57,7 +46,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     keep_memory()
     kwargs = dict(min_size=args.img_size, max_size=args.img_size)
     specs = [args.model, *(f'{args.model}+{path}' for path in args.path), args.base]
-    detectors = [_create(spec, kwargs) for spec in specs]
+    detectors = [create_detector(spec.partition('+')[0], **kwargs).eval() for spec in specs]
     image = torch.rand(3, args.img_size, args.img_size)
     with torch.inference_mode():
         features = detectors[-1].backbone.body(torch.randn(1, 3, args.img_size, args.img_size))

@@ -2,96 +2,25 @@
 
 A training step is forward and backward, without the optimizer. Memory is the weights and buffers plus the peak that
 PyTorch allocates during a step. On a CPU, the C library keeps freed memory, as in train.py. After a colon stands one of
-timm's attention layers, which the residual blocks then use. After a plus stands a path: `uncomposed` has a hook on
-every DEPLA, so that its candidate is computed; `plain` has hooks on all of its parts, which disable every faster path;
-`fused` is the result of timm's `reparameterize_model`, for inference.
+timm's attention layers, which the residual blocks then use. After a plus stands a form: `plain` is with
+`set_fused_depla(False)`, `uncomposed` has a hook on every DEPLA, so that its candidate is computed, and `fused` is the
+result of timm's `reparameterize_model`, for inference. Other paths, at commits that have them, leave one path out.
 """
 
 import argparse
 import statistics
-from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Callable, Dict, Iterator
-from unittest.mock import patch
+from typing import Any, Callable, Dict
 
 import timm
 import torch
 from timm.utils import reparameterize_model
 
 from timm_depla.engine.world import keep_memory
-from timm_depla.layers import Depla, depla, linear
+from timm_depla.layers import Depla, set_fused_depla
 
 from .pairs import median_interval, peak_memory, ratio_text, seconds_text, time_rounds
 from .record import table
-
-
-def _softmax(x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(2).softmax(2)
-
-
-def _pool(maps: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    values = values.type_as(maps).flatten(2).unflatten(1, (maps.shape[2], -1))
-    return linear.matmul(maps.transpose(1, 2), values.transpose(2, 3)).sum(1)
-
-
-def _fill(features: Any, heatmaps: Any, like: Any, dtype: torch.dtype, level: Any = None) -> torch.Tensor:
-    if dtype == torch.bfloat16:
-        features, heatmaps = features.to(dtype), heatmaps.to(dtype)
-        level = None if level is None else level.to(dtype)
-    filled = linear.matmul(features.transpose(1, 2), heatmaps, None if level is None else level.transpose(1, 2))
-    return filled.unflatten(2, like.shape[2:])
-
-
-def _fill_single(features: Any, heatmaps: Any, like: Any, dtype: torch.dtype, level: Any = None) -> torch.Tensor:
-    return _back_fill(features, heatmaps, like, features.dtype, level)
-
-
-_back_fill = depla.back_fill
-PATHS = {
-    'unfolded': {'timm_depla.layers.depla.can_fold': lambda *_: False},
-    'uncomposed': {
-        'timm_depla.models.resnet_depla.can_compose': lambda *_: False,
-        'timm_depla.models.regnet_depla.can_compose': lambda *_: False,
-    },
-    'unpooled': {'timm_depla.layers.depla.pool_repeated': lambda x, _: x},
-    'unshared': {
-        'timm_depla.models.fishnet_blocks.join_sharing_memory': lambda d, x, y: torch.cat([d(x, y), y], dim=1)
-    },
-    'conv2d': {
-        'timm_depla.layers.linear.convolve': torch.nn.functional.conv2d,
-        'timm_depla.layers.fold.convolve': torch.nn.functional.conv2d,
-    },
-    'one-format': {
-        'timm_depla.layers.depla.softmax_positions': _softmax,
-        'timm_depla.layers.depla.soft_roi_pool': _pool,
-        'timm_depla.layers.depla.back_fill': _fill,
-    },
-    'fill-one-format': {'timm_depla.layers.depla.back_fill': _fill},
-    'softmax-one-format': {'timm_depla.layers.depla.softmax_positions': _softmax},
-    'pool-one-format': {'timm_depla.layers.depla.soft_roi_pool': _pool},
-    'single': {'timm_depla.layers.depla.back_fill': _fill_single},
-    'unread': {'timm_depla.detection.fpn.read_composed': lambda *_: (None, None)},
-}
-
-
-@contextmanager
-def path(spec: str) -> Iterator[None]:
-    """Run without the fast path that stands after the plus."""
-    with ExitStack() as stack:
-        for target, function in PATHS.get(spec.partition('+')[2], {}).items():
-            stack.enter_context(patch(target, function))
-        yield
-
-
-def along(spec: str, call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call without the path."""
-
-    def run() -> Any:
-        with path(spec):
-            return call()
-
-    return run
-
 
 IMAGENET = 1_281_167  # training images
 EPOCHS = 400  # of the recipe `better`
@@ -124,19 +53,24 @@ def create_model(spec: str, img_size: int) -> torch.nn.Module:
     model = timm.create_model(name, **kwargs)
     if path == 'fused':
         model = reparameterize_model(model.eval())
-    elif path == 'plain':
+    elif path == 'uncomposed':
         for module in model.modules():
             if isinstance(module, Depla):
-                for part in module.modules():
-                    part.register_forward_hook(listen)
+                module.register_forward_hook(lambda *_: None)
     for parameter in model.parameters():
         if parameter.ndim == 4:  # lambda networks also have 3D convolutions
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
 
 
-def listen(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-    """A hook that does nothing, but switches its module to the plain path."""
+def along(spec: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call of a model in the form that its name asks for."""
+
+    def run() -> Any:
+        with set_fused_depla(not spec.endswith('+plain')):
+            return call()
+
+    return run
 
 
 def infer(model: Callable, x: torch.Tensor, amp: bool = False) -> None:
@@ -169,7 +103,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     for kind, function in zip(KINDS, (infer, train_step), strict=True):
         for model in models:
             model.train(kind == 'training step')
-        calls = [partial(function, model, x, args.amp) for model in called]
+        calls = [along(name, partial(function, model, x, args.amp)) for name, model in zip(names, called, strict=True)]
         results[kind] = time_rounds(calls, args.pairs, args.device)
     results['peak memory'] = []
     for model, call in zip(models, calls, strict=True):
