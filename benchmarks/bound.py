@@ -92,10 +92,10 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     results: Dict[str, Any] = dict(batch_size=args.batch_size, img_size=args.img_size, names=[*args.model, args.base])
     torch.set_autocast_enabled('cuda', True)  # torch.autocast refuses without a GPU
     torch.set_autocast_dtype('cuda', torch.bfloat16)
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.device('cuda'):
         for name in results['names']:
-            model = create_model(name, args.img_size).to('cuda')
-            x = torch.empty(args.batch_size, 3, args.img_size, args.img_size, device='cuda')
+            model = create_model(name, args.img_size)
+            x = torch.empty(args.batch_size, 3, args.img_size, args.img_size)
             x = x.contiguous(memory_format=torch.channels_last)
             results[name] = {}
             for kind, call in zip(KINDS, (_infer, _step), strict=True):

@@ -1,8 +1,8 @@
 """Cost of each model: parameters, multiply-adds and activations, beside the multiply-adds that the paper prints.
 
 Multiply-adds are those of convolutions and matrix products, activations the output elements of convolutions and linear
-layers, both with every layer of the model counted. "Fused" counts the multiply-adds after timm's `reparameterize_model`:
-a residual block that does not make its candidate skips its last convolution.
+layers, both with every layer of the model counted. "Fused" counts those after timm's `reparameterize_model`: a residual
+block that does not make its candidate skips its last convolution.
 """
 
 import argparse
@@ -29,9 +29,8 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         for model_name in (base, name) if timm.is_model(base) else (name,):
             model = timm.create_model(model_name, device='meta')
             size = model.default_cfg['input_size']
-            results[model_name] = dict(
-                size=size[-1], **count_cost(model, size), fused=count_macs(reparameterize_model(model.eval()), size)
-            )
+            fused = count_macs(reparameterize_model(model.eval()), size)
+            results[model_name] = dict(size=size[-1], **count_cost(model, size), fused=fused)
     return results
 
 
