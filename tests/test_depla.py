@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from timm_depla.layers import Depla, SoftRPN, set_fused_depla, soft_roi_pool
 from timm_depla.layers.depla import BFNS
+from timm_depla.models.candidate import Moments
 
 ARGS = dict(num_groups=3, pooled_chs=4, maps_per_group=2)
 SIZES = [((3, 4), (3, 4)), ((5, 6), (2, 3)), ((2, 3), (4, 6)), ((2, 6), (4, 3))]
@@ -355,6 +356,26 @@ def test_one_position_in_training():
     assert block(x, x).isfinite().all()
     with pytest.raises(ValueError, match='more than 1 value per channel when training'):
         block(x[:1], x[:1])
+
+
+def test_moments_have_their_gradients():
+    rows = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(Moments.apply, rows) and torch.autograd.gradgradcheck(Moments.apply, rows)
+
+
+@pytest.mark.parametrize('dtype,bound', [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_moments_of_half_precision(dtype, bound):
+    """They are summed in single precision; a gradient of numbers that float16 would round to zero is not lost."""
+    rows = torch.randn(4096, 8).to(dtype)
+    found = []
+    for each in (rows.clone().requires_grad_(), rows.double().requires_grad_()):
+        mean, moments = Moments.apply(each)
+        (mean.sum() + (moments * torch.arange(8.0)).sum()).backward()
+        found.append((mean, moments, each.grad))
+    for actual, expected in zip(*found, strict=True):
+        assert (actual - expected).abs().max() < bound * expected.abs().max()
+    assert found[0][0].dtype == torch.float32 and found[0][2].dtype == dtype
+    assert (found[0][0] - found[1][0]).abs().max() < 1e-6
 
 
 def test_drop_path_drops_the_refinement():

@@ -8,7 +8,7 @@ from helpers import create
 
 from timm_depla.layers import Depla, set_fused_depla
 from timm_depla.layers.depla import BFNS
-from timm_depla.models.candidate import LARGE
+from timm_depla.models.candidate import LARGE_ON_GPU
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 
@@ -55,7 +55,7 @@ def test_fused_training():
     """Of large maps, training does not make the candidate: the step is that of the modules one by one."""
     block = create('resnet50_depla').layer3[1].double().cuda()
     x = torch.randn(88, 1024, 14, 14, device='cuda', dtype=torch.float64)
-    assert x.numel() >= LARGE['cuda']
+    assert x.numel() >= LARGE_ON_GPU
     fused = step(copy.deepcopy(block), x)
     with set_fused_depla(False):
         plain = step(block, x)

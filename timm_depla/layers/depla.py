@@ -21,8 +21,6 @@ from torch.nn.utils.fusion import fuse_linear_bn_weights
 from . import fused
 from .linear import ConvNorm, Linear, back_fill, match_size, mix, soft_roi_pool, softmax
 
-__all__ = ['SoftRPN', 'PlainBFN', 'AdaptiveBFN', 'Depla', 'check_depla_args']
-
 
 class SoftRPN(nn.Module):
     """Soft region proposal network: ROI maps as a softmax over the positions of a feature map (Equation 1)."""
@@ -170,7 +168,7 @@ class Depla(nn.Module):
         maps = self.rpn(identity, values)  # M (B, L, D, H, W)
         pooled = soft_roi_pool(maps, values)  # Z (B, L, C)
         vectors, heatmaps = self.bfn(identity, pooled, maps)  # Z' (B, L, C), B (B, L, H, W)
-        filled = back_fill(self.proj(vectors), heatmaps, self.bias)  # (B, C1, H, W), by projecting L vectors, not N
+        filled = back_fill(self.proj(vectors), heatmaps, identity.dtype, self.bias)  # (B, C1, H, W)
         return self.combine(identity, candidate, self.norm(filled))
 
     @torch.jit.unused

@@ -1,7 +1,6 @@
 """The fused form of DEPLA: the same outputs, gradients and running statistics, with fewer and smaller maps.
 
-As in timm's fused attention, hooks inside a fused block may stay silent in training; those on the block itself always
-hear X, Y and the output. In evaluation, the norms are modules as ever, which `reparameterize_model` fuses.
+As in timm's fused attention, hooks inside a fused block may stay silent. Those on the block always hear X, Y and output.
 """
 
 import os
@@ -19,10 +18,7 @@ _FUSED = os.environ.get('TIMM_DEPLA_FUSED', '1') != '0'
 
 
 def set_fused_depla(enable: bool = True) -> ExitStack:
-    """Switch the fused form on or off everywhere, from here on, or only in a `with` block.
-
-    It is on at first, unless the environment variable TIMM_DEPLA_FUSED is 0.
-    """
+    """Turn the fused form on or off everywhere, or only in a `with` block. TIMM_DEPLA_FUSED=0 turns it off at import."""
     global _FUSED
     before, _FUSED = _FUSED, enable
     (stack := ExitStack()).callback(set_fused_depla, before)
@@ -50,10 +46,15 @@ def aggregate(block: nn.Module, identity: Tensor, values: Tensor) -> Tensor:
     vectors, heatmaps = block.bfn(identity, soft_roi_pool(maps, values), maps)
     vectors, norm = block.proj(vectors), block.norm
     can_fold = type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats and norm.momentum is not None
-    is_quick = vectors.device.type in ('cpu', 'meta') or torch.compiler.is_compiling()  # to launch small operations
-    if can_fold and is_quick and maps[:, 0, 0].numel() > 1:  # else as BatchNorm answers it
-        return back_fill(*fold_norm(norm, vectors, heatmaps))
-    return norm(back_fill(vectors, heatmaps, block.bias))
+    if can_fold and not launches_cost(vectors) and maps[:, 0, 0].numel() > 1:  # else as BatchNorm answers it
+        vectors, heatmaps, bias = fold_norm(norm, vectors, heatmaps)
+        return back_fill(vectors, heatmaps, identity.dtype, bias)
+    return norm(back_fill(vectors, heatmaps, identity.dtype, block.bias))
+
+
+def launches_cost(x: Tensor) -> bool:
+    """Whether an operation takes a while to start, however small: on a GPU, unless a compiler joins it to others."""
+    return x.device.type not in ('cpu', 'meta') and not torch.compiler.is_compiling()
 
 
 def pool_repeated(x: Tensor, other: Tensor) -> Tensor:

@@ -90,12 +90,15 @@ def soft_roi_pool(maps: Tensor, values: Tensor) -> Tensor:
     return matmul(maps.transpose(1, 2).flatten(3), values.transpose(2, 3)).sum(1)
 
 
-def back_fill(vectors: Tensor, heatmaps: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+def back_fill(vectors: Tensor, heatmaps: Tensor, dtype: torch.dtype, bias: Optional[Tensor] = None) -> Tensor:
     """Back-filling, F[c, n] = sum over l of vectors[l, c] * N * B[l, n] (ruling 4(a)), plus bias[c] if there is one.
 
-    Takes vectors (B, L, C1), heatmaps B (B, L, H, W) and a bias (B or 1, 1, C1); returns F (B, C1, H, W).
+    Takes vectors (B, L, C1), heatmaps B (B, L, H, W), a bias (B or 1, 1, C1), and the type of the map that F is added
+    to; returns F (B, C1, H, W).
     """
     filling = heatmaps * (heatmaps.shape[2] * heatmaps.shape[3])
+    if dtype == torch.bfloat16:  # half the memory, and the range of float32, which float16 has not (ruling 9)
+        vectors, filling = vectors.to(dtype), filling.to(dtype)
     if bias is not None:  # the vector of a map of ones
         vectors = torch.cat([vectors, bias.type_as(vectors).expand(vectors.shape[0], -1, -1)], dim=1)
         filling = F.pad(filling, [0, 0, 0, 0, 0, 1], value=1.0)

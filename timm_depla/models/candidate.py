@@ -1,5 +1,7 @@
 """Candidates that only a 1x1 convolution and a norm compute: not made in training, and fused for inference."""
 
+from typing import Any, Tuple
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -7,16 +9,14 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from timm_depla.layers import Depla
-from timm_depla.layers.fused import aggregate, update_statistics
+from timm_depla.layers import Depla, fused
 from timm_depla.layers.linear import ConvNorm, matmul
 
 __all__ = ['fuse_candidate', 'is_linear', 'refine']
 
 LINEAR = (nn.BatchNorm2d, BatchNormAct2d, nn.Identity, nn.Conv2d, ConvNorm)  # activations are not linear
-LARGE = {'cpu': 2**19, 'cuda': 2**24}
-"""Elements of a candidate from which on not making it pays: on a CPU, measured (benchmark `grid`); a GPU writes so many
-in the time that it takes to launch some ten operations."""
+LARGE = 2**19  # elements of a candidate from which on not making it pays (benchmark `grid`)
+LARGE_ON_GPU = 2**24  # those that a GPU writes in the time that it takes to launch some ten operations
 
 
 def is_linear(conv: nn.Module, norm: nn.Module, depla: Depla) -> bool:
@@ -42,11 +42,32 @@ def refine(depla: Depla, identity: Tensor, x: Tensor, conv: nn.Conv2d, norm: nn.
         return depla(identity, norm(conv(x)))
     layers = (depla, conv, norm, *depla.candidate.modules())
     is_heard = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layers)
-    is_large = identity.numel() >= LARGE.get(identity.device.type, LARGE['cuda'])
+    is_large = identity.numel() >= (LARGE_ON_GPU if fused.launches_cost(x) else LARGE)
     if is_heard or not is_large or not is_linear(conv, norm, depla) or 2 * conv.in_channels > conv.out_channels:
         return depla(identity, norm(conv(x)))
     values = compose(conv, norm, depla.candidate, x)
-    return identity + depla.drop_path(aggregate(depla, identity, values).type_as(identity))
+    return identity + depla.drop_path(fused.aggregate(depla, identity, values).type_as(identity))
+
+
+class Moments(torch.autograd.Function):
+    """Means (P,) and second moments (P, P) of rows (N, P), in single precision or better.
+
+    PyTorch's own gradient of rows.t() @ rows takes two products as large; its sum with that of the mean, two maps more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return rows.mean(0), matmul(rows.t(), rows) / len(rows)
+
+    @staticmethod
+    def backward(ctx: Any, of_mean: Tensor, of_moments: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        dtype = rows.dtype
+        rows = rows.float() if dtype == torch.float16 else rows  # it has not the range of a gradient over N rows
+        weight = (of_moments + of_moments.t()) / len(rows)
+        return torch.addmm((of_mean / len(rows)).to(rows.dtype), rows, weight.to(rows.dtype)).to(dtype)
 
 
 def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -> Tensor:
@@ -56,13 +77,12 @@ def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, kernel = conv.weight.flatten(1).to(dtype), layer.conv.weight.flatten(1).to(dtype)  # (C2, P), (D*C, C2)
-    rows = x.movedim(1, 3).flatten(0, 2).to(dtype)  # (B*N, P)
-    means = rows.mean(0)
-    rows = rows - means
-    covariance = matmul(rows.t(), rows) / len(rows)  # (P, P)
+    rows = x.movedim(1, 3).flatten(0, 2)  # (B*N, P)
+    means, moments = Moments.apply(rows)
+    covariance = moments.addr_(means, means, alpha=-1)  # (P, P); in place, since a GPU's autocast rounds torch.addr
     mean = matmul(weight, means)
-    var = (matmul(weight, covariance) * weight).sum(1)
-    update_statistics(norm, mean, var, len(rows))
+    var = (matmul(weight, covariance) * weight).sum(1).clamp(min=0)  # rounding may make it negative
+    fused.update_statistics(norm, mean, var, len(rows))
     scale = norm.weight.to(dtype) * (var + norm.eps).rsqrt()
     bias = matmul(kernel, norm.bias.to(dtype) - mean * scale)
     kernel = matmul(kernel * scale, weight).unsqueeze(2).unsqueeze(3)
@@ -72,8 +92,8 @@ def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -
 @torch.no_grad()
 def fuse_candidate(conv: nn.Conv2d, norm: nn.BatchNorm2d, depla: Depla) -> None:
     """Fuse conv and norm into DEPLA's candidate layer for inference; it then reads conv's input (if `is_linear`)."""
-    fused, kernel = fuse_conv_bn_eval(conv, norm), depla.candidate.conv.weight.flatten(1)
-    weight, bias = kernel @ fused.weight.flatten(1), kernel @ fused.bias
-    fused.weight.data, fused.bias.data, fused.out_channels = weight[:, :, None, None], bias, len(bias)
-    depla.candidate.conv = fused
+    composed, kernel = fuse_conv_bn_eval(conv, norm), depla.candidate.conv.weight.flatten(1)
+    weight, bias = kernel @ composed.weight.flatten(1), kernel @ composed.bias
+    composed.weight.data, composed.bias.data, composed.out_channels = weight[:, :, None, None], bias, len(bias)
+    depla.candidate.conv = composed
     depla.candidate_chs = conv.in_channels
