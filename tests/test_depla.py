@@ -1,11 +1,14 @@
 """The block against a slow, literal transcription of the paper's equations, and what follows from them."""
 
 import copy
+import inspect
 import math
+import re
 
 import pytest
 import torch
 import torch.nn as nn
+from helpers import ROOT, run
 from timm.layers import DropPath
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -419,3 +422,41 @@ def test_bad_channels():
     for identity_chs, candidate_chs in [(6, 6), (8, 8)]:
         with pytest.raises(ValueError, match=f'for 8 identity and 6 candidate .* {identity_chs} and {candidate_chs};'):
             block(torch.randn(1, identity_chs, 4, 4), torch.randn(1, candidate_chs, 4, 4))
+
+
+def test_documentation_shows_the_code_of_forward():
+    text = (ROOT / 'docs' / 'models.md').read_text(encoding='utf-8')
+    shown = re.findall(r'^\| `(.+?)` \| ', text.partition('| code | paper |')[2].partition('\n\n')[0], re.MULTILINE)
+    code = inspect.getsource(Depla.forward).rpartition('"""')[2].strip().splitlines()
+    assert shown == [line.partition('  #')[0].strip() for line in code]
+
+
+@pytest.mark.parametrize('value,is_on', [(None, True), ('1', True), ('0', False)])
+def test_environment_variable_is_the_switch(value, is_on):
+    code = 'from timm_depla.layers.fused import use_fused_depla; print(use_fused_depla())'
+    result = run('-c', code, **({} if value is None else {'TIMM_DEPLA_FUSED': value}))
+    assert result.stdout.strip() == str(is_on)
+
+
+def test_quantized_by_torchao():
+    quantization = pytest.importorskip('torchao.quantization')
+    block = Depla(32, bfn='adaptive').eval()
+    x, y = torch.randn(2, 2, 32, 6, 7)
+    expected = block(x, y)
+    quantization.quantize_(block, quantization.Int8WeightOnlyConfig())
+    assert type(block.proj.weight) is not nn.Parameter
+    assert 0 < (block(x, y) - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def test_quantized_by_onnx_runtime(tmp_path):
+    runtime = pytest.importorskip('onnxruntime')
+    quantization = pytest.importorskip('onnxruntime.quantization')
+    block = Depla(32).eval()
+    inputs = torch.randn(2, 2, 32, 6, 7).unbind()
+    torch.onnx.export(block, tuple(inputs), dynamo=True).save(tmp_path / 'block.onnx')
+    quantization.quantize_dynamic(tmp_path / 'block.onnx', tmp_path / 'quantized.onnx')
+    expected = block(*inputs).detach()
+    for name, bound in (('block', 1e-5), ('quantized', 0.1)):
+        session = runtime.InferenceSession(tmp_path / f'{name}.onnx', providers=['CPUExecutionProvider'])
+        (out,) = session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)})
+        assert (torch.from_numpy(out) - expected).abs().max() < bound * expected.abs().max()

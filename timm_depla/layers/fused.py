@@ -1,6 +1,6 @@
 """The fused form of DEPLA: the same outputs, gradients and running statistics, with fewer and smaller maps.
 
-As in timm's fused attention, hooks inside a fused block may stay silent. Those on the block always hear X, Y and output.
+As in timm's fused attention, hooks inside a fused block may stay silent; those on it always hear X, Y and the output.
 """
 
 import os
@@ -18,7 +18,7 @@ _FUSED = os.environ.get('TIMM_DEPLA_FUSED', '1') != '0'
 
 
 def set_fused_depla(enable: bool = True) -> ExitStack:
-    """Turn the fused form on or off everywhere, or only in a `with` block. TIMM_DEPLA_FUSED=0 turns it off at import."""
+    """Turn the fused form on or off everywhere, or only in a `with` block; TIMM_DEPLA_FUSED=0 turns it off at first."""
     global _FUSED
     before, _FUSED = _FUSED, enable
     (stack := ExitStack()).callback(set_fused_depla, before)
