@@ -73,46 +73,68 @@ def conv1x1(weight, x, bias=None):
     ]
 
 
-def norm(x, w, name):
-    """BatchNorm in evaluation of x[c][n]."""
-    scale = [g / math.sqrt(v + 1e-5) for g, v in zip(w[f'{name}.weight'], w[f'{name}.running_var'], strict=True)]
-    level = zip(scale, w[f'{name}.running_mean'], w[f'{name}.bias'], strict=True)
-    return [[(v - mean) * s + bias for v in row] for row, (s, mean, bias) in zip(x, level, strict=True)]
+def norm(xs, w, name, training):
+    """BatchNorm of xs[image][c][n], by the statistics of the batch in training."""
+    out = [[] for _ in xs]
+    for c, weight in enumerate(w[f'{name}.weight']):
+        mean, var = w[f'{name}.running_mean'][c], w[f'{name}.running_var'][c]
+        if training:
+            values = [v for x in xs for v in x[c]]
+            mean = sum(values) / len(values)
+            var = sum((v - mean) ** 2 for v in values) / len(values)
+        for x, maps in zip(xs, out, strict=True):
+            maps.append([(v - mean) / math.sqrt(var + 1e-5) * weight + w[f'{name}.bias'][c] for v in x[c]])
+    return out
 
 
-def literal(block, identity, candidate, num_groups, pooled_chs, maps_per_group, temperature, bfn, keep_candidate):
-    """The equations in the paper's order, for one image: identity[c][i][j], candidate[c][i][j] -> (C1, H, W)."""
+def literal(
+    block, identities, candidates, num_groups, pooled_chs, maps_per_group, temperature, bfn, keep_candidate,
+    training=False,
+):  # fmt: skip
+    """The equations in the paper's order: identities[image][c][i][j], candidates[image][c][i][j] -> (B, C1, H, W)."""
     w = {k: v.flatten(1).tolist() if v.ndim > 1 else v.tolist() for k, v in block.state_dict().items()}
-    height = max(len(identity[0]), len(candidate[0]))
-    width = max(len(identity[0][0]), len(candidate[0][0]))
-    x = [[v for row in rows for v in row] for rows in upsample(identity, height, width)]
-    y = [[v for row in rows for v in row] for rows in upsample(candidate, height, width)]
+    height = max(len(identities[0][0]), len(candidates[0][0]))
+    width = max(len(identities[0][0][0]), len(candidates[0][0][0]))
+    xs, ys = (
+        [[[v for row in rows for v in row] for rows in upsample(image, height, width)] for image in images]
+        for images in (identities, candidates)
+    )
     positions, groups, chs, depth = range(height * width), range(num_groups), range(pooled_chs), range(maps_per_group)
 
-    logits = norm(conv1x1(w['rpn.logits.conv.weight'], x), w, 'rpn.logits.norm')  # ruling 5
-    m = [softmax([v / temperature for v in logits[k]]) for k in range(num_groups * maps_per_group)]  # m[d * L + l][n]
-    values = norm(conv1x1(w['candidate.conv.weight'], y), w, 'candidate.norm')  # values[d * C + c][n]
-    z = [[0.0] * num_groups for _ in chs]  # z[c][l]
-    for group in groups:
-        for c in chs:
-            for d in depth:
-                for n in positions:
-                    z[c][group] += m[d * num_groups + group][n] * values[d * pooled_chs + c][n]
+    def conv_norm(name, maps):  # ruling 5
+        return norm([conv1x1(w[f'{name}.conv.weight'], x) for x in maps], w, f'{name}.norm', training)
+
+    logits = conv_norm('rpn.logits', xs)
+    ms = [[softmax([v / temperature for v in row]) for row in image] for image in logits]  # ms[image][d * L + l][n]
+    zs = []  # zs[image][c][l]
+    for m, values in zip(ms, conv_norm('candidate', ys), strict=True):  # values[d * C + c][n]
+        z = [[0.0] * num_groups for _ in chs]
+        for group in groups:
+            for c in chs:
+                for d in depth:
+                    for n in positions:
+                        z[c][group] += m[d * num_groups + group][n] * values[d * pooled_chs + c][n]
+        zs.append(z)
     if bfn == 'plain':
-        levels = [[math.log(max(len(positions) * v, 1e-6)) for v in row] for row in m]  # ruling 4(b)
-        b = norm(conv1x1(w['bfn.heatmap.conv.weight'], levels), w, 'bfn.heatmap.norm')
+        levels = [[[math.log(max(len(positions) * v, 1e-6)) for v in row] for row in m] for m in ms]  # ruling 4(b)
+        bs = conv_norm('bfn.heatmap', levels)
     else:
-        q = norm(conv1x1(w['bfn.query.conv.weight'], x), w, 'bfn.query.norm')
-        k = conv1x1(w['bfn.key.weight'], z, w['bfn.key.bias'])
-        length = [math.sqrt(sum(k[c][g] ** 2 for c in chs)) for g in groups]  # ruling 10
-        b = [[sum(q[c][n] * k[c][g] for c in chs) / length[g] for n in positions] for g in groups]
-    b = [softmax(row) for row in b]
-    z = conv1x1(w['bfn.transform.weight'], z, w['bfn.transform.bias'])
-    f = [[sum(z[c][g] * len(positions) * b[g][n] for g in groups) for n in positions] for c in chs]  # ruling 4(a)
-    out = norm(conv1x1(w['proj.weight'], f), w, 'norm')
-    for c, row in enumerate(out):
-        out[c] = [x[c][n] + row[n] + (y[c][n] if keep_candidate else 0.0) for n in positions]
-    return torch.tensor(out, dtype=torch.float64).reshape(-1, height, width)
+        bs = []
+        for q, z in zip(conv_norm('bfn.query', xs), zs, strict=True):
+            k = conv1x1(w['bfn.key.weight'], z, w['bfn.key.bias'])
+            length = [math.sqrt(sum(k[c][g] ** 2 for c in chs)) for g in groups]  # ruling 10
+            bs.append([[sum(q[c][n] * k[c][g] for c in chs) / length[g] for n in positions] for g in groups])
+    fs = []
+    for b, z in zip(bs, zs, strict=True):
+        b = [softmax(row) for row in b]
+        z = conv1x1(w['bfn.transform.weight'], z, w['bfn.transform.bias'])
+        f = [[sum(z[c][g] * len(positions) * b[g][n] for g in groups) for n in positions] for c in chs]  # ruling 4(a)
+        fs.append(conv1x1(w['proj.weight'], f))
+    out = norm(fs, w, 'norm', training)
+    for x, y, image in zip(xs, ys, out, strict=True):
+        for c, row in enumerate(image):
+            image[c] = [x[c][n] + row[n] + (y[c][n] if keep_candidate else 0.0) for n in positions]
+    return torch.tensor(out, dtype=torch.float64).unflatten(2, (height, width))
 
 
 @pytest.mark.parametrize('sizes', SIZES)
@@ -124,11 +146,26 @@ def test_matches_literal_transcription(bfn, keep_candidate, temperature, sizes):
     candidate_chs = 6 if keep_candidate else 5
     block = randomized(Depla(6, candidate_chs, **kwargs))
     x, y = torch.randn(2, 6, *sizes[0]).double(), torch.randn(2, candidate_chs, *sizes[1]).double()
-    expected = torch.stack([literal(block, a.tolist(), b.tolist(), **kwargs) for a, b in zip(x, y, strict=True)])
+    expected = literal(block, x.tolist(), y.tolist(), **kwargs)
     with torch.no_grad():
         for memory_format in (torch.contiguous_format, torch.channels_last):
             actual = block(x.contiguous(memory_format=memory_format), y.contiguous(memory_format=memory_format))
             assert (actual - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize('is_fused', [False, True])
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('keep_candidate', [False, True])
+@pytest.mark.parametrize('bfn', BFNS)
+def test_matches_literal_transcription_in_training(bfn, keep_candidate, batch, is_fused):
+    kwargs = dict(ARGS, temperature=0.5, bfn=bfn, keep_candidate=keep_candidate)
+    block = randomized(Depla(6, **kwargs)).train()
+    x, y = torch.randn(2, batch, 6, 3, 4).double()
+    expected = literal(block, x.tolist(), y.tolist(), **kwargs, training=True)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        with set_fused_depla(is_fused):
+            actual = block(x.contiguous(memory_format=memory_format), y.contiguous(memory_format=memory_format))
+        assert (actual - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
 @pytest.mark.parametrize('size', [(4, 6), (6, 3), (5, 7)])  # repeated in both directions, in one, and unevenly
@@ -155,8 +192,9 @@ def test_nearest_up_sampling_of_the_identity_is_up_sampling_first(bfn, keep_cand
 
 @pytest.mark.parametrize('sizes', [((2, 3), (2, 3)), ((4, 3), (2, 2)), ((2, 2), (3, 4))])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('training,is_fused', [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize('bfn', BFNS)
-def test_gradcheck(bfn, memory_format, sizes):
+def test_gradcheck(bfn, training, is_fused, memory_format, sizes):
     block = randomized(Depla(4, 3, num_groups=2, pooled_chs=3, maps_per_group=2, bfn=bfn, temperature=0.5))
     x = torch.randn(1, 4, *sizes[0], dtype=torch.float64, requires_grad=True)
     y = torch.randn(1, 3, *sizes[1], dtype=torch.float64, requires_grad=True)
@@ -165,7 +203,8 @@ def test_gradcheck(bfn, memory_format, sizes):
 
     def call(x, y, *values):
         named = dict(zip((n for n, _ in block.named_parameters()), values, strict=True))
-        return torch.func.functional_call(block, named, (x, y))
+        with set_fused_depla(is_fused):
+            return torch.func.functional_call(block.train(training), named, (x, y))
 
     assert torch.autograd.gradcheck(call, (x, y, *parameters))
 

@@ -48,8 +48,7 @@ def test_matches_literal_transcription(depla, memory_format):
             merged = lateral
         else:
             block = fpn.top_down_blocks[len(expected) - 1]
-            pairs = zip(lateral.tolist(), merged.tolist(), strict=True)
-            merged = torch.stack([literal(block, x, y, **kwargs) for x, y in pairs])
+            merged = literal(block, lateral.tolist(), merged.tolist(), **kwargs)
         layer = fpn.layer_blocks[i][0]
         expected.insert(0, F.conv2d(merged, layer.weight, layer.bias, padding=1))
     with torch.no_grad():
