@@ -41,7 +41,9 @@ def refine(depla: Depla, identity: Tensor, x: Tensor, conv: nn.Conv2d, norm: nn.
     if not norm.training:
         return depla(identity, norm(conv(x)))
     layers = (depla, conv, norm, *depla.candidate.modules())
-    is_heard = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layers)
+    is_heard = any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in layers
+    )
     is_large = identity.numel() >= (LARGE_ON_GPU if fused.launches_cost(x) else LARGE)
     if is_heard or not is_large or not is_linear(conv, norm, depla) or 2 * conv.in_channels > conv.out_channels:
         return depla(identity, norm(conv(x)))
