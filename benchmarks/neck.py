@@ -17,6 +17,15 @@ from timm_depla.engine.world import keep_memory
 from .pairs import memory_row, peak_memory, render_rows, time_rounds, time_row
 from .speed import along
 
+LABELS = {
+    'detector': 'detector, inference',
+    'detector memory': 'detector, peak memory of inference',
+    'detector training memory': 'detector, peak memory of a training step',
+    'neck': 'neck, inference',
+    'neck training': 'neck, training step',
+    'neck memory': 'neck, peak memory of a training step',
+}
+
 
 def add_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--model', default='maskrcnn_resnet50_fpn_depla', help='detector to time')
@@ -83,12 +92,13 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 def render(results: Dict[str, Any]) -> str:
     rows = []
     for i, path in enumerate(['', *results.get('paths', [])]):
-        name = f' +{path}' if path else ''
-        for kind, values in results.items():
+        for kind, label in LABELS.items():
+            name = f'{label} +{path}' if path else label
+            values = results[kind]
             if 'memory' in kind:
-                rows.append(memory_row(f'{kind}{name}', [values[i], values[-1]]))
-            elif kind in ('detector', 'neck', 'neck training'):
-                rows.append(time_row(f'{kind}{name}', [[sample[i], sample[-1]] for sample in values]))
+                rows.append(memory_row(name, [values[i], values[-1]]))
+            else:
+                rows.append(time_row(name, [[sample[i], sample[-1]] for sample in values]))
     size = results['img_size']
     return (
         f'`{results["model"]}` against `{results["base"]}`, one image of {size} x {size} pixels, '
