@@ -84,6 +84,8 @@ def measure(name: str, batch_size: int, args: argparse.Namespace) -> Dict[str, A
         calls = [along(spec, call) for spec, call in zip(specs, calls, strict=True)]
         cell[kind] = _time(calls, args.seconds)
     state = [sum(tensor.nbytes for tensor in model.state_dict().values()) for model in models]
+    for model in models:
+        model.zero_grad()
     cell['memory'] = [peak_memory(call) + size for call, size in zip(calls, state, strict=True)]
     return _split(specs, cell)
 

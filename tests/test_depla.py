@@ -163,7 +163,7 @@ def test_matches_literal_transcription_in_training(bfn, keep_candidate, batch, i
     x, y = torch.randn(2, batch, 6, 3, 4).double()
     expected = literal(block, x.tolist(), y.tolist(), **kwargs, training=True)
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        with set_fused_depla(is_fused):
+        with set_fused_depla(is_fused, always=True):
             actual = block(x.contiguous(memory_format=memory_format), y.contiguous(memory_format=memory_format))
         assert (actual - expected).abs().max() < 1e-10 * expected.abs().max()
 
@@ -203,7 +203,7 @@ def test_gradcheck(bfn, training, is_fused, memory_format, sizes):
 
     def call(x, y, *values):
         named = dict(zip((n for n, _ in block.named_parameters()), values, strict=True))
-        with set_fused_depla(is_fused):
+        with set_fused_depla(is_fused, always=True):
             return torch.func.functional_call(block.train(training), named, (x, y))
 
     assert torch.autograd.gradcheck(call, (x, y, *parameters))
@@ -354,7 +354,7 @@ def test_fused_form_is_the_block(bfn, kwargs, size, memory_format):
         for block, is_fused in ((fused, True), (plain, False)):
             block.train(training).zero_grad()
             inputs = [x.clone().requires_grad_(), y.clone().requires_grad_()]
-            with set_fused_depla(is_fused):
+            with set_fused_depla(is_fused, always=True):
                 out = block(*inputs)
             assert out.is_contiguous(memory_format=memory_format)
             (out.sin() * torch.arange(8).view(-1, 1, 1)).sum().backward()

@@ -74,7 +74,10 @@ def test_training_in_the_fused_form_is_the_same(bfn, norm_layer):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), set_fused_depla(is_fused):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            set_fused_depla(is_fused, always=True),
+        ):
             outputs = list(fpn(maps).values())
         saved.append(sum(storages.values()))
         sum((out.sin() * torch.arange(out.shape[1]).view(-1, 1, 1)).sum() for out in outputs).backward()

@@ -35,7 +35,8 @@ class SoftRPN(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         """Map X (B, C1, h, w) to ROI maps M (B, L, D, H, W), up-sampled to the other map's size if that is larger."""
-        logits = match_size(self.logits(x) / self.temperature, other, self.upsample)  # (B, D*L, H, W)
+        logits = self.logits(x) if self.temperature == 1.0 else self.logits(x) / self.temperature  # (B, D*L, h, w)
+        logits = match_size(logits, other, self.upsample)
         return softmax(logits).unflatten(1, (self.maps_per_group, self.num_groups)).transpose(1, 2)
 
 
@@ -168,7 +169,7 @@ class Depla(nn.Module):
         maps = self.rpn(identity, values)  # M (B, L, D, H, W)
         pooled = soft_roi_pool(maps, values)  # Z (B, L, C)
         vectors, heatmaps = self.bfn(identity, pooled, maps)  # Z' (B, L, C), B (B, L, H, W)
-        filled = back_fill(self.proj(vectors), heatmaps, identity.dtype, self.bias)  # (B, C1, H, W)
+        filled = back_fill(self.proj(vectors), heatmaps, self.bias, identity.dtype)  # (B, C1, H, W)
         return self.combine(identity, candidate, self.norm(filled))
 
     @torch.jit.unused
@@ -178,10 +179,10 @@ class Depla(nn.Module):
     def combine(self, identity: Tensor, candidate: Tensor, refinement: Tensor) -> Tensor:
         """X + refinement (B, C1, H, W), and Y where it is kept (rulings 2 and 14), in the type of X."""
         refinement = refinement.type_as(identity)
-        base = identity if self.add_identity else candidate
         if self.keep_candidate and self.add_identity:
             refinement = refinement + match_size(candidate, refinement, self.upsample)
-        return match_size(base, refinement, self.upsample) + self.drop_path(refinement)
+        x = identity if self.add_identity else candidate
+        return match_size(x, refinement, self.upsample) + self.drop_path(refinement)
 
     def check_channels(self, identity: Tensor, candidate: Tensor) -> None:
         if identity.shape[1] != self.identity_chs or candidate.shape[1] != self.candidate_chs:

@@ -1,8 +1,7 @@
-"""The fused form of DEPLA: the same outputs, gradients and running statistics, with fewer and smaller maps.
+"""The fused form of DEPLA: the same outputs, gradients and running statistics, with fewer and smaller maps. As in
+timm's fused attention, hooks inside a fused block may stay silent; those on it always hear X, Y and the output."""
 
-As in timm's fused attention, hooks inside a fused block may stay silent; those on it always hear X, Y and the output.
-"""
-
+import math
 import os
 from contextlib import ExitStack
 from typing import Tuple
@@ -14,20 +13,24 @@ from torch import Tensor
 
 from .linear import back_fill, match_size, matmul, soft_roi_pool
 
-_FUSED = os.environ.get('TIMM_DEPLA_FUSED', '1') != '0'
+_FUSED = {'0': 0, '2': 2}.get(os.environ.get('TIMM_DEPLA_FUSED', '1'), 1)
+LARGE = 2**19  # elements of a map from which on fewer of them pay in training on a CPU (benchmark `grid`)
 
 
-def set_fused_depla(enable: bool = True) -> ExitStack:
-    """Turn the fused form on or off everywhere, or only in a `with` block; TIMM_DEPLA_FUSED=0 turns it off at first."""
+def set_fused_depla(enable: bool = True, always: bool = False) -> ExitStack:
+    """Turn the fused form off or on everywhere, or only in a `with` block; `always`: in training, for small maps, too.
+
+    At first, it is as the environment variable TIMM_DEPLA_FUSED says: 0 for off, 1 for on, 2 for always.
+    """
     global _FUSED
-    before, _FUSED = _FUSED, enable
-    (stack := ExitStack()).callback(set_fused_depla, before)
+    before, _FUSED = _FUSED, enable and 1 + always
+    (stack := ExitStack()).callback(set_fused_depla, before > 0, before > 1)
     return stack
 
 
 def use_fused_depla() -> bool:
     """Whether to take the fused form; scripts and exports see the modules."""
-    return False if torch.jit.is_scripting() else _FUSED and not torch.compiler.is_exporting()
+    return False if torch.jit.is_scripting() else _FUSED > 0 and not torch.compiler.is_exporting()
 
 
 def forward(block: nn.Module, identity: Tensor, candidate: Tensor) -> Tensor:
@@ -35,26 +38,26 @@ def forward(block: nn.Module, identity: Tensor, candidate: Tensor) -> Tensor:
     values = block.candidate(candidate)
     if block.upsample == 'nearest' and not block.keep_candidate:
         values = pool_repeated(values, identity)
-    refined = block.combine(identity, candidate, aggregate(block, identity, values))
-    return match_size(refined, candidate, block.upsample)
+    refinement = aggregate(block, identity, values)
+    return match_size(block.combine(identity, candidate, refinement), candidate, block.upsample)
 
 
 def aggregate(block: nn.Module, identity: Tensor, values: Tensor) -> Tensor:
-    """The refinement of X (B, C1, h, w) from Y' (B, D*C, h, w), whose norm, except on a GPU, is that of `fold_norm`."""
+    """The refinement of X (B, C1, h, w) from Y' (B, D*C, h, w), with the norm of `fold_norm` where that pays."""
     values = match_size(values, identity, block.upsample)
     maps = block.rpn(identity, values)
     vectors, heatmaps = block.bfn(identity, soft_roi_pool(maps, values), maps)
     vectors, norm = block.proj(vectors), block.norm
     can_fold = type(norm) is nn.BatchNorm2d and norm.training and norm.track_running_stats and norm.momentum is not None
-    if can_fold and not launches_cost(vectors) and maps[:, 0, 0].numel() > 1:  # else as BatchNorm answers it
-        vectors, heatmaps, bias = fold_norm(norm, vectors, heatmaps)
-        return back_fill(vectors, heatmaps, identity.dtype, bias)
-    return norm(back_fill(vectors, heatmaps, identity.dtype, block.bias))
+    if can_fold and pays(identity, on_gpu=math.inf) and maps[:, 0, 0].numel() > 1:
+        return back_fill(*fold_norm(norm, vectors, heatmaps), identity.dtype)
+    return norm(back_fill(vectors, heatmaps, block.bias, identity.dtype))
 
 
-def launches_cost(x: Tensor) -> bool:
-    """Whether an operation takes a while to start, however small: on a GPU, unless a compiler joins it to others."""
-    return x.device.type not in ('cpu', 'meta') and not torch.compiler.is_compiling()
+def pays(x: Tensor, on_gpu: float) -> bool:
+    """Whether fewer maps as large as x are worth more operations, which an eager GPU takes a while to start."""
+    launches_cost = x.device.type not in ('cpu', 'meta') and not torch.compiler.is_compiling()
+    return _FUSED > 1 or x.numel() >= (on_gpu if launches_cost else LARGE)
 
 
 def pool_repeated(x: Tensor, other: Tensor) -> Tensor:
@@ -67,8 +70,7 @@ def pool_repeated(x: Tensor, other: Tensor) -> Tensor:
 def fold_norm(norm: nn.BatchNorm2d, vectors: Tensor, heatmaps: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """What fills the map that the norm would return: vectors (B, L, C), heatmaps (B, L, H, W), and a bias (B, 1, C).
 
-    N times a heatmap is one, plus its contrast: the mean of the map is that of the summed vectors, and its variance
-    follows from the Gram matrix of the contrasts.
+    The mean of the map is that of the summed vectors; its variance follows from the Gram matrix of contrasts, N B - 1.
     """
     dtype, size = vectors.dtype, heatmaps.shape[2:].numel()
     vectors, count = vectors.type_as(norm.weight), len(heatmaps) * size

@@ -1,6 +1,6 @@
-"""Operations on maps. They keep the memory format of their input: a change is slow, and PyTorch's BatchNorm on a CPU
-misreads a batch of one that has unusual strides."""
+"""Operations on maps; they keep the memory format: BatchNorm on a CPU misreads a batch of one with unusual strides."""
 
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any, Callable, Optional, Type
 
@@ -17,11 +17,9 @@ def keep_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(function)  # TorchScript compiles what is wrapped
     def call(*args: Any) -> Tensor:
-        device = args[-1].device.type  # torch 2.8 cannot compile the question whether it has autocast
-        is_known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-        if not (is_known and torch.is_autocast_enabled(device)):
-            return function(*args)
-        with torch.autocast(device, enabled=False):
+        kind = args[-1].device.type  # torch 2.8 cannot compile the question whether it has autocast
+        is_known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+        with torch.autocast(kind, enabled=False) if is_known and torch.is_autocast_enabled(kind) else nullcontext():
             return function(*args)
 
     return call
@@ -90,11 +88,10 @@ def soft_roi_pool(maps: Tensor, values: Tensor) -> Tensor:
     return matmul(maps.transpose(1, 2).flatten(3), values.transpose(2, 3)).sum(1)
 
 
-def back_fill(vectors: Tensor, heatmaps: Tensor, dtype: torch.dtype, bias: Optional[Tensor] = None) -> Tensor:
+def back_fill(vectors: Tensor, heatmaps: Tensor, bias: Optional[Tensor], dtype: torch.dtype) -> Tensor:
     """Back-filling, F[c, n] = sum over l of vectors[l, c] * N * B[l, n] (ruling 4(a)), plus bias[c] if there is one.
 
-    Takes vectors (B, L, C1), heatmaps B (B, L, H, W), a bias (B or 1, 1, C1), and the type of the map that F is added
-    to; returns F (B, C1, H, W).
+    Takes vectors (B, L, C1), heatmaps B (B, L, H, W), a bias (B or 1, 1, C1), and the type of what F is added to.
     """
     filling = heatmaps * (heatmaps.shape[2] * heatmaps.shape[3])
     if dtype == torch.bfloat16:  # half the memory, and the range of float32, which float16 has not (ruling 9)

@@ -15,8 +15,7 @@ from timm_depla.layers.linear import ConvNorm, matmul
 __all__ = ['fuse_candidate', 'is_linear', 'refine']
 
 LINEAR = (nn.BatchNorm2d, BatchNormAct2d, nn.Identity, nn.Conv2d, ConvNorm)  # activations are not linear
-LARGE = 2**19  # elements of a candidate from which on not making it pays (benchmark `grid`)
-LARGE_ON_GPU = 2**24  # those that a GPU writes in the time that it takes to launch some ten operations
+LARGE_ON_GPU = 2**24  # elements of a candidate that a GPU writes in the time that some ten operations take to start
 
 
 def is_linear(conv: nn.Module, norm: nn.Module, depla: Depla) -> bool:
@@ -41,11 +40,10 @@ def refine(depla: Depla, identity: Tensor, x: Tensor, conv: nn.Conv2d, norm: nn.
     if not norm.training:
         return depla(identity, norm(conv(x)))
     layers = (depla, conv, norm, *depla.candidate.modules())
-    is_heard = any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in layers
-    )
-    is_large = identity.numel() >= (LARGE_ON_GPU if fused.launches_cost(x) else LARGE)
-    if is_heard or not is_large or not is_linear(conv, norm, depla) or 2 * conv.in_channels > conv.out_channels:
+    hooks = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks) for m in layers]
+    if any(map(any, hooks)) or not fused.pays(identity, LARGE_ON_GPU) or not is_linear(conv, norm, depla):
+        return depla(identity, norm(conv(x)))
+    if 2 * conv.in_channels > conv.out_channels:
         return depla(identity, norm(conv(x)))
     values = compose(conv, norm, depla.candidate, x)
     return identity + depla.drop_path(fused.aggregate(depla, identity, values).type_as(identity))
