@@ -4,7 +4,7 @@ Forward reads X and Y and writes the output. Backward reads X, Y and the output'
 has twice the multiply-adds. The floor is the time of these bytes at the copy bandwidth (read and written) plus that of
 the multiply-adds at the rate of a large matrix product, both measured alternately with the block. Each timing repeats
 the call until the block has 5 G multiply-adds, at most 20 times. A training step, forward and backward, is compared
-with the plain path of the same block: hooks, so that no norm is folded, and PyTorch's own convolutions. The profile is
+with the plain form of the same block. The profile is
 that of PyTorch's profiler, whose own time is in the small operations. It shows what is above the floor: convolutions to
 64 channels and products of 16 or 17 terms are slower than the large product; the sum with X and that of its two
 gradients write a map each; the rest are small operations.
@@ -23,11 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_depla.engine.plan import count_macs
 from timm_depla.engine.world import keep_memory
 from timm_depla.layers import Depla
-from timm_depla.layers.linear import Conv1x1
 
 from .pairs import peak_memory, ratio_text, seconds_text, time_rounds
 from .record import table
-from .speed import listen
+from .speed import along
 
 SHAPES = ['1x1024x14x14', '8x1024x14x14', '32x1024x14x14', '2x256x200x304']
 FORMATS = {'channels last': torch.channels_last, 'contiguous': torch.contiguous_format}
@@ -60,13 +59,9 @@ def _measure(bfn: str, shape: List[int], memory_format: torch.memory_format, rou
     x, y = (torch.randn(shape).to(memory_format=memory_format).requires_grad_() for _ in range(2))
     gradient = torch.randn(shape).to(memory_format=memory_format)
     plain = copy.deepcopy(block)
-    for part in plain.modules():
-        part.register_forward_hook(listen)
-        if isinstance(part, Conv1x1):
-            part.__class__ = torch.nn.Conv2d
     out = block(x, y)
     inputs = [x, y, *block.parameters()]
-    steps = [partial(_step, module, x, y, gradient) for module in (block, plain)]
+    steps = [along(form, partial(_step, module, x, y, gradient)) for form, module in (('', block), ('+plain', plain))]
     infer = copy.deepcopy(block).eval()
     source, a, b = torch.randn(COPIED), *torch.randn(2, SIDE, SIDE)
     target, product = torch.empty_like(source), torch.empty_like(a)
@@ -185,7 +180,7 @@ def render(results: Dict[str, Any]) -> str:
         'are medians, the ratio is that to the sum of the two floors, round by round: median (95% interval).\n\n'
         + table(['block', '', 'moved', 'multiply-adds', 'floor, bytes', 'floor, multiply-adds', 'time', 'ratio'], rows)
         + '\n\n'
-        + table(['training step', 'fast', 'plain path', 'ratio', 'peak memory', 'plain path', 'ratio'], steps)
+        + table(['training step', 'fused', 'plain form', 'ratio', 'peak memory', 'plain form', 'ratio'], steps)
         + '\n\n'
         + table(['training step', 'operation', 'number', 'floor, multiply-adds', 'time', 'share'], profiles)
     )

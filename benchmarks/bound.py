@@ -5,7 +5,7 @@ bfloat16. Each operation that PyTorch dispatches counts as one kernel, unless it
 backward pass of a convolution counts as one for each gradient. A kernel reads its inputs and writes its outputs once:
 its time is at least that of these bytes at the GPU's bandwidth, and that of its multiply-adds at the GPU's matrix rate;
 a model's device time is the sum over its kernels. Eager execution takes at least as long as launching them all takes.
-The paths are those that the block takes on a GPU. The numbers of the GPU are its maker's (H100 SXM: 3.35 TB/s, 989
+The form of the block is that on a GPU. The numbers of the GPU are its maker's (H100 SXM: 3.35 TB/s, 989
 TFLOPS dense in bfloat16); a launch is taken as 5 us. None of this is a measurement, and the operations are those of a
 CPU's autocast, whose list of types differs a little.
 `speed --device cuda --amp` measures.
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from timm_depla.layers import Depla
 
 from .record import table
-from .speed import KINDS, create_model, train_step
+from .speed import KINDS, along, create_model, train_step
 
 BANDWIDTH = 3.35e12  # bytes a second
 RATE = 989e12 / 2  # multiply-adds a second
@@ -91,9 +91,7 @@ def _infer(model: torch.nn.Module, x: torch.Tensor) -> None:
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     results: Dict[str, Any] = dict(batch_size=args.batch_size, img_size=args.img_size, names=[*args.model, args.base])
-    modules = ('timm_depla.layers.depla', 'timm_depla.models.placement')
-    on_gpu = [patch(f'{module}.launches_cost', return_value=True) for module in modules]
-    with FakeTensorMode(), on_gpu[0], on_gpu[1]:
+    with FakeTensorMode(), patch('timm_depla.layers.fused.pays', lambda x, on_gpu: x.numel() >= on_gpu):
         for name in results['names']:
             model = create_model(name, args.img_size)
             x = torch.randn(args.batch_size, 3, args.img_size, args.img_size)
@@ -101,7 +99,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
             results[name] = {}
             for kind, call in zip(KINDS, (partial(_infer, model, x), partial(train_step, model, x, True)), strict=True):
                 model.train(kind != 'inference')
-                results[name][kind] = _count(call)
+                results[name][kind] = _count(along(name, call))
             results[name]['blocks'] = sum(isinstance(module, Depla) for module in model.modules())
     return results
 

@@ -19,7 +19,7 @@ from timm_depla.engine.world import keep_memory
 
 from .pairs import median_interval, peak_memory, ratio_text, time_rounds
 from .record import table
-from .speed import KINDS, create_model, infer, train_step
+from .speed import KINDS, along, create_model, infer, train_step
 
 BASES = {
     'resnet50_depla': 'resnet50',
@@ -36,6 +36,8 @@ def add_args(parser: argparse.ArgumentParser) -> None:
     models = [model for model in BASES if not model.startswith('test_')]
     parser.add_argument('--model', nargs='+', default=models, choices=BASES, metavar='MODEL', help='models to time')
     parser.add_argument('--batch-size', nargs='+', type=int, default=[1, 4, 8, 32], help='images')
+    parser.add_argument('--path', nargs='*', default=[], metavar='PATH', help='forms of each model, see `speed`')
+    parser.add_argument('--contiguous', action='store_true', help='models and images in contiguous format')
     parser.add_argument('--img-size', type=int, default=224, help='pixels')
     parser.add_argument('--mode', choices=MODES, default='eager')
     parser.add_argument('--seconds', type=float, default=30, help='time for each cell of the table')
@@ -56,30 +58,46 @@ def export(model: torch.nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], 
 
 
 def _time(calls: List[Callable[[], Any]], seconds: float) -> List[List[float]]:
-    calls[1]()
+    calls[-1]()
     start = time.perf_counter()
-    calls[1]()
-    pair = 2 * (time.perf_counter() - start)
-    return time_rounds(calls, max(round(seconds / pair) - 3, 5))
+    calls[-1]()
+    turn = len(calls) * (time.perf_counter() - start)
+    return time_rounds(calls, max(round(seconds / turn) - 3, 5))
 
 
 def measure(name: str, batch_size: int, args: argparse.Namespace) -> Dict[str, Any]:
-    """Seconds (model, base) of each turn by kind, and the peak memory of a training step of both."""
-    models = [create_model(each, args.img_size) for each in (name, BASES[name])]
+    """Seconds (path of the model, base) of each turn by kind, and the peak memory of a training step, by path."""
+    specs = [name, *(f'{name}+{path}' for path in args.path), BASES[name]]
+    models = [create_model(spec, args.img_size) for spec in specs]
     x = torch.randn(batch_size, 3, args.img_size, args.img_size).to(memory_format=torch.channels_last)
+    if args.contiguous:
+        models, x = [model.to(memory_format=torch.contiguous_format) for model in models], x.contiguous()
     if args.mode == 'onnx':
         sessions = [export(model, x) for model in models]
-        return {KINDS[0]: _time([partial(session, x) for session in sessions], args.seconds)}
+        return _split(specs, {KINDS[0]: _time([partial(session, x) for session in sessions], args.seconds)})
     called = [torch.compile(model) if args.mode == 'compiled' else model for model in models]
     amp, cell = args.mode == 'bf16', {}
     for kind in KINDS:
         for model in models:
             model.train(kind == KINDS[1])
         calls = [partial(train_step if kind == KINDS[1] else infer, model, x, amp) for model in called]
+        calls = [along(spec, call) for spec, call in zip(specs, calls, strict=True)]
         cell[kind] = _time(calls, args.seconds)
     state = [sum(tensor.nbytes for tensor in model.state_dict().values()) for model in models]
+    for model in models:
+        model.zero_grad()
     cell['memory'] = [peak_memory(call) + size for call, size in zip(calls, state, strict=True)]
-    return cell
+    return _split(specs, cell)
+
+
+def _split(specs: List[str], cell: Dict[str, Any]) -> Dict[str, Any]:
+    """The cell of each model with the base's beside it, by model."""
+    pairs: Dict[str, Any] = {spec: {} for spec in specs[:-1]}
+    for i, spec in enumerate(specs[:-1]):
+        for kind, values in cell.items():
+            one = kind == 'memory'
+            pairs[spec][kind] = [values[i], values[-1]] if one else [[sample[i], sample[-1]] for sample in values]
+    return pairs
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
@@ -89,9 +107,10 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     for name in args.model:
         for batch_size in args.batch_size:
             torch.compiler.reset()
-            cells[f'{name}/{batch_size}'] = measure(name, batch_size, args)
-            print(*_row(f'{name}/{batch_size}', cells[f'{name}/{batch_size}']), flush=True)
-    return dict(mode=args.mode, img_size=args.img_size, cells=cells)
+            for spec, cell in measure(name, batch_size, args).items():
+                cells[f'{spec}/{batch_size}'] = cell
+                print(*_row(f'{spec}/{batch_size}', cell), flush=True)
+    return dict(mode=args.mode, img_size=args.img_size, contiguous=args.contiguous, cells=cells)
 
 
 def _row(key: str, cell: Dict[str, Any]) -> List[str]:
@@ -104,9 +123,10 @@ def _row(key: str, cell: Dict[str, Any]) -> List[str]:
 def render(results: Dict[str, Any]) -> str:
     rows = [_row(key, cell) for key, cell in results['cells'].items()]
     header = ['', 'batch', 'inference', 'training step', 'peak memory of a step']
+    memory_format = 'contiguous' if results.get('contiguous') else 'channels last'
     return (
-        f'{results["img_size"]} pixels, channels last, CPU, {results["mode"]}. Ratios to the base by pair: median (95% '
-        'interval).\n\n' + table(header, rows)
+        f'{results["img_size"]} pixels, {memory_format}, CPU, {results["mode"]}. Ratios to the base by pair: median '
+        '(95% interval).\n\n' + table(header, rows)
     )
 
 

@@ -2,9 +2,9 @@
 
 A training step is forward and backward, without the optimizer. Memory is the weights and buffers plus the peak that
 PyTorch allocates during a step. On a CPU, the C library keeps freed memory, as in train.py. After a colon stands one of
-timm's attention layers, which the residual blocks then use. After a plus stands a path: `uncomposed` has a hook on
-every DEPLA, so that its candidate is computed; `plain` has hooks on all of its parts, which disable every faster path;
-`fused` is the result of timm's `reparameterize_model`, for inference.
+timm's attention layers, which the residual blocks then use. After a plus stands a form: `plain` is with
+`set_fused_depla(False)`, `uncomposed` has a hook on every DEPLA, so that its candidate is computed, and `fused` is the
+result of timm's `reparameterize_model`, for inference. Other paths, at commits that have them, leave one path out.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from timm.utils import reparameterize_model
 
 from timm_depla.engine.world import keep_memory
-from timm_depla.layers import Depla
+from timm_depla.layers import Depla, set_fused_depla
 
 from .pairs import median_interval, peak_memory, ratio_text, seconds_text, time_rounds
 from .record import table
@@ -53,19 +53,24 @@ def create_model(spec: str, img_size: int) -> torch.nn.Module:
     model = timm.create_model(name, **kwargs)
     if path == 'fused':
         model = reparameterize_model(model.eval())
-    elif path:
+    elif path == 'uncomposed':
         for module in model.modules():
             if isinstance(module, Depla):
-                for part in module.modules() if path == 'plain' else (module,):
-                    part.register_forward_hook(listen)
+                module.register_forward_hook(lambda *_: None)
     for parameter in model.parameters():
         if parameter.ndim == 4:  # lambda networks also have 3D convolutions
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
 
 
-def listen(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-    """A hook that does nothing, but switches its module to the plain path."""
+def along(spec: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call of a model in the form that its name asks for."""
+
+    def run() -> Any:
+        with set_fused_depla(not spec.endswith('+plain')):
+            return call()
+
+    return run
 
 
 def infer(model: Callable, x: torch.Tensor, amp: bool = False) -> None:
@@ -98,7 +103,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     for kind, function in zip(KINDS, (infer, train_step), strict=True):
         for model in models:
             model.train(kind == 'training step')
-        calls = [partial(function, model, x, args.amp) for model in called]
+        calls = [along(name, partial(function, model, x, args.amp)) for name, model in zip(names, called, strict=True)]
         results[kind] = time_rounds(calls, args.pairs, args.device)
     results['peak memory'] = []
     for model, call in zip(models, calls, strict=True):

@@ -1,18 +1,21 @@
 """The block against a slow, literal transcription of the paper's equations, and what follows from them."""
 
 import copy
+import inspect
 import math
+import re
 
 import pytest
 import torch
 import torch.nn as nn
+from helpers import ROOT, run
 from timm.layers import DropPath
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from timm_depla.layers import Depla, SoftRPN, soft_roi_pool
+from timm_depla.layers import Depla, SoftRPN, set_fused_depla, soft_roi_pool
 from timm_depla.layers.depla import BFNS
-from timm_depla.layers.fold import Moments
+from timm_depla.models.candidate import Moments
 
 ARGS = dict(num_groups=3, pooled_chs=4, maps_per_group=2)
 SIZES = [((3, 4), (3, 4)), ((5, 6), (2, 3)), ((2, 3), (4, 6)), ((2, 6), (4, 3))]
@@ -70,46 +73,68 @@ def conv1x1(weight, x, bias=None):
     ]
 
 
-def norm(x, w, name):
-    """BatchNorm in evaluation of x[c][n]."""
-    scale = [g / math.sqrt(v + 1e-5) for g, v in zip(w[f'{name}.weight'], w[f'{name}.running_var'], strict=True)]
-    level = zip(scale, w[f'{name}.running_mean'], w[f'{name}.bias'], strict=True)
-    return [[(v - mean) * s + bias for v in row] for row, (s, mean, bias) in zip(x, level, strict=True)]
+def norm(xs, w, name, training):
+    """BatchNorm of xs[image][c][n], by the statistics of the batch in training."""
+    out = [[] for _ in xs]
+    for c, weight in enumerate(w[f'{name}.weight']):
+        mean, var = w[f'{name}.running_mean'][c], w[f'{name}.running_var'][c]
+        if training:
+            values = [v for x in xs for v in x[c]]
+            mean = sum(values) / len(values)
+            var = sum((v - mean) ** 2 for v in values) / len(values)
+        for x, maps in zip(xs, out, strict=True):
+            maps.append([(v - mean) / math.sqrt(var + 1e-5) * weight + w[f'{name}.bias'][c] for v in x[c]])
+    return out
 
 
-def literal(block, identity, candidate, num_groups, pooled_chs, maps_per_group, temperature, bfn, keep_candidate):
-    """The equations in the paper's order, for one image: identity[c][i][j], candidate[c][i][j] -> (C1, H, W)."""
+def literal(
+    block, identities, candidates, num_groups, pooled_chs, maps_per_group, temperature, bfn, keep_candidate,
+    training=False,
+):  # fmt: skip
+    """The equations in the paper's order: identities[image][c][i][j], candidates[image][c][i][j] -> (B, C1, H, W)."""
     w = {k: v.flatten(1).tolist() if v.ndim > 1 else v.tolist() for k, v in block.state_dict().items()}
-    height = max(len(identity[0]), len(candidate[0]))
-    width = max(len(identity[0][0]), len(candidate[0][0]))
-    x = [[v for row in rows for v in row] for rows in upsample(identity, height, width)]
-    y = [[v for row in rows for v in row] for rows in upsample(candidate, height, width)]
+    height = max(len(identities[0][0]), len(candidates[0][0]))
+    width = max(len(identities[0][0][0]), len(candidates[0][0][0]))
+    xs, ys = (
+        [[[v for row in rows for v in row] for rows in upsample(image, height, width)] for image in images]
+        for images in (identities, candidates)
+    )
     positions, groups, chs, depth = range(height * width), range(num_groups), range(pooled_chs), range(maps_per_group)
 
-    logits = norm(conv1x1(w['rpn.logits.conv.weight'], x), w, 'rpn.logits.norm')  # ruling 5
-    m = [softmax([v / temperature for v in logits[k]]) for k in range(num_groups * maps_per_group)]  # m[d * L + l][n]
-    values = norm(conv1x1(w['candidate.conv.weight'], y), w, 'candidate.norm')  # values[d * C + c][n]
-    z = [[0.0] * num_groups for _ in chs]  # z[c][l]
-    for group in groups:
-        for c in chs:
-            for d in depth:
-                for n in positions:
-                    z[c][group] += m[d * num_groups + group][n] * values[d * pooled_chs + c][n]
+    def conv_norm(name, maps):  # ruling 5
+        return norm([conv1x1(w[f'{name}.conv.weight'], x) for x in maps], w, f'{name}.norm', training)
+
+    logits = conv_norm('rpn.logits', xs)
+    ms = [[softmax([v / temperature for v in row]) for row in image] for image in logits]  # ms[image][d * L + l][n]
+    zs = []  # zs[image][c][l]
+    for m, values in zip(ms, conv_norm('candidate', ys), strict=True):  # values[d * C + c][n]
+        z = [[0.0] * num_groups for _ in chs]
+        for group in groups:
+            for c in chs:
+                for d in depth:
+                    for n in positions:
+                        z[c][group] += m[d * num_groups + group][n] * values[d * pooled_chs + c][n]
+        zs.append(z)
     if bfn == 'plain':
-        levels = [[math.log(max(len(positions) * v, 1e-6)) for v in row] for row in m]  # ruling 4(b)
-        b = norm(conv1x1(w['bfn.heatmap.conv.weight'], levels), w, 'bfn.heatmap.norm')
+        levels = [[[math.log(max(len(positions) * v, 1e-6)) for v in row] for row in m] for m in ms]  # ruling 4(b)
+        bs = conv_norm('bfn.heatmap', levels)
     else:
-        q = norm(conv1x1(w['bfn.query.conv.weight'], x), w, 'bfn.query.norm')
-        k = conv1x1(w['bfn.key.weight'], z, w['bfn.key.bias'])
-        length = [math.sqrt(sum(k[c][g] ** 2 for c in chs)) for g in groups]  # ruling 10
-        b = [[sum(q[c][n] * k[c][g] for c in chs) / length[g] for n in positions] for g in groups]
-    b = [softmax(row) for row in b]
-    z = conv1x1(w['bfn.transform.weight'], z, w['bfn.transform.bias'])
-    f = [[sum(z[c][g] * len(positions) * b[g][n] for g in groups) for n in positions] for c in chs]  # ruling 4(a)
-    out = norm(conv1x1(w['proj.weight'], f), w, 'norm')
-    for c, row in enumerate(out):
-        out[c] = [x[c][n] + row[n] + (y[c][n] if keep_candidate else 0.0) for n in positions]
-    return torch.tensor(out, dtype=torch.float64).reshape(-1, height, width)
+        bs = []
+        for q, z in zip(conv_norm('bfn.query', xs), zs, strict=True):
+            k = conv1x1(w['bfn.key.weight'], z, w['bfn.key.bias'])
+            length = [math.sqrt(sum(k[c][g] ** 2 for c in chs)) for g in groups]  # ruling 10
+            bs.append([[sum(q[c][n] * k[c][g] for c in chs) / length[g] for n in positions] for g in groups])
+    fs = []
+    for b, z in zip(bs, zs, strict=True):
+        b = [softmax(row) for row in b]
+        z = conv1x1(w['bfn.transform.weight'], z, w['bfn.transform.bias'])
+        f = [[sum(z[c][g] * len(positions) * b[g][n] for g in groups) for n in positions] for c in chs]  # ruling 4(a)
+        fs.append(conv1x1(w['proj.weight'], f))
+    out = norm(fs, w, 'norm', training)
+    for x, y, image in zip(xs, ys, out, strict=True):
+        for c, row in enumerate(image):
+            image[c] = [x[c][n] + row[n] + (y[c][n] if keep_candidate else 0.0) for n in positions]
+    return torch.tensor(out, dtype=torch.float64).unflatten(2, (height, width))
 
 
 @pytest.mark.parametrize('sizes', SIZES)
@@ -121,11 +146,26 @@ def test_matches_literal_transcription(bfn, keep_candidate, temperature, sizes):
     candidate_chs = 6 if keep_candidate else 5
     block = randomized(Depla(6, candidate_chs, **kwargs))
     x, y = torch.randn(2, 6, *sizes[0]).double(), torch.randn(2, candidate_chs, *sizes[1]).double()
-    expected = torch.stack([literal(block, a.tolist(), b.tolist(), **kwargs) for a, b in zip(x, y, strict=True)])
+    expected = literal(block, x.tolist(), y.tolist(), **kwargs)
     with torch.no_grad():
         for memory_format in (torch.contiguous_format, torch.channels_last):
             actual = block(x.contiguous(memory_format=memory_format), y.contiguous(memory_format=memory_format))
             assert (actual - expected).abs().max() < 1e-10 * expected.abs().max()
+
+
+@pytest.mark.parametrize('is_fused', [False, True])
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('keep_candidate', [False, True])
+@pytest.mark.parametrize('bfn', BFNS)
+def test_matches_literal_transcription_in_training(bfn, keep_candidate, batch, is_fused):
+    kwargs = dict(ARGS, temperature=0.5, bfn=bfn, keep_candidate=keep_candidate)
+    block = randomized(Depla(6, **kwargs)).train()
+    x, y = torch.randn(2, batch, 6, 3, 4).double()
+    expected = literal(block, x.tolist(), y.tolist(), **kwargs, training=True)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        with set_fused_depla(is_fused, always=True):
+            actual = block(x.contiguous(memory_format=memory_format), y.contiguous(memory_format=memory_format))
+        assert (actual - expected).abs().max() < 1e-10 * expected.abs().max()
 
 
 @pytest.mark.parametrize('size', [(4, 6), (6, 3), (5, 7)])  # repeated in both directions, in one, and unevenly
@@ -151,16 +191,20 @@ def test_nearest_up_sampling_of_the_identity_is_up_sampling_first(bfn, keep_cand
 
 
 @pytest.mark.parametrize('sizes', [((2, 3), (2, 3)), ((4, 3), (2, 2)), ((2, 2), (3, 4))])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('training,is_fused', [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize('bfn', BFNS)
-def test_gradcheck(bfn, sizes):
+def test_gradcheck(bfn, training, is_fused, memory_format, sizes):
     block = randomized(Depla(4, 3, num_groups=2, pooled_chs=3, maps_per_group=2, bfn=bfn, temperature=0.5))
     x = torch.randn(1, 4, *sizes[0], dtype=torch.float64, requires_grad=True)
     y = torch.randn(1, 3, *sizes[1], dtype=torch.float64, requires_grad=True)
+    x, y = (t.detach().contiguous(memory_format=memory_format).requires_grad_() for t in (x, y))
     parameters = list(block.parameters())
 
     def call(x, y, *values):
         named = dict(zip((n for n, _ in block.named_parameters()), values, strict=True))
-        return torch.func.functional_call(block, named, (x, y))
+        with set_fused_depla(is_fused, always=True):
+            return torch.func.functional_call(block.train(training), named, (x, y))
 
     assert torch.autograd.gradcheck(call, (x, y, *parameters))
 
@@ -194,26 +238,25 @@ def test_soft_rpn_maps_are_probabilities_and_temperature_divides_logits():
     rpn, sharp = (SoftRPN(8, 5, 3, temperature, 'bilinear').eval() for temperature in (1.0, 0.25))
     sharp.logits.conv.weight.data.copy_(rpn.logits.conv.weight.data / 4)
     maps = rpn(x, x)
-    assert maps.shape == (2, 5, 3, 42)
+    assert maps.shape == (2, 5, 3, 6, 7)
     assert (maps >= 0).all()
-    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 5, 3))
+    torch.testing.assert_close(maps.sum((3, 4)), torch.ones(2, 5, 3))
     torch.testing.assert_close(maps, sharp(x, x))
 
 
 def test_soft_roi_pool_is_a_weighted_sum():
     maps, values = torch.randn(2, 5, 3, 42).softmax(-1), torch.randn(2, 3, 4, 42)
     expected = torch.einsum('bldn,bdcn->blc', maps, values)
-    torch.testing.assert_close(soft_roi_pool(maps, values.reshape(2, 12, 6, 7)), expected)
+    torch.testing.assert_close(soft_roi_pool(maps.unflatten(3, (6, 7)), values.reshape(2, 12, 6, 7)), expected)
 
 
 @pytest.mark.parametrize('bfn', BFNS.values())
 def test_back_filling_heatmaps_are_probabilities(bfn):
     bfn = bfn(8, 5, 4, 3, 'bilinear', norm_layer=torch.nn.BatchNorm2d)
-    identity, maps = torch.randn(2, 8, 6, 7), torch.rand(2, 5, 3, 42)
-    features, heatmaps = bfn(identity, torch.randn(2, 5, 4), maps, identity)
-    assert features.shape == (2, 5, 4)
-    assert heatmaps.shape == (2, 5, 42)
-    torch.testing.assert_close(heatmaps.sum(-1), torch.ones(2, 5))
+    vectors, heatmaps = bfn(torch.randn(2, 8, 6, 7), torch.randn(2, 5, 4), torch.rand(2, 5, 3, 6, 7))
+    assert vectors.shape == (2, 5, 4)
+    assert heatmaps.shape == (2, 5, 6, 7)
+    torch.testing.assert_close(heatmaps.sum((2, 3)), torch.ones(2, 5))
 
 
 @pytest.mark.parametrize('dtype,bound', [(torch.float16, 5e-3), (torch.bfloat16, 2e-2)])
@@ -296,44 +339,44 @@ def test_export_with_dynamic_batch_and_size(bfn):
     torch.testing.assert_close(program.module()(x, y), block(x, y))
 
 
-class MapNorm(nn.BatchNorm2d):
-    """BatchNorm that is not folded: of another type."""
-
-
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('size', [(6, 8), (3, 4)])
+@pytest.mark.parametrize('kwargs', [dict(), dict(keep_candidate=True), dict(upsample='nearest')])
 @pytest.mark.parametrize('bfn', BFNS)
-def test_folded_norm_is_batch_norm_of_the_map(bfn, memory_format):
-    folded = Depla(8, 6, **ARGS, bfn=bfn, temperature=0.2).double()
-    plain = Depla(8, 6, **ARGS, bfn=bfn, temperature=0.2, norm_layer=MapNorm).double()
-    plain.load_state_dict(folded.state_dict())
-    x = torch.randn(3, 8, 6, 7).double().contiguous(memory_format=memory_format)
-    y = torch.randn(3, 6, 6, 7).double().contiguous(memory_format=memory_format)
+def test_fused_form_is_the_block(bfn, kwargs, size, memory_format):
+    """Outputs, gradients and statistics in training; in evaluation there is one form."""
+    fused = Depla(8, **ARGS, bfn=bfn, temperature=0.2, init_scale=1.0, **kwargs).double()
+    plain = copy.deepcopy(fused)
+    x, y = torch.randn(2, 3, 8, 6, 8).double()
+    x, y = (t.contiguous(memory_format=memory_format) for t in (x[..., : size[0], : size[1]], y))
     for training in (True, True, False):
         results = []
-        for block in (folded, plain):
+        for block, is_fused in ((fused, True), (plain, False)):
             block.train(training).zero_grad()
             inputs = [x.clone().requires_grad_(), y.clone().requires_grad_()]
-            out = block(*inputs)
+            with set_fused_depla(is_fused, always=True):
+                out = block(*inputs)
             assert out.is_contiguous(memory_format=memory_format)
             (out.sin() * torch.arange(8).view(-1, 1, 1)).sum().backward()
-            results.append([out, *(t.grad for t in (*inputs, *block.parameters())), *block.buffers()])
-        torch.testing.assert_close(*results)
+            buffers = [
+                b for name, b in block.named_buffers() if size == (6, 8) or 'running_var' not in name
+            ]  # n / (n - 1)
+            results.append([out, *(t.grad for t in (*inputs, *block.parameters())), *buffers])
+        if training or size == (6, 8):
+            torch.testing.assert_close(*results)
 
 
-def test_fused_norm_where_a_gpu_adds_it_to_the_map(monkeypatch):
-    """The sum has the type of the map, half precision under autocast."""
+def test_fused_norm_of_inference_keeps_the_type():
+    """The sum has the type of the identity, half precision under autocast."""
     block = Depla(8, **ARGS)
     x, y = torch.randn(2, 3, 8, 6, 7)
     block(x, y)  # statistics of its own
     expected = block.eval()(x, y)
     block.reparameterize()
-    monkeypatch.setattr('timm_depla.layers.depla.launches_cost', lambda x: True)
     torch.testing.assert_close(block(x, y), expected)
-    types = []
-    block.norm.register_forward_hook(lambda _, inputs, out: types.append((inputs[0].dtype, out.dtype)))
     with torch.autocast('cpu', torch.bfloat16):
         half = block(x.bfloat16(), y.bfloat16())
-    assert types == [(torch.bfloat16, torch.bfloat16)]
+    assert half.dtype == torch.bfloat16
     assert (half - expected).abs().max() < 0.03 * expected.abs().max()
 
 
@@ -418,3 +461,41 @@ def test_bad_channels():
     for identity_chs, candidate_chs in [(6, 6), (8, 8)]:
         with pytest.raises(ValueError, match=f'for 8 identity and 6 candidate .* {identity_chs} and {candidate_chs};'):
             block(torch.randn(1, identity_chs, 4, 4), torch.randn(1, candidate_chs, 4, 4))
+
+
+def test_documentation_shows_the_code_of_forward():
+    text = (ROOT / 'docs' / 'models.md').read_text(encoding='utf-8')
+    shown = re.findall(r'^\| `(.+?)` \| ', text.partition('| code | paper |')[2].partition('\n\n')[0], re.MULTILINE)
+    code = inspect.getsource(Depla.forward).rpartition('"""')[2].strip().splitlines()
+    assert shown == [line.partition('  #')[0].strip() for line in code]
+
+
+@pytest.mark.parametrize('value,is_on', [(None, True), ('1', True), ('0', False)])
+def test_environment_variable_is_the_switch(value, is_on):
+    code = 'from timm_depla.layers.fused import use_fused_depla; print(use_fused_depla())'
+    result = run('-c', code, **({} if value is None else {'TIMM_DEPLA_FUSED': value}))
+    assert result.stdout.strip() == str(is_on)
+
+
+def test_quantized_by_torchao():
+    quantization = pytest.importorskip('torchao.quantization')
+    block = Depla(32, bfn='adaptive').eval()
+    x, y = torch.randn(2, 2, 32, 6, 7)
+    expected = block(x, y)
+    quantization.quantize_(block, quantization.Int8WeightOnlyConfig())
+    assert type(block.proj.weight) is not nn.Parameter
+    assert 0 < (block(x, y) - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def test_quantized_by_onnx_runtime(tmp_path):
+    runtime = pytest.importorskip('onnxruntime')
+    quantization = pytest.importorskip('onnxruntime.quantization')
+    block = Depla(32).eval()
+    inputs = torch.randn(2, 2, 32, 6, 7).unbind()
+    torch.onnx.export(block, tuple(inputs), dynamo=True).save(tmp_path / 'block.onnx')
+    quantization.quantize_dynamic(tmp_path / 'block.onnx', tmp_path / 'quantized.onnx')
+    expected = block(*inputs).detach()
+    for name, bound in (('block', 1e-5), ('quantized', 0.1)):
+        session = runtime.InferenceSession(tmp_path / f'{name}.onnx', providers=['CPUExecutionProvider'])
+        (out,) = session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)})
+        assert (torch.from_numpy(out) - expected).abs().max() < bound * expected.abs().max()

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_depla.layers import Depla
 from timm_depla.models import load_trunk
-from timm_depla.models.fishnet_blocks import Blocks, JoinStage, join_sharing_memory
+from timm_depla.models.fishnet_blocks import Blocks, JoinStage
 
 FOLDER = Path(__file__).parent / 'fishnet'
 MODELS = timm.list_models(module='fishnet_depla')
@@ -169,20 +169,6 @@ def test_backward_gives_every_parameter_a_gradient(name):
             assert all(p.grad.abs().max() > 0 for p in module.parameters()), name
 
 
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_sharing_memory_changes_no_gradient(memory_format):
-    torch.manual_seed(0)
-    depla = Depla(12, 6, upsample='nearest')
-    x = torch.randn(2, 12, 5, 6).contiguous(memory_format=memory_format)
-    branch = torch.randn(2, 6, 10, 12).contiguous(memory_format=memory_format)
-    gradients = []
-    for join in (join_sharing_memory, lambda depla, x, branch: torch.cat([depla(x, branch), branch], dim=1)):
-        inputs = [x.clone().requires_grad_(), branch.clone().requires_grad_()]
-        out = join(depla, *inputs)
-        gradients.append(torch.autograd.grad(out.sin().sum(), [*inputs, *depla.parameters()]))
-    torch.testing.assert_close(*gradients)
-
-
 def test_maps_keep_their_type_under_the_autocast_of_a_gpu():
     """No map becomes one of float32, which would take twice the memory."""
     model, types = timm.create_model('test_fishnet_depla', device='meta').train(), {}
@@ -194,18 +180,6 @@ def test_maps_keep_their_type_under_the_autocast_of_a_gpu():
         state = {k: torch.empty(v.shape, dtype=v.dtype, device='cuda') for k, v in state.items()}
         torch.func.functional_call(model, state, torch.empty(2, 3, 96, 96, device='cuda'))
     assert len(types) > 12 and set(types.values()) == {torch.bfloat16}, types
-
-
-def test_sharing_memory_keeps_the_type():
-    """Autocast's trunk may be wider than its branch: then the joined map is no view of what a convolution saved."""
-    depla = Depla(16, 8, upsample='nearest').train()
-    trunk = torch.randn(2, 16, 4, 4)
-    branch = torch.randn(2, 8, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
-    with torch.autocast('cpu', torch.bfloat16):
-        joined = join_sharing_memory(depla, trunk, branch * 1)
-    assert joined.dtype == torch.float32
-    joined.sin().sum().backward()
-    assert branch.grad.isfinite().all()
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import create
 
-from timm_depla.layers import Depla
+from timm_depla.layers import Depla, set_fused_depla
 from timm_depla.layers.depla import BFNS
+from timm_depla.models.candidate import LARGE_ON_GPU
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 
@@ -50,14 +51,15 @@ def test_autocast(bfn, size, dtype, bound):
     assert all(gradient.isfinite().all() for gradient in actual)
 
 
-def test_composed_training(monkeypatch):
-    """Of large maps, training composes the candidate: the step is that of the modules one by one."""
+def test_fused_training():
+    """Of large maps, training does not make the candidate: the step is that of the modules one by one."""
     block = create('resnet50_depla').layer3[1].double().cuda()
     x = torch.randn(88, 1024, 14, 14, device='cuda', dtype=torch.float64)
-    assert block.train().can_compose(torch.empty(88, 256, 14, 14, device='cuda'))
-    composed = step(copy.deepcopy(block), x)
-    monkeypatch.setattr(type(block), 'can_compose', lambda *_: False)
-    for actual, right in zip(composed, step(block, x), strict=True):
+    assert x.numel() >= LARGE_ON_GPU
+    fused = step(copy.deepcopy(block), x)
+    with set_fused_depla(False):
+        plain = step(block, x)
+    for actual, right in zip(fused, plain, strict=True):
         torch.testing.assert_close(actual, right)
 
 

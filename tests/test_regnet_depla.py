@@ -1,7 +1,5 @@
 """Every registered RegNet: the positions of DEPLA, and timm's requirements of a model."""
 
-import copy
-
 import pytest
 import timm
 import torch
@@ -70,26 +68,6 @@ def test_features(output_stride):
         backbone = create('test_regnet_depla', output_stride=output_stride, features_only=True, feature_cls=feature_cls)
         assert backbone.feature_info.reduction()[-1] == output_stride
         torch.testing.assert_close(backbone(x), expected)
-
-
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_candidate_that_is_not_made_is_the_candidate(memory_format):
-    """Outputs, gradients and statistics are those of the block whose hook has the candidate made."""
-    composed = create('test_regnet_depla').s3.b2.double().to(memory_format=memory_format)
-    plain = copy.deepcopy(composed)
-    heard = []
-    plain.depla.register_forward_hook(lambda _, inputs, output: heard.append(inputs))
-    x = torch.randn(3, 64, 6, 7).double().contiguous(memory_format=memory_format)
-    for training in (True, True, False):
-        results = []
-        for block in (composed, plain):
-            block.train(training).zero_grad()
-            inputs = x.clone().requires_grad_()
-            out = block(inputs)
-            (out.sin() * torch.arange(out.shape[1]).view(-1, 1, 1)).sum().backward()
-            results.append([out, inputs.grad, *(p.grad for p in block.parameters()), *block.buffers()])
-        torch.testing.assert_close(*results)
-    assert len(heard) == 3 and torch.equal(heard[-1][0], x)
 
 
 def test_reparameterized_model_is_the_model():

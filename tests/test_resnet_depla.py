@@ -9,11 +9,11 @@ from helpers import create, gpu_autocast
 from timm.layers import create_feature_extractor
 from timm.utils import reparameterize_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_depla.engine.plan import count_cost, count_macs
-from timm_depla.layers import Depla
-from timm_depla.layers.fold import compose
-from timm_depla.layers.linear import matmul
+from timm_depla.layers import Depla, set_fused_depla
+from timm_depla.models.candidate import compose
 from timm_depla.models.placement import default_positions
 
 MODELS = timm.list_models(module='resnet_depla')
@@ -116,77 +116,76 @@ def test_output_stride(output_stride):
     assert model.feature_info.reduction()[-1] == output_stride
 
 
-def hear(block):
-    """Hooks on a block's parts: what they hear."""
-    heard = {}
-    for name in ('bn3', 'depla', 'depla.rpn', 'depla.bfn'):
-        module = block.get_submodule(name)
-        module.register_forward_hook(lambda _, inputs, output, name=name: heard.update({name: (inputs, output)}))
-    return heard
+class Operations(TorchDispatchMode):
+    """Records what runs: its name and the types of its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.append((str(func), {t.dtype for t in args if isinstance(t, torch.Tensor)}))
+        return func(*args, **(kwargs or {}))
+
+
+def count_left_out(block, x):
+    """How many of a block's norms do not run in a forward pass."""
+    with Operations() as operations:
+        block(x)
+    norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in block.modules())
+    return norms - sum('batch_norm' in name for name, _ in operations.called)
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_hooks_hear_what_the_signatures_say_and_change_nothing(memory_format):
-    """Outputs, gradients and statistics are the same where the candidate is not made and where a hook wants it."""
-    folded = create('test_resnet_depla').layer3[1].double().to(memory_format=memory_format)
-    plain = copy.deepcopy(folded)
-    heard = hear(plain)
-    x = (3 + torch.randn(3, folded.conv1.in_channels, 6, 7).double()).contiguous(memory_format=memory_format)
+def test_fused_form_is_the_block(memory_format):
+    """Outputs, gradients and statistics are the same where the candidate is not made, and where a hook on DEPLA is."""
+    fused = create('test_resnet_depla').layer3[1].double().to(memory_format=memory_format)
+    plain, hooked = copy.deepcopy(fused), copy.deepcopy(fused)
+    heard = {}
+    for name in ('bn3', 'depla'):
+        hooked.get_submodule(name).register_forward_hook(lambda _, *heard_, name=name: heard.update({name: heard_}))
+    x = (3 + torch.randn(4, 192, 27, 28).double()).contiguous(memory_format=memory_format)
+    assert count_left_out(copy.deepcopy(fused).train(), x) == 2  # the candidate's and the output's
     for training in (True, True, False):
         results = []
-        for block in (folded, plain):
+        for block in (fused, plain, hooked):
             block.train(training).zero_grad()
             inputs = x.clone().requires_grad_()
-            out = block(inputs)
+            with set_fused_depla(block is not plain):
+                out = block(inputs)
             (out.sin() * torch.arange(out.shape[1]).view(-1, 1, 1)).sum().backward()
             results.append([out, inputs.grad, *(p.grad for p in block.parameters()), *block.buffers()])
-        torch.testing.assert_close(*results)
+        torch.testing.assert_close(results[0], results[1])
+        torch.testing.assert_close(results[0], results[2])
         (identity, candidate), refined = heard['depla']
         assert torch.equal(identity, x) and torch.equal(candidate, heard['bn3'][1])
         torch.testing.assert_close(torch.relu(refined), out)
-        rpn_inputs, maps = heard['depla.rpn']
-        assert torch.equal(rpn_inputs[0], x) and maps.shape == (3, 16, 4, 42)
-        (bfn_identity, pooled, bfn_maps, *_), (features, heatmaps) = heard['depla.bfn']
-        assert torch.equal(bfn_identity, x) and torch.equal(bfn_maps, maps)
-        assert pooled.shape == features.shape == (3, 16, 16) and heatmaps.shape == (3, 16, 42)
 
 
-def test_a_hook_on_a_part_of_depla_is_heard():
-    block, x = create('test_resnet_depla').layer3[1], torch.randn(2, 192, 6, 7)
-    with torch.no_grad():
-        expected = block(x)
-        for name, module in [*block.depla.named_modules(), ('conv3', block.conv3), ('bn3', block.bn3)]:
-            heard = []
-            handle = module.register_forward_hook(lambda *_, heard=heard: heard.append(True))
-            torch.testing.assert_close(block(x), expected)
-            handle.remove()
-            assert heard or name == 'drop_path', name
+LEFT_OUT = [('cpu', 1, 0), ('cpu', 8, 2), ('cuda', 8, 0), ('cuda', 96, 1)]
 
 
-@pytest.mark.parametrize('device,batch,composes', [('cpu', 1, True), ('cuda', 1, False), ('cuda', 256, True)])
-def test_few_small_operations_where_each_is_launched(device, batch, composes):
-    """On a GPU, nothing but large maps is composed; on tensors without data, which need none."""
-    block = timm.create_model('resnet50_depla', device='meta').layer3[1]
+@pytest.mark.parametrize('device,batch,count', LEFT_OUT)
+def test_fused_form_of_large_maps(device, batch, count):
+    """On a CPU, the norms of candidate and output are left out; on a GPU the candidate's. Tensors have no data."""
     with FakeTensorMode():
-        x = torch.empty(batch, 256, 14, 14, device=device)
-    assert block.can_compose()
-    for training in (False, True):
-        assert block.train(training).can_compose(x) == composes
+        block = timm.create_model('resnet50_depla', device=device).layer3[1]
+        x = torch.empty(batch, 1024, 14, 14, device=device)
+        assert count_left_out(block.train(), x) == count
+        with set_fused_depla(False):
+            assert count_left_out(block, x) == 0
+        assert count_left_out(block.eval(), x) == 0
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_composing_keeps_single_precision_under_the_autocast_of_a_gpu(dtype, monkeypatch):
-    """Large maps are composed in training, and compiled training composes any."""
-
-    def product(a, b, bias=None):
-        assert a.dtype == b.dtype == torch.float32
-        return matmul(a, b, bias)
-
-    monkeypatch.setattr('timm_depla.layers.fold.matmul', product)
+def test_composing_keeps_single_precision_under_the_autocast_of_a_gpu(dtype):
     with gpu_autocast(dtype):
         block = timm.create_model('resnet50_depla', device='cuda').layer3[1].train()
         x = torch.randn(2, 256, 6, 6, device='cuda', dtype=dtype)
-        compose(block.conv3, block.bn3, block.depla.candidate, x)
+        with Operations() as operations:
+            compose(block.conv3, block.bn3, block.depla.candidate, x)
+    products = [types for name, types in operations.called if name.startswith(('aten.mm', 'aten.mv'))]
+    assert len(products) == 5 and all(types == {torch.float32} for types in products)
 
 
 @pytest.mark.parametrize('name', ['resnet50_depla', 'seresnet50_depla', 'resnet50_depla_adaptive'])
@@ -289,8 +288,8 @@ def test_cost(name, gmacs, params):
     assert round(cost['parameters'] / 1e6, 1) == params
     if name == 'resnet50':
         assert round(cost['activations'] / 1e6, 2) == 11.11  # as timm's table of results has it
-    if name == 'resnet50_depla':  # less than resnet50: where a candidate is not made, its convolution is not run
-        assert round(count_macs(model, model.default_cfg['input_size']) / 1e9, 2) == 4.05
+    if name == 'resnet50_depla':  # fused, it has less than resnet50: it does not make the candidates
+        assert round(count_macs(reparameterize_model(model), model.default_cfg['input_size']) / 1e9, 2) == 4.0
 
 
 @pytest.mark.parametrize('name', ['test_resnet_depla', 'test_fishnet_depla', 'test_regnet_depla'])

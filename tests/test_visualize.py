@@ -12,7 +12,7 @@ from PIL import Image
 from timm_depla.data import digits_folder
 from timm_depla.detection import create_detector
 from timm_depla.engine.errors import ConfigError
-from timm_depla.layers.depla import back_fill, match_size, soft_roi_pool
+from timm_depla.layers.linear import back_fill, match_size, soft_roi_pool
 from timm_depla.visualize import (
     capture,
     capturing,
@@ -64,13 +64,11 @@ def test_captured_maps_give_the_output(name):
         assert block.maps.shape[3:] == block.heatmaps.shape[2:] == block.output.shape[2:]
         assert (block.maps.flatten(3).sum(3) - 1).abs().max() < 1e-5
         values = match_size(module.candidate(block.candidate), block.output, module.upsample)
-        pooled = soft_roi_pool(block.maps.flatten(3), values)
+        pooled = soft_roi_pool(block.maps, values)
         features = module.proj(module.bfn.transform(pooled))
         assert (features - block.features).abs().max() <= 1e-5 * features.abs().max()
         identity = match_size(block.identity, block.output, module.upsample)
-        heatmaps = block.heatmaps.flatten(2)
-        filled = back_fill(features, heatmaps * heatmaps.shape[2], identity, identity.dtype)
-        again = identity + module.norm(filled)
+        again = identity + module.norm(back_fill(features, block.heatmaps, None, identity.dtype))
         assert (again - block.output).abs().max() <= 1e-5 * block.output.abs().max()
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from timm_depla.layers import Depla
+from timm_depla.layers import Depla, set_fused_depla
 
 __all__ = ['BlockCapture', 'capture', 'capturing', 'find_blocks', 'measure', 'strength', 'without_refinement']
 
@@ -56,7 +56,7 @@ def find_blocks(model: nn.Module) -> Dict[str, Depla]:
 def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
     """Context manager whose dictionary each call of the model fills, by the blocks' module names.
 
-    Its hooks change no result; they are removed at the end, also after an error.
+    Its hooks change no result; they are removed at the end, also after an error. The fused form is off meanwhile.
 
     Raises:
         ValueError: If the model has no DEPLA block, or is compiled or scripted.
@@ -74,13 +74,13 @@ def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
 
     def end(name: str) -> Any:
         def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
-            parts, size = seen[name], output.shape[2:]
+            parts = seen[name]
             found[name] = BlockCapture(
                 identity=inputs[0].detach().clone(),  # an in-place activation may follow
                 candidate=inputs[1].detach().clone(),
-                maps=parts['maps'].detach().unflatten(3, size),
+                maps=parts['maps'].detach(),
                 features=parts['features'].detach(),
-                heatmaps=parts['bfn'][1].detach().unflatten(2, size),
+                heatmaps=parts['bfn'][1].detach(),
                 output=output.detach().clone(),
             )
             parts.clear()
@@ -92,7 +92,8 @@ def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
             parts = dict(maps=block.rpn, bfn=block.bfn, features=block.proj)
             handles += [part.register_forward_hook(keep(name, key)) for key, part in parts.items()]
             handles.append(block.register_forward_hook(end(name)))
-        yield found
+        with set_fused_depla(False):
+            yield found
     finally:
         for handle in handles:
             handle.remove()

@@ -23,7 +23,7 @@ from timm_depla.engine.errors import ConfigError, require
 from timm_depla.engine.models import load_model
 from timm_depla.engine.world import run_command
 from timm_depla.files import check_writable
-from timm_depla.layers.depla import match_size
+from timm_depla.layers.linear import match_size
 
 __all__ = ['BlockCapture', 'capture', 'capturing', 'draw_block', 'measure', 'strength', 'summarize']
 

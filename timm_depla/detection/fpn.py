@@ -7,32 +7,16 @@ of the coarser one (the candidate Y), where FPN adds them (ruling 13 of docs/rul
 """
 
 from collections import OrderedDict
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from timm_depla.layers import AdaptiveBFN, Depla, check_depla_args
-from timm_depla.layers.fold import compose_linear, has_hooks
+from timm_depla.layers import Depla, check_depla_args
 
 __all__ = ['FeaturePyramidNetworkDepla']
-
-
-def read_composed(inner: nn.Sequential, depla: Depla, source: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
-    """DEPLA's logits and query of the lateral inner(source), from the source; None where that does not pay.
-
-    In training, autograd then saves the source alone, as in FPN, and not the lateral feature.
-    """
-    conv, rpn, bfn = inner[0], depla.rpn, depla.bfn
-    if not (torch.is_grad_enabled() and len(inner) == 1 and conv.in_channels <= 2 * conv.out_channels):
-        return None, None
-    if any(has_hooks(part) for module in (inner, depla) for part in module.modules()):
-        return None, None
-    is_adaptive = isinstance(bfn, AdaptiveBFN)
-    return compose_linear(conv, rpn.logits, source), compose_linear(conv, bfn.query, source) if is_adaptive else None
 
 
 class FeaturePyramidNetworkDepla(FeaturePyramidNetwork):
@@ -74,12 +58,7 @@ class FeaturePyramidNetworkDepla(FeaturePyramidNetwork):
         laterals = [inner(maps[i]) for i, inner in enumerate(self.inner_blocks)]
         merged = [laterals.pop()]  # finest first
         for top_down in self.top_down_blocks:
-            lateral = laterals.pop()
-            logits, query = None, None
-            if not torch.jit.is_scripting():
-                inner, source = self.inner_blocks[len(laterals)], maps[len(laterals)]
-                logits, query = read_composed(inner, top_down, source)
-            merged.insert(0, top_down(lateral, merged[0], logits, query))
+            merged.insert(0, top_down(laterals.pop(), merged[0]))
         results = [layer(merged[i]) for i, layer in enumerate(self.layer_blocks)]
         if self.extra_blocks is not None:
             results, names = self.extra_blocks(results, maps, names)

@@ -11,6 +11,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_depla.files import escape
+from timm_depla.layers import set_fused_depla
 
 from .config import parse_args, updated
 from .errors import ConfigError
@@ -32,7 +33,7 @@ def count_cost(model: nn.Module, size: Sequence[int]) -> Dict[str, int]:
     model = copy.deepcopy(model).to('meta').eval()
     sizes = []
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):  # the hooks also disable folding, so every layer runs
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.register_forward_hook(lambda _, __, output: sizes.append(output.numel()))
     macs = count_macs(model, size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -45,7 +46,7 @@ def count_macs(model: nn.Module, size: Sequence[int]) -> int:
     The model must be on the meta device and in evaluation mode.
     """
     counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    with counter, torch.no_grad(), set_fused_depla(False):
         model(torch.empty(1, *size, device='meta'))
     return counter.get_total_flops() // 2
 

@@ -8,11 +8,12 @@ from typing import Any, Dict, NamedTuple, Optional, Sequence, Type
 
 import torch
 import torch.nn as nn
-from timm.layers import DropPath, register_notrace_function, register_notrace_module
+from timm.layers import DropPath, register_notrace_function
 from timm.models import checkpoint_seq
 from torch import Tensor
 
-from timm_depla.layers import Depla, match_size
+from timm_depla.layers import Depla
+from timm_depla.layers.linear import match_size
 
 
 class Join(NamedTuple):
@@ -162,28 +163,6 @@ class Bridge(nn.Module):
         return self.blocks(x) * attention + attention
 
 
-def join_sharing_memory(depla: Depla, x: Tensor, branch: Tensor) -> Tensor:
-    """Concatenate depla(x, branch) and branch; autograd saves branch as a view of the result, not as a copy.
-
-    Where the result has another type than branch, as autocast can give it, branch is saved itself.
-    """
-    kept = [branch]
-
-    def pack(tensor: Tensor) -> Any:
-        return kept if tensor.is_set_to(kept[0]) else tensor
-
-    def unpack(saved: Any) -> Tensor:
-        return kept[0] if saved is kept else saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        x = depla(x, branch)
-    joined = torch.cat([x, branch], dim=1)
-    if joined.dtype == branch.dtype:
-        kept[0] = joined.detach()[:, x.shape[1] :]
-    return joined
-
-
-@register_notrace_module  # shares memory in training, but not in a trace
 class JoinStage(nn.Module):
     """Stage of body or head: refine the trunk, resample it and join it with a branch, by DEPLA if `depla` is given.
 
@@ -212,18 +191,13 @@ class JoinStage(nn.Module):
         if depla is not None:
             drop_path = DropPath(drop_paths[-1]) if drop_paths[-1] else None
             depla = dict(depla, upsample='nearest', drop_path=drop_path)
-            starts_at_zero = depla.pop('keep_candidate', False)  # the stage keeps it anyway, by concatenation
+            if depla.pop('keep_candidate', False):  # the stage keeps it anyway, by concatenation
+                depla['init_scale'] = 0.0
             self.depla = Depla(trunk_out, branch, **depla, **layers)
-            if starts_at_zero:
-                self.depla.init_scale = 0.0
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         x = self.pool(self.blocks(x))
         branch = self.transfer(branch)
         if self.depla is None:
             return torch.cat([match_size(x, branch, 'nearest'), branch], dim=1)
-        if not torch.jit.is_scripting():
-            is_plain = type(x) is Tensor and not x.is_meta and not torch.compiler.is_compiling()
-            if self.training and torch.is_grad_enabled() and is_plain:
-                return join_sharing_memory(self.depla, x, branch)
         return torch.cat([self.depla(x, branch), branch], dim=1)

@@ -13,17 +13,17 @@ from typing import Any, Dict, Optional
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import get_norm_layer, register_notrace_module
+from timm.layers import get_norm_layer
 from timm.models import generate_default_cfgs, register_model
 from timm.models.regnet import Bottleneck, RegNet, RegNetCfg, model_cfgs
 
 from .builder import build_model
-from .placement import can_compose, create_depla, fuse_candidate, refine_composed, split_depla_args
+from .candidate import fuse_candidate, is_linear
+from .placement import create_depla, split_depla_args
 
 __all__ = ['RegNetBottleneckDepla', 'RegNetDepla']  # register_model adds each entrypoint
 
 
-@register_notrace_module  # control flow depends on hooks
 class RegNetBottleneckDepla(nn.Module):
     """Bottleneck block of a RegNet that aggregates with DEPLA. Takes over the layers of timm's block."""
 
@@ -38,15 +38,12 @@ class RegNetBottleneckDepla(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         identity = self.downsample(x)
-        x = self.se(self.conv2(self.conv1(x)))
-        if not torch.jit.is_scripting():
-            if can_compose(self.conv3.conv, self.conv3.bn, self.depla, x):
-                return self.act3(refine_composed(self.conv3.conv, self.conv3.bn, self.depla, identity, x))
-        return self.act3(self.depla(identity, self.conv3(x)))
+        x = self.conv3(self.se(self.conv2(self.conv1(x))))
+        return self.act3(self.depla(identity, x))
 
     def reparameterize(self) -> None:
         """Fuse the candidate's convolutions for inference; timm's `reparameterize_model` calls this."""
-        if can_compose(self.conv3.conv, self.conv3.bn, self.depla):
+        if is_linear(self.conv3.conv, self.conv3.bn, self.depla):
             fuse_candidate(self.conv3.conv, self.conv3.bn, self.depla)
             self.conv3.conv, self.conv3.bn = nn.Identity(), nn.Identity()
 

@@ -18,9 +18,11 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from timm_depla.layers import Depla
+from timm_depla.layers.fused import use_fused_depla
 
 from .builder import build_model
-from .placement import can_compose, create_depla, fuse_candidate, refine_composed, split_depla_args
+from .candidate import fuse_candidate, is_linear, refine
+from .placement import create_depla, split_depla_args
 
 __all__ = ['BasicBlockDepla', 'BottleneckDepla', 'ResNetDepla']  # register_model adds each entrypoint
 
@@ -44,7 +46,7 @@ class BasicBlockDepla(BasicBlock):
         return self.act2(self.depla(identity, x))
 
 
-@register_notrace_module  # control flow depends on hooks
+@register_notrace_module  # control flow depends on the fused form
 class BottleneckDepla(Bottleneck):
     """Bottleneck residual block (1x1, 3x3 and 1x1 convolutions) that aggregates with DEPLA."""
 
@@ -59,20 +61,20 @@ class BottleneckDepla(Bottleneck):
         identity = x if self.downsample is None else self.downsample(x)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
-        if not torch.jit.is_scripting():
-            if self.can_compose(x):
-                return self.act3(refine_composed(self.conv3, self.bn3, self.depla, identity, x))
+        if self.se is None and use_fused_depla():
+            return self.act3(self.refine_fused(identity, x))
         x = self.bn3(self.conv3(x))
         if self.se is not None:
             x = self.se(x)
         return self.act3(self.depla(identity, x))
 
-    def can_compose(self, x: Optional[torch.Tensor] = None) -> bool:
-        return self.se is None and can_compose(self.conv3, self.bn3, self.depla, x)
+    @torch.jit.unused
+    def refine_fused(self, identity: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return refine(self.depla, identity, x, self.conv3, self.bn3)
 
     def reparameterize(self) -> None:
         """Fuse the candidate's convolutions for inference; timm's `reparameterize_model` calls this."""
-        if self.can_compose():
+        if self.se is None and is_linear(self.conv3, self.bn3, self.depla):
             fuse_candidate(self.conv3, self.bn3, self.depla)
             self.conv3, self.bn3 = nn.Identity(), nn.Identity()
 
