@@ -436,7 +436,7 @@ def test_meta_device_and_dtype():
 
 @pytest.mark.parametrize('temperature', [0.0, -1.0, math.nan, math.inf])
 def test_bad_temperature(temperature):
-    with pytest.raises(ValueError, match=f'temperature must be positive and finite, got {temperature}'):
+    with pytest.raises(ValueError, match=f'temperature must be from 0.001 to 1000, got {temperature}'):
         Depla(8, temperature=temperature)
 
 
@@ -499,3 +499,18 @@ def test_quantized_by_onnx_runtime(tmp_path):
         session = runtime.InferenceSession(tmp_path / f'{name}.onnx', providers=['CPUExecutionProvider'])
         (out,) = session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)})
         assert (torch.from_numpy(out) - expected).abs().max() < bound * expected.abs().max()
+
+
+def test_vmap():
+    """Over images, and for the gradient of each image; BatchNorm in training is not of PyTorch's vmap."""
+    model = Depla(8, num_groups=2).eval()
+    x, y = torch.randn(2, 3, 2, 8, 5, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.func.vmap(model)(x, y)[1], model(x[1], y[1]))
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, x, y):
+        return torch.func.functional_call(model, parameters, (x[None], y[None])).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x[:, 0], y[:, 0])
+    loss(parameters, x[1, 0], y[1, 0]).backward()
+    torch.testing.assert_close(grads['proj.weight'][1], model.proj.weight.grad)

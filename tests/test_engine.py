@@ -134,7 +134,7 @@ def test_bad_model(error, images):
     )
     model = ['--model', 'test_resnet_depla']
     message = error('train.py', *fast, *model, '--model-kwargs', "depla={'temperature': -1}")
-    assert "cannot create model 'test_resnet_depla': temperature must be positive and finite, got -1" in message
+    assert "cannot create model 'test_resnet_depla': temperature must be from 0.001 to 1000, got -1" in message
     message = error('train.py', *fast, *model, '--model-kwargs', 'stem_width=high')
     assert "cannot create model 'test_resnet_depla'" in message
     for name, hint in (

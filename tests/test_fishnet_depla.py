@@ -288,7 +288,7 @@ def test_grad_checkpointing_gives_the_same_gradients():
         (dict(depla=dict(temprature=0.5)), TypeError, r"unknown depla argument \['temprature'\]; .*'temperature'"),
         (dict(depla=dict(stage=3)), TypeError, r"unknown depla argument \['stage'\]"),
         (dict(depla=dict(bfn='fancy')), ValueError, "bfn must be one of plain, adaptive, got 'fancy'"),
-        (dict(depla=dict(temperature=0)), ValueError, 'temperature must be positive and finite, got 0'),
+        (dict(depla=dict(temperature=0)), ValueError, 'temperature must be from 0.001 to 1000, got 0'),
         (dict(output_stride=16), ValueError, 'output_stride must be 32, got 16: .*out_indices 0 to 4'),
         (dict(width=18), ValueError, 'width must be a positive multiple of 4, got 18'),
     ],

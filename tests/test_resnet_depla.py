@@ -247,7 +247,7 @@ def test_depla_argument_overrides_the_variant_key_by_key():
         (dict(positions=(1, 6)), ValueError, r'block indices of stage 3, 0 to 5, got \(1, 6\)'),
         (dict(positions=()), ValueError, r'block indices of stage 3, 0 to 5, got \(\)'),
         (dict(bfn='fancy'), ValueError, "bfn must be one of plain, adaptive, got 'fancy'"),
-        (dict(temperature=0), ValueError, 'temperature must be positive and finite, got 0'),
+        (dict(temperature=0), ValueError, 'temperature must be from 0.001 to 1000, got 0'),
     ],
 )
 def test_bad_depla_argument(depla, error, message):

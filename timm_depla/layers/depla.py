@@ -8,7 +8,6 @@ Where the paper is ambiguous, the code follows a numbered ruling of docs/rulings
     L: groups of regions of interest (ROI), D: ROI maps per group
 """
 
-import math
 from typing import Any, Dict, Optional, Tuple, Type
 
 import torch
@@ -27,8 +26,8 @@ class SoftRPN(nn.Module):
 
     def __init__(self, in_chs: int, num_groups: int, maps_per_group: int, temperature: float, upsample: str, **layers):
         super().__init__()
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f'temperature must be positive and finite, got {temperature!r}; the paper uses 0.2 to 1.0')
+        if not 0.001 <= temperature <= 1000:
+            raise ValueError(f'temperature must be from 0.001 to 1000, got {temperature!r}; the paper uses 0.2 to 1.0')
         self.num_groups, self.maps_per_group = num_groups, maps_per_group
         self.temperature, self.upsample = float(temperature), upsample
         self.logits = ConvNorm(in_chs, num_groups * maps_per_group, **layers)
