@@ -18,7 +18,7 @@ BENCHMARKS = {name: import_module(f'benchmarks.{name}') for name in NAMES}
 DOCS = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
 
 
-PLOTTED = ('grid', 'scaling', 'speed-batch8', 'speed-rivals')  # records whose plot adds to their table
+PLOTTED = ('grid', 'scaling', 'speed-rivals')  # records whose plot adds to their table
 
 
 def render_docs() -> str:
