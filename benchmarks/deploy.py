@@ -1,7 +1,7 @@
 """Deployment on a CPU: each runtime's accuracy on the digits, and its time over the plain network.
 
-`test_resnet_depla` with its shipped weights, and its base without DEPLA, untrained, both through the same runtime, in turn
-on the same batches. Calibration takes training images.
+`test_resnet_depla` with its shipped weights, and its base without DEPLA, untrained, both through the same runtime, in
+turn on the same batches. Calibration takes training images.
 """
 
 import argparse
