@@ -1,7 +1,7 @@
 """Deployment on a CPU: each runtime's accuracy on the digits, and its time over the plain network.
 
-`test_resnet_depla` with its shipped weights, and untrained `test_resnet`, both through the same runtime, in turn on the
-same batches. Calibration takes training images.
+`test_resnet_depla` with its shipped weights, and its base without DEPLA, untrained, both through the same runtime, in
+turn on the same batches. Calibration takes training images.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from .pairs import ratio_text, time_rounds
 from .record import table
 
 WEIGHTS = Path(__file__).parent.parent / 'hub' / 'weights' / 'test_resnet_depla.digits'
+BASE = dict(layers=(1, 1, 4, 1), stem_width=8, channels=(16, 32, 48, 64))  # what DEPLA was added to
 Call = Callable[[Tensor], Any]
 
 
@@ -156,7 +157,7 @@ def accuracy(call: Call, batches: List[Tensor]) -> float:
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     model = timm.create_model(f'local-dir:{WEIGHTS}', pretrained=True).eval()
-    plain = timm.create_model('test_resnet', num_classes=10).eval()
+    plain = timm.create_model('test_resnet', num_classes=10, **BASE).eval()
     images = read_batches(model, 'validation', args.batch_size)
     calibration = read_batches(model, 'train', args.batch_size)[::10]
     results: Dict[str, Any] = {'batch_size': args.batch_size}
