@@ -141,8 +141,8 @@ def _add_augmentation_args(parser: FlagParser) -> None:
     add('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='what fills an erased box')
     add('--recount', type=schema.boxes, default=1, metavar='N', help='boxes to erase, at most')
     add('--resplit', help='leave the first augmentation split unerased')
-    number('--mixup', type=schema.non_negative, default=0.0, help='mixup alpha')
-    number('--cutmix', type=schema.non_negative, default=0.0, help='cutmix alpha')
+    number('--mixup', type=schema.alpha, default=0.0, help='mixup alpha')
+    number('--cutmix', type=schema.alpha, default=0.0, help='cutmix alpha')
     number(
         '--cutmix-minmax',
         type=schema.share,

@@ -182,7 +182,7 @@ def _find_data(args: Namespace, target: str) -> Namespace:
 def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
     """Open the data set and the model."""
     dataset = open_split(args, args.val_split)
-    options = dict(num_classes=args.num_classes, in_chans=args.in_chans, global_pool=args.gp)
+    options = dict(num_classes=args.num_classes, in_chans=args.in_chans, global_pool=args.gp or None)
     options = {key: value for key, value in options.items() if value is not None}
     if args.model and Path(target).is_file() and 'num_classes' not in options:
         options['num_classes'] = count_classes(args, dataset)
