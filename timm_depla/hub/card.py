@@ -99,7 +99,7 @@ def _metrics(record: Dict[str, Any]) -> Dict[str, tuple]:
 
 def _data(record: Dict[str, Any], source: str, licence: str) -> ModelCardData:
     """The metadata, with the metrics as evaluation results."""
-    data = record['dataset']
+    data, is_classifier = record['dataset'], record['task'] == 'image-classification'
     results = [
         EvalResult(
             task_type=record['task'],
@@ -114,10 +114,10 @@ def _data(record: Dict[str, Any], source: str, licence: str) -> ModelCardData:
     ]
     return ModelCardData(
         model_name=_name(source),
-        library_name='timm' if record['task'] == 'image-classification' else 'timm_depla',
+        library_name='timm' if is_classifier else 'timm_depla',
         license=licence,
         pipeline_tag=record['task'],
-        tags=[record['task'], 'timm', 'depla'],
+        tags=[record['task'], 'timm', *(['transformers'] if is_classifier else []), 'depla'],
         datasets=[data['hub_id']] if data.get('hub_id') else None,
         eval_results=results,
     )
