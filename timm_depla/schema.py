@@ -67,7 +67,8 @@ def _between(kind: type, low: float, high: float, says: str) -> Kind:
 finite = _between(float, -1e6, 1e6, 'a number from -1e6 to 1e6')
 positive = Kind('above 0, at most 1e6', lambda value: 0 < value <= 1e6, float)
 non_negative = _between(float, 0, 1e6, 'from 0 to 1e6')
-decay = Kind('above 0, at most 10', lambda value: 0 < value <= 10, float)
+decay = _between(float, 0.01, 10, 'from 0.01 to 10')
+aspect = _between(float, 0.001, 1000, 'from 0.001 to 1000')
 alpha = Kind('0, or from 0.001 to 1000', lambda value: value == 0 or 0.001 <= value <= 1000, float)
 share = _between(float, 0, 1, 'from 0 to 1')
 fraction = Kind('from 0 to below 1', lambda value: 0 <= value < 1, float)
@@ -91,10 +92,11 @@ _MAP = Kind('a map of names to values', lambda value: isinstance(value, dict))
 
 
 def _list_of(kind: Kind, says: str, count: Optional[int] = None) -> Kind:
-    """A list of `count` values of a kind, of any number of them by default."""
+    """A list of `count` values of a kind, of one or more by default."""
 
     def holds(value: Any) -> bool:
-        return isinstance(value, (list, tuple)) and count in (None, len(value)) and all(map(kind.admits, value))
+        is_long = isinstance(value, (list, tuple)) and (len(value) == count if count else len(value) > 0)
+        return is_long and all(map(kind.admits, value))
 
     return Kind(says, holds)
 
@@ -214,6 +216,8 @@ def check_classifier(config: Mapping[str, Any], place: str) -> None:
     check(pretrained, _PRETRAINED, place)
     check_arguments(config.get('model_args') or {}, f'{place}, model_args')
     names = config.get('label_names') or pretrained.get('label_names')
-    number = pretrained.get('num_classes') if config.get('num_classes') is None else config['num_classes']
+    number = config['num_classes'] if 'num_classes' in config else pretrained.get('num_classes')
+    if number is None:
+        raise ValueError(f"{place}: 'num_classes' must be {classes.says}, not None")
     if names and number and len(names) != number:
         raise ValueError(f'{place}: label_names has {len(names)} names for {number} classes')

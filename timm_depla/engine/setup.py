@@ -85,7 +85,7 @@ def create_optimizer(args: Namespace, trainable: nn.Module, num_updates: int) ->
     try:
         groups = partial(group_parameters, args=args) if getattr(args, 'trunk_lr_scale', None) is not None else None
         optimizer = create_optimizer_v2(trainable, **optimizer_kwargs(args), **args.opt_kwargs, param_group_fn=groups)
-    except (AssertionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         hint = '' if args.opt.lower() in list_optimizers() else closest(args.opt.lower(), list_optimizers())
         raise ConfigError(f"cannot create optimizer '{args.opt}': {error}{hint}") from error
     if args.sched not in SCHEDULES:
@@ -93,7 +93,7 @@ def create_optimizer(args: Namespace, trainable: nn.Module, num_updates: int) ->
         raise ConfigError(f"no schedule '{args.sched}'{hint}: give one of {', '.join(SCHEDULES)}")
     try:
         scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=num_updates)
-    except (AssertionError, ValueError) as error:
+    except (ArithmeticError, AssertionError, LookupError, ValueError) as error:
         hint = '; give --no-sched-on-updates' if args.sched == 'plateau' and args.sched_on_updates else ''
         raise ConfigError(f"cannot create schedule '{args.sched}': {error}{hint}") from error
     if args.warmup_epochs > num_epochs:

@@ -13,7 +13,7 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 from timm_depla.data import Draw, UnreadableError, seed_position
 
 from .checkpoint import TIMES, write_file
-from .errors import DivergedError, TrainingError
+from .errors import ConfigError, DivergedError, TrainingError, UserError
 from .plan import describe
 from .report import Report, check_loggers, explain_worker
 from .run import Losses, Run
@@ -203,9 +203,17 @@ def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> in
     set_up_device(args, world)
     check_loggers(args)
     args, checkpoint = find_resume(args, world)
-    run = build(args, world, checkpoint is None)
+    try:
+        run = build(args, world, checkpoint is None)
+        plan = describe(run)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        _logger.debug('setting up', exc_info=True)
+        cause = f'{type(error).__name__}: {error}'
+        raise ConfigError(f'cannot set up the training, since arguments do not go together ({cause})') from error
     if world.is_primary:
-        print(describe(run), flush=True)
+        print(plan, flush=True)
     if args.dry_run:
         try_batches(run)
         return 0

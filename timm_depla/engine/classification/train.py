@@ -129,8 +129,8 @@ class ClassificationRun(Run):
         args, size = self.args, self.model.pretrained_cfg['input_size']
         try:
             cost = count_cost(self.model, size)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            cause = str(error).splitlines()[0]
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, ValueError) as error:
+            cause = (str(error).splitlines() or [''])[0]
             raise ConfigError(f"'{args.model}' takes no images of {size[1]} x {size[2]}: {cause}") from error
         parameters, macs = cost['parameters'] / 1e6, cost['macs'] / 1e9
         images, val_images = f'{self.loader.num_images:,}', f'{self.val_loader.unreadable.num_images:,}'
