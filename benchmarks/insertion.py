@@ -1,7 +1,7 @@
 """DEPLA inserted into each of timm's networks by `insert_depla`, with its default placement.
 
 Every architecture of `timm.list_models()` is created on the meta device, DEPLA is inserted, and an image of its own
-size passes through it: that tests shapes, not values, which `tests/test_insertion.py` compares. DEPLA has no default
+size passes through it: that tests shapes, not values, which `test_insertion.py` compares. DEPLA has no default
 place where blocks work on tokens, where no block of the stage at 1/16 takes and gives one map of one shape, or where
 timm tells no such stage; `modules` may name blocks elsewhere.
 """

@@ -8,13 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -23,7 +23,6 @@ from timm_depla.demo import MAX_BYTES, WEIGHTS, find_models, look, open_model, p
 from timm_depla.engine.errors import ConfigError
 from timm_depla.visualize import capture, find_blocks, load_any, prepare
 
-ROOT = Path(__file__).parent.parent
 DIGITS = f'local-dir:{WEIGHTS / "test_resnet_depla.digits"}'
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 

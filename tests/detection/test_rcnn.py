@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
-from test_depla import literal, randomized
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from transcription import literal, randomized
 
 from timm_depla.detection import (
     BackboneWithFPN,

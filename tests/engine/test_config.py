@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT
 
 from timm_depla.engine.classification.flags import (
     LEFT_OUT,
@@ -115,12 +116,12 @@ def test_every_flag_of_timm_is_here_or_has_a_reason(script, create, left_out):
     known = create()._option_string_actions
     assert set(flags[script]) <= known.keys() | left_out.keys()
     assert not known.keys() & left_out.keys()
-    text = (Path(__file__).parent.parent / 'docs' / 'flags.md').read_text()
+    text = (ROOT / 'docs' / 'flags.md').read_text()
     assert f'({flags["version"]})' in text and all(f'`{flag}`' in text for flag in flags[script])
 
 
 def test_flags_are_documented():
-    docs = Path(__file__).parent.parent / 'docs'
+    docs = ROOT / 'docs'
     assert (docs / 'flags.md').read_text() == runpy.run_path(str(docs / 'flags.py'))['render']()
 
 
