@@ -29,7 +29,7 @@ import torch
 
 from timm_depla.data import digits_folder
 from timm_depla.data.scenes import scenes_folder
-from timm_depla.engine.errors import UserError
+from timm_depla.errors import UserError
 
 from .attack_cases import CASES, attack_command, train, train_detection
 from .record import table

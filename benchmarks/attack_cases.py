@@ -27,11 +27,11 @@ from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection import flags as detection_flags
 from timm_depla.engine.detection import train as detection_train
 from timm_depla.engine.detection import validate as detection_validate
-from timm_depla.engine.errors import UserError
-from timm_depla.engine.models import resumed_recipe
-from timm_depla.engine.world import run_command
+from timm_depla.engine.distributed import run_command
+from timm_depla.errors import UserError
 from timm_depla.files import SUMS, list_sums, open_image
 from timm_depla.hub.publish import create_publish_parser, publish
+from timm_depla.loading import resumed_recipe
 from timm_depla.schema import Kind
 
 NONSENSE = ('nan', 'inf', '-inf', '1e999', 'x', '--')

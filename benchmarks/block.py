@@ -20,8 +20,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_depla.engine.distributed import keep_memory
 from timm_depla.engine.plan import count_macs
-from timm_depla.engine.world import keep_memory
 from timm_depla.layers import Depla
 
 from .pairs import peak_memory, ratio_text, seconds_text, time_rounds

@@ -27,8 +27,8 @@ from timm_depla.data import read_image
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import build
 from timm_depla.engine.config import parse_args
+from timm_depla.engine.distributed import setup_world
 from timm_depla.engine.run import Run
-from timm_depla.engine.world import setup_world
 
 from .pairs import ratio_text
 from .pipeline import write_images

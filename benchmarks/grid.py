@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List
 
 import torch
 
-from timm_depla.engine.world import keep_memory
+from timm_depla.engine.distributed import keep_memory
 
 from .pairs import median_interval, peak_memory, ratio_text, time_rounds
 from .record import table

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from timm_depla.detection import create_detector
-from timm_depla.engine.world import keep_memory
+from timm_depla.engine.distributed import keep_memory
 
 from .pairs import memory_row, peak_memory, render_rows, time_rounds, time_row
 from .speed import along

@@ -16,7 +16,7 @@ import timm
 import torch
 from timm.utils import reparameterize_model
 
-from timm_depla.engine.world import keep_memory
+from timm_depla.engine.distributed import keep_memory
 from timm_depla.layers import Depla, set_fused_depla
 
 from .pairs import median_interval, peak_memory, ratio_text, seconds_text, time_rounds

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from timm_depla.commands import VERBS, main
-from timm_depla.engine.errors import command_for
+from timm_depla.errors import command_for
 from timm_depla.hub import record
 
 

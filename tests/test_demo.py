@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla.data import digits_folder
 from timm_depla.demo import MAX_BYTES, WEIGHTS, find_models, look, open_model, pixels_of, read_upload
-from timm_depla.engine.errors import ConfigError
+from timm_depla.errors import ConfigError
 from timm_depla.visualize import capture, find_blocks, load_any, prepare
 
 DIGITS = f'local-dir:{WEIGHTS / "test_resnet_depla.digits"}'

@@ -16,9 +16,9 @@ from timm_depla.detection import create_detector
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import SHARED, START, parse_args
 from timm_depla.engine.detection.flags import create_detection_parser
-from timm_depla.engine.errors import ConfigError, TrainingError
-from timm_depla.engine.models import resumed_recipe
+from timm_depla.errors import ConfigError, TrainingError
 from timm_depla.files import SUMS, find_change, list_sums, open_to_append, read_mapping, write_file
+from timm_depla.loading import resumed_recipe
 from timm_depla.schema import Kind
 
 VICTIM = 'alias ll="ls -l"\n'

@@ -11,7 +11,7 @@ from PIL import Image
 
 from timm_depla.data import digits_folder
 from timm_depla.detection import create_detector
-from timm_depla.engine.errors import ConfigError
+from timm_depla.errors import ConfigError
 from timm_depla.layers.linear import back_fill, match_size, soft_roi_pool
 from timm_depla.visualize import (
     capture,

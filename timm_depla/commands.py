@@ -8,8 +8,8 @@ from typing import List, Optional
 
 import timm_depla
 
-from .engine.errors import require
-from .engine.world import run_command
+from .engine.distributed import run_command
+from .errors import require
 
 __all__ = ['VERBS', 'main', 'run']
 

@@ -19,11 +19,11 @@ from timm_depla.capture import BlockCapture, capture, capturing, find_blocks, me
 from timm_depla.detection import from_pretrained, is_detector
 from timm_depla.detection.predict import read_image
 from timm_depla.engine.classification.datasets import is_image
-from timm_depla.engine.errors import ConfigError, require
-from timm_depla.engine.models import load_model
-from timm_depla.engine.world import run_command
+from timm_depla.engine.distributed import run_command
+from timm_depla.errors import ConfigError, require
 from timm_depla.files import check_writable
 from timm_depla.layers.linear import match_size
+from timm_depla.loading import load_model
 
 __all__ = ['BlockCapture', 'capture', 'capturing', 'draw_block', 'measure', 'strength', 'summarize']
 

@@ -20,8 +20,8 @@ from timm_depla.engine import training
 from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.detection import train as detection
 from timm_depla.engine.detection.flags import create_detection_parser
+from timm_depla.engine.distributed import World
 from timm_depla.engine.run import Run
-from timm_depla.engine.world import World
 from timm_depla.hub.record import create_record
 
 from ..record import table

@@ -14,7 +14,7 @@ from PIL import Image
 from timm_depla.engine.classification.datasets import open_splits
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args
-from timm_depla.engine.errors import ConfigError
+from timm_depla.errors import ConfigError
 
 FAST = ['--model', 'test_resnet', '--img-size', 32, '--batch-size', 4, '--workers', 1, '--epochs', 1]
 SPLIT = ['--val-fraction', 0.3]

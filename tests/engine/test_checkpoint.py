@@ -19,8 +19,8 @@ from timm_depla.engine.checkpoint import (
     write_checkpoint,
     write_file,
 )
-from timm_depla.engine.errors import TrainingError
 from timm_depla.engine.state import pack_state, read_state
+from timm_depla.errors import TrainingError
 
 FILES = ('model.safetensors', 'config.json', 'record.json', 'state.json', 'state.safetensors')
 

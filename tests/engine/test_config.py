@@ -15,7 +15,7 @@ from timm_depla.engine.classification.flags import (
     create_validate_parser,
 )
 from timm_depla.engine.config import list_recipes, parse_args
-from timm_depla.engine.errors import ConfigError
+from timm_depla.errors import ConfigError
 
 
 def parse(*argv, **kwargs):

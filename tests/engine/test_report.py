@@ -7,8 +7,8 @@ import pytest
 from helpers import fit, validate
 from PIL import Image
 
-from timm_depla.engine.errors import ConfigError, TrainingError
 from timm_depla.engine.report import UnreadableImages, draw_curves
+from timm_depla.errors import ConfigError, TrainingError
 
 FAST = ['--recipe', 'digits', '--epochs', '2', '--img-size', '32', '--workers', '0', '--experiment', 'run']
 

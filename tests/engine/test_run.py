@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from benchmarks.differences import differences
 from timm_depla.engine import checkpoint, run
 from timm_depla.engine.checkpoint import list_checkpoints
-from timm_depla.engine.errors import ConfigError, TrainingError
 from timm_depla.engine.state import read_state
+from timm_depla.errors import ConfigError, TrainingError
 
 FAST = ['--recipe', 'digits', '--img-size', 32, '--batch-size', 8, '--epochs', 2, '--recovery-interval', 1,
         '--warmup-epochs', 1, '--lr', 0.1, '--workers', 0]  # fmt: skip

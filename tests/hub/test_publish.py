@@ -26,7 +26,7 @@ from timm_depla.detection import from_pretrained
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection import train as detection
 from timm_depla.engine.detection.flags import create_detection_parser
-from timm_depla.engine.errors import ConfigError
+from timm_depla.errors import ConfigError
 from timm_depla.files import SUMS, find_change, write_file
 from timm_depla.hub.card import create_card
 from timm_depla.hub.publish import FILES, publish, without_folders

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from timm_depla.data import PositionedBatches, SeededBatches
 
-from .world import World, shield_worker
+from .distributed import World, shield_worker
 
 __all__ = ['ResumableLoader', 'loader_kwargs']
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from timm_depla import files
+from timm_depla.errors import TrainingError
 from timm_depla.files import SUMS, find_change, list_sums, read_mapping
 
-from .errors import TrainingError
 from .state import FILES as STATE
 
 __all__ = [

@@ -1,31 +1,23 @@
 """Command line and recipes: a recipe overrides the defaults, and the command line overrides the recipe."""
 
 import argparse
-import difflib
 import shlex
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NoReturn, Optional, Sequence, Set
 
 from timm.utils import ParseKwargs
 
+from timm_depla.errors import ConfigError, closest
 from timm_depla.files import SUMS, read_mapping
 from timm_depla.schema import Kind, check_arguments
-
-from .errors import ConfigError
-from .timm_runs import translate
+from timm_depla.timm_runs import translate
 
 __all__ = [
-    'VALIDATION', 'DataFolder', 'FlagParser', 'KeyValues', 'closest', 'find_name', 'list_recipes', 'parse_args',
+    'VALIDATION', 'DataFolder', 'FlagParser', 'KeyValues', 'find_name', 'list_recipes', 'parse_args',
     'updated',
 ]  # fmt: skip
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
-
-
-def closest(name: str, names: Sequence[str]) -> str:
-    """Return '; did you mean X?' for the valid name closest to a mistaken one, or an empty string."""
-    matches = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean '{matches[0]}'?" if matches else ''
 
 
 VALIDATION = ('validation', 'val', 'valid', 'test')

@@ -10,11 +10,11 @@ import torch.nn as nn
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_depla.errors import ConfigError
 from timm_depla.files import escape
 from timm_depla.layers import set_fused_depla
 
 from .config import parse_args, updated
-from .errors import ConfigError
 from .setup import learning_rate
 
 __all__ = ['count_cost', 'count_macs', 'describe', 'learning_rates']

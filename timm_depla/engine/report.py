@@ -15,10 +15,10 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from tqdm import tqdm
 
 from timm_depla.data import UnreadableError
+from timm_depla.errors import ConfigError, TrainingError, command_for, require
 from timm_depla.files import check_writable, write_file
 
 from .checkpoint import checkpoint_name
-from .errors import ConfigError, TrainingError, command_for, require
 
 __all__ = [
     'PLAIN', 'Metric', 'Report', 'UnreadableImages', 'check_loggers', 'check_results', 'choose', 'draw_curves',

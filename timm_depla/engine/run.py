@@ -17,14 +17,14 @@ import torch
 import torch.nn as nn
 from timm.utils import ModelEmaV3, NativeScaler
 
+from timm_depla.errors import ConfigError, DivergedError
 from timm_depla.files import read_tensors
 
 from .checkpoint import TIMES, BackgroundWriter, checkpoint_name, link, prune, write_checkpoint, write_file
 from .config import FlagParser
-from .errors import ConfigError, DivergedError
+from .distributed import Interrupt, World
 from .report import PLAIN, Metric, choose, draw_curves
 from .state import pack_state, read_state
-from .world import Interrupt, World
 
 __all__ = ['CHANGE_NOTHING', 'Losses', 'Run']
 

@@ -22,15 +22,15 @@ from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs, p
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, NativeScaler, unwrap_model
 
+from timm_depla.errors import ConfigError, closest
 from timm_depla.files import check_own, escape, open_to_append, read_mapping
 from timm_depla.layers import Depla
+from timm_depla.timm_runs import read_timm_run
 
 from .checkpoint import LINKS, checkpoint_name, find_damage, newest_checkpoint, set_aside, write_file, writing
-from .config import closest, updated
-from .errors import ConfigError
+from .config import updated
+from .distributed import World, keep_memory
 from .run import Run
-from .timm_runs import read_timm_run
-from .world import World, keep_memory
 
 __all__ = [
     'DIVERGED', 'assemble', 'autocast', 'check_compile', 'create_optimizer', 'find_resume', 'open_folder', 'rejoin',

@@ -11,14 +11,14 @@ import torch
 from timm.utils import dispatch_clip_grad, distribute_bn
 
 from timm_depla.data import Draw, UnreadableError, seed_position
+from timm_depla.errors import ConfigError, DivergedError, TrainingError, UserError
 
 from .checkpoint import TIMES, write_file
-from .errors import ConfigError, DivergedError, TrainingError, UserError
+from .distributed import Interrupt, World, explain_lost_peers, setup_world
 from .plan import describe
 from .report import Report, check_loggers, explain_worker
 from .run import Losses, Run
 from .setup import DIVERGED, autocast, find_resume, open_folder, rejoin, set_up_device
-from .world import Interrupt, World, explain_lost_peers, setup_world
 
 __all__ = ['run_epoch', 'train', 'train_one_epoch']
 

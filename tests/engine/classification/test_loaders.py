@@ -21,8 +21,8 @@ from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.loaders import TrainLoader, create_val_loader, resolve_data
 from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args, updated
-from timm_depla.engine.errors import ConfigError, TrainingError
-from timm_depla.engine.world import World
+from timm_depla.engine.distributed import World
+from timm_depla.errors import ConfigError, TrainingError
 
 CPU = torch.device('cpu')
 LABELS = [i % 3 for i in range(40)]

@@ -18,8 +18,8 @@ from timm_depla.data import digits_folder
 from timm_depla.engine.classification import validate as validation
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args, updated
-from timm_depla.engine.errors import ConfigError
-from timm_depla.engine.models import load_weights, resumed_recipe
+from timm_depla.errors import ConfigError
+from timm_depla.loading import load_weights, resumed_recipe
 
 MODEL = 'test_resnet_depla'
 

@@ -32,11 +32,11 @@ from timm_depla.engine.detection.flags import (
 from timm_depla.engine.detection.loaders import annotated_split
 from timm_depla.engine.detection.train import build, train
 from timm_depla.engine.detection.validate import validate
-from timm_depla.engine.errors import ConfigError, TrainingError
-from timm_depla.engine.models import load_model
+from timm_depla.engine.distributed import World
 from timm_depla.engine.plan import learning_rates
 from timm_depla.engine.state import read_state
-from timm_depla.engine.world import World
+from timm_depla.errors import ConfigError, TrainingError
+from timm_depla.loading import load_model
 
 RECIPES = ROOT / 'timm_depla' / 'recipes' / 'detection'
 
@@ -356,7 +356,7 @@ def test_another_detector_does_not_go_on(trained, folder, recipe):
 def test_missing_package(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['train_detection.py'])
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-    monkeypatch.setattr('timm_depla.engine.errors.find_spec', lambda name: None)
+    monkeypatch.setattr('timm_depla.errors.find_spec', lambda name: None)
     with pytest.raises(SystemExit, match=r'train_detection.py: error: .*pip install "timm-depla\[detection\]"'):
         runpy.run_path(str(ROOT / 'train_detection.py'), run_name='__main__')
 

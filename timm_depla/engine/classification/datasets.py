@@ -19,12 +19,12 @@ from timm.data.readers.img_extensions import is_img_extension
 from timm.utils.misc import natural_key
 
 from timm_depla.data import UNREADABLE, digits_folder, inspect_images
+from timm_depla.errors import ConfigError
 from timm_depla.files import escape
 
 from ..config import VALIDATION, find_name, updated
-from ..errors import ConfigError
+from ..distributed import World
 from ..report import max_unreadable
-from ..world import World
 
 __all__ = [
     'check_images', 'class_names', 'count_classes', 'count_streams', 'embedded_digits', 'file_names', 'find_data',

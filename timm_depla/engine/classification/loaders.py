@@ -26,12 +26,11 @@ from timm_depla.data import (
     read_pixels,
     seed_position,
 )
+from timm_depla.errors import ConfigError, closest, require
 
 from ..batches import ResumableLoader, loader_kwargs
-from ..config import closest
-from ..errors import ConfigError, require
+from ..distributed import World
 from ..report import UnreadableImages
-from ..world import World
 from .datasets import image_mode, open_split
 
 __all__ = ['TrainLoader', 'create_val_loader', 'mixes', 'resolve_data']

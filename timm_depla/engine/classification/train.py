@@ -11,17 +11,17 @@ from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEn
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
 
 from timm_depla.data import Draw, seed_position
+from timm_depla.errors import ConfigError
 from timm_depla.files import list_digest
+from timm_depla.loading import create_model, load_model, load_weights, model_config, pretrained_file, resumed_recipe
 
 from .. import training
 from ..config import parse_args, updated
-from ..errors import ConfigError
-from ..models import create_model, load_model, load_weights, model_config, pretrained_file, resumed_recipe
+from ..distributed import Interrupt, World
 from ..plan import count_cost
 from ..report import Metric
 from ..run import Run
 from ..setup import assemble, check_compile, share_batch_norm
-from ..world import Interrupt, World
 from .datasets import (
     check_images,
     class_names,

@@ -18,12 +18,13 @@ from timm.layers import apply_test_time_pool
 from timm.utils import reparameterize_model
 from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 
+from timm_depla.errors import ConfigError, TrainingError, UserError, require
+from timm_depla.loading import load_model, run_arguments, trained_data, trained_on
+
 from ..config import parse_args, updated
-from ..errors import ConfigError, TrainingError, UserError, require
-from ..models import load_model, run_arguments, trained_data, trained_on
+from ..distributed import Interrupt, World, explain_lost_peers, setup_world
 from ..report import check_results, max_unreadable, progress, write_results
 from ..setup import autocast, check_compile
-from ..world import Interrupt, World, explain_lost_peers, setup_world
 from .datasets import class_names, count_classes, count_streams, embedded_digits, open_split, split_name
 from .flags import create_validate_parser
 from .loaders import create_val_loader, resolve_data

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from timm_depla.data import UnreadableError, read_or_next
 from timm_depla.data.scenes import scenes_folder
 from timm_depla.detection.coco import CocoDetection, create_transform
+from timm_depla.errors import ConfigError
 
 from ..batches import ResumableLoader, loader_kwargs
 from ..config import find_name
-from ..errors import ConfigError
+from ..distributed import World
 from ..report import UnreadableImages
-from ..world import World
 
 __all__ = [
     'DetectionLoader',

@@ -16,17 +16,17 @@ from timm_depla.data import Draw, seed_position
 from timm_depla.detection import create_detector, detector_config
 from timm_depla.detection.coco import METRICS, CocoDetection
 from timm_depla.detection.rcnn import split_name
+from timm_depla.errors import ConfigError
 from timm_depla.files import list_digest
+from timm_depla.loading import create_model, load_weights, pretrained_file, resumed_recipe
 
 from .. import training
 from ..config import parse_args, updated
-from ..errors import ConfigError
-from ..models import create_model, load_weights, pretrained_file, resumed_recipe
+from ..distributed import Interrupt, World
 from ..plan import count_cost
 from ..report import Metric
 from ..run import Run
 from ..setup import assemble, share_batch_norm
-from ..world import Interrupt, World
 from .flags import create_detection_parser
 from .loaders import DetectionLoader, ValidationLoader, annotated_split, find_data, open_splits
 from .validate import evaluate

@@ -13,13 +13,13 @@ from torchvision.models.detection import FasterRCNN
 from timm_depla.data import UnreadableError
 from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import CocoDetection, evaluate_coco, to_results
+from timm_depla.errors import ConfigError
+from timm_depla.loading import load_weights, run_arguments, trained_data, trained_on
 
 from ..config import parse_args, updated
-from ..errors import ConfigError
-from ..models import load_weights, run_arguments, trained_data, trained_on
+from ..distributed import Interrupt, World, explain_lost_peers, setup_world
 from ..report import check_results, progress, write_results
 from ..setup import autocast
-from ..world import Interrupt, World, explain_lost_peers, setup_world
 from .flags import create_detection_validate_parser
 from .loaders import ValidationLoader, embedded_scenes, open_split
 

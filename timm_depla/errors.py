@@ -1,9 +1,11 @@
 """Errors that a command shows as one message, without a traceback."""
 
+import difflib
 import sys
 from importlib.util import find_spec
+from typing import Sequence
 
-__all__ = ['ConfigError', 'DivergedError', 'TrainingError', 'UserError', 'command_for', 'require']
+__all__ = ['ConfigError', 'DivergedError', 'TrainingError', 'UserError', 'closest', 'command_for', 'require']
 
 
 class UserError(Exception):
@@ -31,6 +33,12 @@ def require(module: str, extra: str) -> None:
     """
     if find_spec(module) is None:
         raise ConfigError(f'this needs {module}: pip install "timm-depla[{extra}]"')
+
+
+def closest(name: str, names: Sequence[str]) -> str:
+    """Return '; did you mean X?' for the valid name closest to a mistaken one, or an empty string."""
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean '{matches[0]}'?" if matches else ''
 
 
 def command_for(script: str) -> str:

@@ -9,10 +9,9 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
 
+from timm_depla.errors import ConfigError
 from timm_depla.files import read_mapping
 from timm_depla.schema import check_arguments
-
-from .errors import ConfigError
 
 __all__ = ['TimmRun', 'read_timm_run', 'translate', 'with_data_dir']
 

@@ -16,12 +16,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.models._hub import save_config_for_hf
 
 from timm_depla.detection import is_detector
+from timm_depla.errors import ConfigError, closest, command_for
 from timm_depla.files import find_change, is_unvalidated, read_mapping
 from timm_depla.models import check_published, find_weights, load_trunk
-
-from .config import closest
-from .errors import ConfigError, command_for
-from .timm_runs import read_timm_run, with_data_dir
+from timm_depla.timm_runs import read_timm_run, with_data_dir
 
 __all__ = [
     'create_model', 'load_model', 'load_weights', 'model_config', 'pretrained_file', 'resumed_recipe', 'run_arguments',

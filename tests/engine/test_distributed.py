@@ -14,8 +14,8 @@ import torch
 from helpers import ROOT, TORCHRUN, run, validate
 
 from timm_depla.data import digits_folder
-from timm_depla.engine.errors import ConfigError
-from timm_depla.engine.world import Interrupt, World
+from timm_depla.engine.distributed import Interrupt, World
+from timm_depla.errors import ConfigError
 
 
 @pytest.fixture(scope='module')

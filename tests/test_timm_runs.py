@@ -14,9 +14,9 @@ from timm.utils import CheckpointSaver
 from timm_depla.data import digits_folder
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args
-from timm_depla.engine.errors import ConfigError
-from timm_depla.engine.models import load_model
-from timm_depla.engine.timm_runs import read_timm_run
+from timm_depla.errors import ConfigError
+from timm_depla.loading import load_model
+from timm_depla.timm_runs import read_timm_run
 
 DEFAULTS = yaml.safe_load((Path(__file__).parent / 'timm_args.yaml').read_text())
 

@@ -18,10 +18,9 @@ import torch.distributed as dist
 from timm.utils import setup_default_logging
 from timm.utils.distributed import init_distributed_device_so
 
+from timm_depla.errors import ConfigError, TrainingError, UserError
 from timm_depla.files import escape
 from timm_depla.schema import shorten
-
-from .errors import ConfigError, TrainingError, UserError
 
 __all__ = ['Interrupt', 'World', 'explain_lost_peers', 'keep_memory', 'run_command', 'setup_world', 'shield_worker']
 
