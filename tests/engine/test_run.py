@@ -12,7 +12,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +22,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.differences import differences
-from timm_depla.engine import checkpoint, run
-from timm_depla.engine.checkpoint import list_checkpoints, read_state
+from timm_depla.engine.checkpoint import list_checkpoints, newest_checkpoint, read_state
+from timm_depla.engine.folder import RunFolder
+from timm_depla.engine.metrics import rank
 from timm_depla.errors import ConfigError, TrainingError
 
 FAST = ['--recipe', 'digits', '--img-size', 32, '--batch-size', 8, '--epochs', 2, '--recovery-interval', 1,
@@ -59,7 +59,7 @@ def images(tmp_path_factory):
 @pytest.fixture
 def keep_all(monkeypatch):
     """Every checkpoint stays."""
-    monkeypatch.setattr(run, 'prune', lambda *_: None)
+    monkeypatch.setattr(RunFolder, 'prune', lambda *_: None)
 
 
 def go_back(folder, copy, name):
@@ -122,10 +122,10 @@ def test_resume_refuses_another_training(images, tmp_path, caplog):
         fit(*args, '--batch-size', 4, '--seed', 1)
     with pytest.raises(ConfigError, match='with other arguments: epochs 2 -> 3'):
         fit(*args, '--epochs', 3)
-    with pytest.raises(ConfigError, match=r'(?s)cannot go on from .*size mismatch'):
+    with pytest.raises(ConfigError, match=r'(?s)cannot resume from .*size mismatch'):
         fit(*args, '--model', 'test_resnet_depla', '--model-kwargs', "depla={'num_groups': 8}", '--resume-with-changes')
     assert fit(*args, '--batch-size', 4, '--weight-decay', 0.1, '--resume-with-changes') == 0
-    assert 'going on with changes: batch size 8 -> 4; weight decay 0.0005 -> 0.1' in caplog.text
+    assert 'resuming with changes: batch size 8 -> 4; weight decay 0.0005 -> 0.1' in caplog.text
     state = read_state(tmp_path / 'run' / 'last')
     assert state['optimizer']['param_groups'][-1]['weight_decay'] == 0.1
     assert state['position'] == (2, 0)
@@ -142,9 +142,9 @@ def test_changed_batch_keeps_the_images_seen(images, tmp_path, keep_all):
 
 def test_resume_without_checkpoints(images, tmp_path):
     args = [images, *FAST, '--epochs', 1, '--output', tmp_path]
-    with pytest.raises(ConfigError, match='--resume auto goes on with a run by name: add --experiment'):
+    with pytest.raises(ConfigError, match='--resume auto resumes a run by name: add --experiment'):
         fit(*args, '--resume', 'auto')
-    with pytest.raises(ConfigError, match="nowhere' has no checkpoint to go on from"):
+    with pytest.raises(ConfigError, match="nowhere' has no checkpoint to resume from"):
         fit(*args, '--resume', tmp_path / 'nowhere')
     assert fit(*args, '--experiment', 'new', '--resume', 'auto') == 0  # starts fresh
     (tmp_path / 'new' / 'last' / 'state.json').write_bytes(b'')
@@ -224,7 +224,7 @@ def test_signals(number, images, tmp_path):
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 128 + number, ''.join(lines) + rest
     assert f'{number.name}: finishing the step and saving' in rest
-    saved = re.search(r'saved (\d+)-(\d+); go on with: python (.*)', rest)
+    saved = re.search(r'saved (\d+)-(\d+); resume with: python (.*)', rest)
     steps = 6 * int(saved[1]) + int(saved[2])
     before = ''.join(lines) + rest.split('finishing')[0]
     epoch, step = re.findall(r'epoch (\d+)  step (\d)/6', before)[-1]
@@ -254,10 +254,10 @@ def test_dead_worker(images, tmp_path):
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 1
     assert re.search(
-        r'error: loading data failed: DataLoader worker .*(killed|exited).*lower --workers, and go on', rest
+        r'error: loading data failed: DataLoader worker .*(killed|exited).*lower --workers, and resume', rest
     ), rest
     assert 'Traceback' not in rest
-    assert checkpoint.newest_checkpoint(next(tmp_path.iterdir())) is not None
+    assert newest_checkpoint(next(tmp_path.iterdir())) is not None
 
 
 def test_unreadable_images(images, tmp_path, caplog):
@@ -354,7 +354,7 @@ def test_diverged_run_goes_back_to_before(images, tmp_path, caplog):
 @pytest.mark.parametrize('metric,values,best', [('top1', [1, 3, 2], 1), ('loss', [2, 1, 3], 1)])
 def test_metrics_that_are_not_finite_rank_last(metric, values, best):
     rows = [{f'eval_{metric}': value} for value in [math.nan, *values, math.inf, -math.inf]]
-    ranked = run.Run.ranked(SimpleNamespace(args=SimpleNamespace(eval_metric=metric)), [*rows, {}])
+    ranked = rank([*rows, {}], metric)
     assert ranked[0] is rows[1 + best]
     assert [math.isfinite(row[f'eval_{metric}']) for row in ranked] == [True] * 3 + [False] * 3
 
@@ -362,7 +362,7 @@ def test_metrics_that_are_not_finite_rank_last(metric, values, best):
 def test_run_folder_has_one_process_at_a_time(images, tmp_path, monkeypatch):
     args = [images, *FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
     fit(*args, '--stop-epoch', 1)
-    monkeypatch.setattr('timm_depla.engine.optimizer.LOCK_SECONDS', 0.1)
+    monkeypatch.setattr('timm_depla.engine.folder.LOCK_SECONDS', 0.1)
     code = f"""
 import time
 from filelock import FileLock

@@ -13,9 +13,9 @@ from helpers import ROOT, run
 from PIL import Image
 from safetensors.torch import load_file
 
+from timm_depla.commands import run_command
 from timm_depla.data import digits_folder, scenes
 from timm_depla.engine.checkpoint import list_checkpoints
-from timm_depla.engine.distributed import run_command
 
 FAST = ['--img-size', 32, '--epochs', 1, '--workers', 1]
 
@@ -156,7 +156,7 @@ def test_bad_option(error, images, tmp_path):
     assert 'timm cannot augment as asked' in error('train.py', *fast, '--aa', 'rand-x9')
     assert "cannot use device 'cuda:99'" in error('train.py', *fast, '--device', 'cuda:99')
     (tmp_path / 'out' / 'run').mkdir(parents=True)
-    assert 'exists: go on with it by --resume auto, or choose another --experiment' in error(
+    assert 'exists: resume it by --resume auto, or choose another --experiment' in error(
         'train.py', *fast, '--experiment', 'run'
     )
     assert not list((tmp_path / 'out' / 'run').iterdir())

@@ -21,7 +21,6 @@ from timm_depla.data import scenes
 from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import METRICS, CocoDetection, evaluate_coco
 from timm_depla.detection.predict import draw_detections, predict, read_image
-from timm_depla.engine import run as run_module
 from timm_depla.engine.checkpoint import list_checkpoints, read_state
 from timm_depla.engine.config import list_recipes, parse_args, updated
 from timm_depla.engine.detection.flags import (
@@ -33,6 +32,7 @@ from timm_depla.engine.detection.loaders import annotated_split
 from timm_depla.engine.detection.train import build, train
 from timm_depla.engine.detection.validate import validate
 from timm_depla.engine.distributed import World
+from timm_depla.engine.folder import RunFolder
 from timm_depla.engine.plan import learning_rates
 from timm_depla.errors import ConfigError, TrainingError
 from timm_depla.loading import load_model
@@ -82,7 +82,7 @@ def trained(folder, recipe, tmp_path_factory):
     """A run whose checkpoints all stay."""
     output = tmp_path_factory.mktemp('output')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, 'prune', lambda *_: None)
+        patch.setattr(RunFolder, 'prune', lambda *_: None)
         assert fit(folder, '-c', recipe, '--output', output, '--experiment', 'run') == 0
     return output / 'run'
 
@@ -383,5 +383,5 @@ def test_left_out_flags_are_left_out():
 def test_weights_of_a_checkpoint_are_those_of_the_average(trained):
     weights = load_file(trained / 'last' / 'model.safetensors')
     state = read_state(trained / 'last')
-    assert weights.keys() == state['trainable'].keys()
-    assert any(not torch.equal(weights[name], state['trainable'][name]) for name in weights)
+    assert weights.keys() == state['state_dict'].keys()
+    assert any(not torch.equal(weights[name], state['state_dict'][name]) for name in weights)

@@ -59,7 +59,7 @@ def evaluate(
         loader: From `create_val_loader`: batches of images (B, C, H, W) and targets (B,); -1 leaves an image out.
         args: Arguments: `device`, `amp`, `amp_dtype`, `channels_last`.
         world: The processes that share the images.
-        interrupt: Ends the evaluation early, with the metrics of the images so far.
+        interrupt: Ends the evaluation early.
         observe: Maps each batch's logits to those to be scored.
         confusion: int64 (classes, classes), to count this process's images by class and prediction.
 
@@ -67,6 +67,7 @@ def evaluate(
         `loss`, `top1`, `top5`, and `count`, the number of images.
 
     Raises:
+        Interrupted: By `interrupt`.
         TrainingError: If more images are missing than `max_unreadable`.
     """
     model.eval()
@@ -88,13 +89,14 @@ def evaluate(
         loader.unreadable.collect()
         if interrupt is not None and interrupt.signal:
             break
-    total = world.all_reduce_sum(*(value.item() for value in (loss, top1, top5, count)))
-    expected, is_whole = loader.unreadable.num_images, interrupt is None or not interrupt.signal
-    if is_whole and (expected - total[3] > max_unreadable(expected) or not total[3]):
+    if interrupt is not None:
+        interrupt.check()
+    total, expected = world.all_reduce_sum(*(v.item() for v in (loss, top1, top5, count))), loader.unreadable.num_images
+    if expected - total[3] > max_unreadable(expected) or not total[3]:
         raise TrainingError(
             f'validation got {total[3]:.0f} images with a class that can be read, of {expected}: check the split'
         )
-    number = max(total[3], 1.0)
+    number = total[3]
     return {
         'loss': total[0] / number,
         'top1': 100 * total[1] / number,
