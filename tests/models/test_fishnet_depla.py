@@ -14,7 +14,7 @@ from timm.layers import create_feature_extractor
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_depla.layers import Depla
-from timm_depla.models import load_trunk
+from timm_depla.models import load_backbone
 from timm_depla.models.fishnet_blocks import Blocks, JoinStage
 
 FOLDER = Path(__file__).parent / 'fishnet'
@@ -77,17 +77,17 @@ def test_every_way_to_load_a_published_checkpoint(published):
     expected = timm.create_model('fishnet99', checkpoint_path=published).state_dict()
     assert len(expected) == 599
     pretrained = timm.create_model('fishnet99', pretrained=True, pretrained_cfg_overlay=dict(file=str(published)))
-    trunk = timm.create_model('fishnet99_depla')
-    report = load_trunk(trunk, published)
+    filled = timm.create_model('fishnet99_depla')
+    report = load_backbone(filled, published)
     assert report.loaded == list(expected)
-    assert set(report.new) == {name for name in trunk.state_dict() if '.depla.' in name}
+    assert set(report.new) == {name for name in filled.state_dict() if '.depla.' in name}
     assert str(report) == f'599 tensors loaded, {len(report.new)} of DEPLA new'
     given = timm.create_model('fishnet99')
-    load_trunk(given, published_state_dict())
-    for model in (pretrained, trunk, given):
+    load_backbone(given, published_state_dict())
+    for model in (pretrained, filled, given):
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
     digits = timm.create_model('fishnet99', num_classes=10)
-    assert load_trunk(digits, published).skipped == ['fc.weight', 'fc.bias']
+    assert load_backbone(digits, published).skipped == ['fc.weight', 'fc.bias']
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_every_way_to_load_a_published_checkpoint(published):
 )
 def test_published_checkpoint_of_another_network(published, name, message):
     with pytest.raises(ValueError, match=message):
-        load_trunk(timm.create_model(name), published)
+        load_backbone(timm.create_model(name), published)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_file_that_is_no_checkpoint(content, message, tmp_path):
     path = tmp_path / 'fishnet99_ckpt.tar'
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(ValueError, match=message):
-        load_trunk(timm.create_model('test_fishnet'), path)
+        load_backbone(timm.create_model('test_fishnet'), path)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_cost(name, parameters, gmacs):
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 def test_without_its_refinement_depla_is_the_original(memory_format):
     original, model = create('test_fishnet'), create('test_fishnet_depla')
-    load_trunk(model, original.state_dict())
+    load_backbone(model, original.state_dict())
     x = torch.randn(2, 3, 97, 70).contiguous(memory_format=memory_format)
     blocks = [m for m in model.modules() if isinstance(m, Depla)]
     assert len(blocks) == 6

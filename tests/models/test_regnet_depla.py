@@ -9,7 +9,7 @@ from timm.utils import reparameterize_model
 
 import timm_depla
 from timm_depla.layers import Depla
-from timm_depla.models import load_trunk
+from timm_depla.models import load_backbone
 
 MODELS = timm.list_models(module='regnet_depla')
 SIZE = 64
@@ -23,16 +23,16 @@ def test_registry():
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_trunk_is_timms_and_depla_stands_in_stage_3(name):
+def test_backbone_is_timms_and_depla_stands_in_stage_3(name):
     model = timm.create_model(name, device='meta')
     blocks = [key for key, module in model.named_modules() if isinstance(module, Depla)]
     assert len(blocks) == 3 and all(key.startswith('s3.b') for key in blocks)
     assert blocks[-1] == f's3.b{len(list(model.s3.children()))}.depla'
     if name != 'test_regnet_depla':
         plain = timm.create_model(name.removesuffix('_depla'), device='meta').state_dict()
-        trunk = {key: value for key, value in model.state_dict().items() if '.depla.' not in key}
-        assert {k: v.shape for k, v in trunk.items()} == {k: v.shape for k, v in plain.items()}
-        assert list(trunk) == list(plain)
+        backbone = {key: value for key, value in model.state_dict().items() if '.depla.' not in key}
+        assert {k: v.shape for k, v in backbone.items()} == {k: v.shape for k, v in plain.items()}
+        assert list(backbone) == list(plain)
 
 
 @pytest.mark.parametrize('depla', [dict(), dict(bfn='adaptive'), dict(keep_candidate=True)])
@@ -86,7 +86,7 @@ def test_kept_candidate_starts_from_the_plain_network(name):
     x = torch.randn(2, 3, SIZE, 96)
     with torch.no_grad():
         plain.train()(x)
-        report = load_trunk(model, plain.state_dict())
+        report = load_backbone(model, plain.state_dict())
         assert report.new and all('.depla.' in key for key in report.new) and not report.skipped
         expected = plain.eval()(x)
         assert (model(x) - expected).abs().max() <= 1e-6 * expected.abs().max()

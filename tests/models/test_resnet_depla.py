@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_depla.engine.plan import count_cost, count_macs
 from timm_depla.layers import Depla, set_fused_depla
-from timm_depla.models.candidate import compose
+from timm_depla.models.candidate import fuse_in_training
 from timm_depla.models.placement import default_positions
 
 MODELS = timm.list_models(module='resnet_depla')
@@ -30,9 +30,9 @@ def depla_blocks(model):
 
 
 def test_registry():
-    trunks = [f'{se}resnet{depth}_depla' for se in ('', 'se') for depth in (18, 34, 50, 101, 152)]
+    names = [f'{se}resnet{depth}_depla' for se in ('', 'se') for depth in (18, 34, 50, 101, 152)]
     others = ['resnet50_depla_adaptive', 'seresnet50_depla_adaptive', 'resnext50_32x4d_depla', 'test_resnet_depla']
-    assert sorted(MODELS) == sorted(trunks + others)
+    assert sorted(MODELS) == sorted(names + others)
     assert timm.list_models(module='resnet_depla', name_matches_cfg=True) == MODELS
     assert timm.list_models('*_depla*', pretrained=True) == []
 
@@ -178,12 +178,12 @@ def test_fused_form_of_large_maps(device, batch, count):
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_composing_keeps_single_precision_under_the_autocast_of_a_gpu(dtype):
+def test_fusing_keeps_single_precision_under_the_autocast_of_a_gpu(dtype):
     with gpu_autocast(dtype):
         block = timm.create_model('resnet50_depla', device='cuda').layer3[1].train()
         x = torch.randn(2, 256, 6, 6, device='cuda', dtype=dtype)
         with Operations() as operations:
-            compose(block.conv3, block.bn3, block.depla.candidate, x)
+            fuse_in_training(block.conv3, block.bn3, block.depla.candidate, x)
     products = [types for name, types in operations.called if name.startswith(('aten.mm', 'aten.mv'))]
     assert len(products) == 5 and all(types == {torch.float32} for types in products)
 

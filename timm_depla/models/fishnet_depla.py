@@ -5,8 +5,8 @@ https://arxiv.org/abs/1901.03495, and `Aggregation with Feature Detection`, Sun 
 https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html
 
 The tail down-samples the image to 1/32, the body up-samples it to 1/4, and the head down-samples it again. Every stage
-of body and head joins its trunk with a branch, a feature of an earlier part. FishNet concatenates the two; with DEPLA,
-the trunk is refined with the branch first. The widths are the same, so FishNet weights load with and without DEPLA.
+of body and head joins its main path with a branch, a feature of an earlier part. FishNet concatenates the two; with
+DEPLA, the main path is refined with the branch first. The widths are the same, so the weights are those of FishNet.
 """
 
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
@@ -29,7 +29,7 @@ __all__ = ['FishNet']  # register_model adds each entrypoint
 
 
 # Widths in multiples of the stem's output, which has 64 channels in the published networks.
-TAIL = ((1, 2), (2, 4), (4, 8))  # trunk in and out
+TAIL = ((1, 2), (2, 4), (4, 8))  # in and out
 BRIDGE = (8, 16, 8)  # in, inside and out
 BODY = (Join(8, 8, branch=4), Join(12, 6, branch=2, dilation=2), Join(8, 4, branch=1, dilation=4))
 HEAD = (Join(5, 5, branch=8), Join(13, 13, branch=12), Join(25, 25, branch=8))
@@ -40,14 +40,14 @@ class FishNet(nn.Module):
     """FishNet; if `depla` is given, with DEPLA in the six stages of its body and head.
 
     Args:
-        tail, bridge, body, head: Residual blocks in the trunk of each stage.
+        tail, bridge, body, head: Residual blocks on the main path of each stage.
         body_branches, head_branches: Residual blocks in the branch of each stage.
         width: Channels of the stem, a multiple of 4. All other widths are in proportion.
         depla: None for FishNet as published, else overrides of the paper's setting of DEPLA: `Depla`'s num_groups,
             pooled_chs, maps_per_group, temperature, bfn and keep_candidate. Every stage keeps the candidate by
             concatenation, so keep_candidate only makes the refinement start at zero.
         output_stride: Must be 32: the body resamples by fixed factors.
-        drop_path_rate: Stochastic depth of the last block in the trunk; it grows linearly from the first.
+        drop_path_rate: Stochastic depth of the last block of the main path; it grows linearly from the first.
         num_classes, in_chans, global_pool, drop_rate, norm_layer, device, dtype: As in timm's ResNet.
 
     Raises:
@@ -132,7 +132,7 @@ class FishNet(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Layer groups from stem to head, by stage (`coarse`) or by block of the trunk."""
+        """Layer groups from stem to head, by stage (`coarse`) or by block of the main path."""
 
         def match(part: str) -> Any:
             stage = rf'^{part}\.(\d+)'

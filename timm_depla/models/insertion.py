@@ -162,7 +162,7 @@ def _trace_shapes(model: nn.Module, modules: Dict[str, nn.Module]) -> Dict[str, 
 
 default_cfgs = generate_default_cfgs(
     {
-        'host_depla.untrained': dict(
+        'backbone_depla.untrained': dict(
             num_classes=1000,
             input_size=(3, 224, 224),
             mean=IMAGENET_DEFAULT_MEAN,
@@ -174,49 +174,55 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create_host(
-    host: str, has_weights: bool, host_overlay: Optional[Dict[str, Any]], depla: Optional[Dict[str, Any]], **kwargs
+def _create_with_depla(
+    backbone: str,
+    has_weights: bool,
+    backbone_overlay: Optional[Dict[str, Any]],
+    depla: Optional[Dict[str, Any]],
+    **kwargs,
 ) -> nn.Module:
-    model = timm.create_model(host, pretrained=has_weights, pretrained_cfg_overlay=host_overlay, **kwargs)
+    model = timm.create_model(backbone, pretrained=has_weights, pretrained_cfg_overlay=backbone_overlay, **kwargs)
     return insert_depla(model, depla)
 
 
 @register_model
-def host_depla(
+def backbone_depla(
     pretrained: bool = False,
-    host: str = 'resnet50',
+    backbone: str = 'resnet50',
     depla: Optional[Dict[str, Any]] = None,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
     **kwargs,
 ) -> nn.Module:
-    """Any network of timm, `host`, with DEPLA around some of its blocks: see `insert_depla`.
+    """Any network of timm, `backbone`, with DEPLA around some of its blocks: see `insert_depla`.
 
-    Pretrained weights are timm's weights of the host (`pretrained_cfg_overlay` changes where from), or those of the
+    Pretrained weights are timm's weights of the backbone (`pretrained_cfg_overlay` changes where from), or those of the
     whole model from a Hub repository or folder.
     """
-    if fetching := {'checkpoint_path', 'has_weights', 'host_overlay'} & kwargs.keys():  # of files to load
+    if fetching := {'checkpoint_path', 'has_weights', 'backbone_overlay'} & kwargs.keys():  # of files to load
         raise TypeError(f'unknown argument {sorted(fetching)}')
-    if not (isinstance(host, str) and timm.is_model(host)):
-        raise ValueError(f"host '{host}' is no model of timm; see timm.list_models()")
+    if not (isinstance(backbone, str) and timm.is_model(backbone)):
+        raise ValueError(f"backbone '{backbone}' is no model of timm; see timm.list_models()")
     is_whole = pretrained_cfg is not None and not isinstance(pretrained_cfg, str)
     if not is_whole:
-        pretrained_cfg = timm.get_pretrained_cfg(host).to_dict()
-        pretrained_cfg.update(architecture='host_depla', tag=None, url=None, file=None, state_dict=None, hf_hub_id=None)
+        pretrained_cfg = timm.get_pretrained_cfg(backbone).to_dict()
+        pretrained_cfg.update(
+            architecture='backbone_depla', tag=None, url=None, file=None, state_dict=None, hf_hub_id=None
+        )
     if kwargs.get('features_only') and 'out_indices' not in kwargs:
         with torch.device('meta'):
-            infos = timm.create_model(host).feature_info
+            infos = timm.create_model(backbone).feature_info
         kwargs['out_indices'] = tuple(range(len(getattr(infos, 'info', infos))))
     return build_model(
-        _create_host,
-        'host_depla',
+        _create_with_depla,
+        'backbone_depla',
         pretrained and is_whole,
         pretrained_cfg=pretrained_cfg,
         feature_cfg=dict(feature_cls='getter'),
-        host=host,
+        backbone=backbone,
         pretrained_cfg_overlay=pretrained_cfg_overlay if is_whole else None,
         has_weights=pretrained and not is_whole,
-        host_overlay=None if is_whole else pretrained_cfg_overlay,
+        backbone_overlay=None if is_whole else pretrained_cfg_overlay,
         depla=depla,
         **kwargs,
     )

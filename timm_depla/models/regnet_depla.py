@@ -5,7 +5,7 @@ https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature
 `Designing Network Design Spaces`, Radosavovic et al., CVPR 2020 - https://arxiv.org/abs/2003.13678
 
 Three blocks of stage 3 aggregate their shortcut and their weight layers with DEPLA instead of a sum. The rest is timm's
-RegNet, whose weights load by `load_trunk`.
+RegNet, whose weights load by `load_backbone`.
 """
 
 from typing import Any, Dict, Optional

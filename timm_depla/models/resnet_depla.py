@@ -4,7 +4,7 @@ Paper: `Aggregation with Feature Detection`, Sun et al., ICCV 2021 -
 https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html
 
 Three residual blocks of stage 3 aggregate their shortcut and their weight layers with DEPLA instead of a sum (rulings 2
-and 3 of docs/rulings.md). The rest is timm's ResNet, whose weights load by `load_trunk`.
+and 3 of docs/rulings.md). The rest is timm's ResNet, whose weights load by `load_backbone`.
 """
 
 import itertools
