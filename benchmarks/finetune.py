@@ -2,9 +2,9 @@
 
 timm's `test_convnext` is trained on the embedded digits 0 to 4 and fine-tuned on all ten, alone and with DEPLA
 inserted (`backbone_depla`); each seed has its own pretrained weights. The scores are those of the weight average in the
-last epoch. The difference is the mean over the pairs, with Student's 95 percent interval. DEPLA adds weights that train
-at the full rate, where the host alone has only its classifier: a gain here may be due to more trained parameters as much
-as to DEPLA, and there is no control with as many parameters.
+last epoch. The difference is the mean over the pairs, with Student's 95 percent interval. DEPLA adds weights that
+train at the full rate, where the host alone has only its classifier: a gain here may be due to more trained parameters
+as much as to DEPLA, and there is no control with as many parameters.
 """
 
 import argparse

@@ -37,13 +37,11 @@ def refine(depla: Depla, identity: Tensor, x: Tensor, conv: nn.Conv2d, norm: nn.
 
     It takes the covariance of x's channels, which is worth it if the convolution at least doubles the width.
     """
-    if not norm.training:
+    if not norm.training or not fused.pays(identity, LARGE_ON_GPU):
         return depla(identity, norm(conv(x)))
     layers = (depla, conv, norm, *depla.candidate.modules())
     hooks = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks) for m in layers]
-    if any(map(any, hooks)) or not fused.pays(identity, LARGE_ON_GPU) or not is_linear(conv, norm, depla):
-        return depla(identity, norm(conv(x)))
-    if 2 * conv.in_channels > conv.out_channels:
+    if any(map(any, hooks)) or not is_linear(conv, norm, depla) or 2 * conv.in_channels > conv.out_channels:
         return depla(identity, norm(conv(x)))
     values = fuse_in_training(conv, norm, depla.candidate, x)
     return identity + depla.drop_path(fused.aggregate(depla, identity, values).type_as(identity))
