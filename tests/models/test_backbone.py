@@ -29,18 +29,6 @@ def test_backbone_fills_all_but_depla(model, plain):
     assert str(report) == f'{len(report.loaded)} tensors loaded, {len(report.new)} of DEPLA new'
 
 
-@pytest.mark.parametrize('prefix', ['', 'module.'])
-def test_file(model, plain, prefix, tmp_path):
-    torch.save({'state_dict': {prefix + k: v for k, v in plain.state_dict().items()}}, tmp_path / 'plain.pth')
-    save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
-    for name in ('plain.pth', 'plain.safetensors'):
-        assert len(load_backbone(model, tmp_path / name).loaded) == len(plain.state_dict())
-
-
-def test_whole_model(model):
-    assert load_backbone(timm.create_model('resnet18_depla', num_classes=10), model.state_dict()).new == []
-
-
 def test_classifier_for_other_classes_is_skipped(model):
     report = load_backbone(model, timm.create_model('resnet18', num_classes=1000).state_dict())
     assert report.skipped == ['fc.weight', 'fc.bias']
@@ -63,7 +51,9 @@ def test_missing_source(model):
         load_backbone(model, 'nowhere.pth')
 
 
-@pytest.mark.parametrize('name', ['resnet50', 'seresnet50', 'resnext50_32x4d', 'fishnet150'])
+@pytest.mark.parametrize(
+    'name', ['resnet18', 'resnet50', 'seresnet50', 'resnext50_32x4d', 'regnety_008', 'regnetx_008', 'fishnet150']
+)
 @pytest.mark.parametrize('bfn', ['plain', 'adaptive'])
 def test_kept_candidate_starts_from_the_plain_network(name, bfn):
     """The same logits, and a gradient for what makes the refinement differ from zero."""
@@ -81,24 +71,21 @@ def test_kept_candidate_starts_from_the_plain_network(name, bfn):
     assert blocks and all(block.norm.weight.grad.abs().max() > 0 for block in blocks)
 
 
-def test_kept_candidate_in_the_basic_block(model):
-    plain = timm.create_model('resnet18', num_classes=10, zero_init_last=False)
-    kept = timm.create_model('resnet18_depla', num_classes=10, depla=dict(keep_candidate=True)).eval()
-    x = torch.randn(2, 3, 64, 64)
-    for network in (model, kept):
-        load_backbone(network, plain.state_dict())
-    with torch.no_grad():
-        assert torch.equal(kept(x), plain.eval()(x)) and not torch.allclose(model.eval()(x), plain(x))
-
-
-def test_source_can_be_a_network_or_a_folder(model, plain, tmp_path):
-    load_backbone(model, plain)
-    assert torch.equal(model.conv1.weight, plain.conv1.weight)
+def test_sources(model, plain, tmp_path):
+    """A network, files with and without the prefix of nn.DataParallel, the whole model, and folders with it."""
     (tmp_path / 'best').mkdir()
     save_file(model.state_dict(), tmp_path / 'best' / 'model.safetensors')
-    for folder in (tmp_path, tmp_path / 'best'):
-        again = timm.create_model('resnet18_depla', num_classes=10)
-        assert load_backbone(again, folder).new == []
-        assert torch.equal(again.layer3[0].conv1.weight, model.layer3[0].conv1.weight)
+    save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    for prefix in ('', 'module.'):
+        state = {prefix + name: tensor for name, tensor in plain.state_dict().items()}
+        torch.save({'state_dict': state}, tmp_path / f'{prefix}plain.pth')
+    for source in (plain, *(tmp_path / name for name in ('plain.safetensors', 'plain.pth', 'module.plain.pth'))):
+        filled = timm.create_model('resnet18_depla', num_classes=10)
+        assert load_backbone(filled, source).new
+        assert torch.equal(filled.layer3[0].conv1.weight, plain.layer3[0].conv1.weight)
+    for source in (model.state_dict(), tmp_path, tmp_path / 'best'):
+        filled = timm.create_model('resnet18_depla', num_classes=10)
+        assert load_backbone(filled, source).new == []
+        assert torch.equal(filled.layer3[0].conv1.weight, model.layer3[0].conv1.weight)
     with pytest.raises(FileNotFoundError, match=r'has no model.safetensors, in it or in its folder best'):
         load_backbone(model, tmp_path.parent)
