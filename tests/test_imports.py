@@ -22,7 +22,7 @@ ALLOWED = {
     'hub': {'commands', 'data', 'detection', 'engine', 'errors', 'files', 'loading', 'timm_runs', 'version'},
     'visualize': {'capture', 'commands', 'detection', 'engine', 'errors', 'files', 'layers', 'loading'},
     'predict': {'commands', 'detection', 'engine', 'errors', 'files', 'schema', 'visualize'},
-    'demo': {'capture', 'commands', 'data', 'engine', 'errors', 'files', 'predict', 'schema', 'visualize'},
+    'demo': {'capture', 'commands', 'data', 'errors', 'files', 'predict', 'schema', 'visualize'},
     'commands': {'errors', 'files', 'schema'},
     '__main__': {'commands'},
     '__init__': {'models', 'version'},

@@ -63,20 +63,15 @@ def test_damage_anywhere_is_found(run, seed, caplog):
     assert '0002-000000 is damaged' in caplog.text
 
 
-def test_missing_file_is_damage(run):
+def test_missing_files_are_damage_and_written_anew(run):
     newest = newest_checkpoint(run)
     (newest / 'state.json').unlink()
     assert 'state.json' in find_damage(newest)
-    shutil.rmtree(newest)
-    newest.mkdir()
+    for path in newest.iterdir():
+        path.unlink()
     assert 'checksums.json' in find_damage(newest)
     (newest / 'checksums.json').write_text('{}')
     assert find_damage(newest) == f'{", ".join(FILES)} missing'
-
-
-def test_damaged_checkpoint_is_written_anew(run):
-    newest = newest_checkpoint(run)
-    (newest / 'state.json').write_bytes(b'')
     write_checkpoint(newest, files(2, b'new'))
     assert find_damage(newest) is None
     assert (newest / 'state.json').read_bytes() == b'new'
@@ -145,26 +140,18 @@ def test_swapped_checkpoints_are_damaged(run, caplog):
 
 
 def test_state_comes_back_as_it_was(tmp_path):
+    """But for tuples, which are lists."""
     state = {
-        'position': (1, 2),
-        'optimizer': {'state': {0: {'step': torch.tensor(3.0), 'm': torch.randn(2, 3)}}, 'groups': [(0.9, 1)]},
+        'position': [1, 2],
+        'optimizer': {'state': {0: {'step': torch.tensor(3.0), 'm': torch.randn(2, 3)}}, 'groups': [[0.9, 1]]},
         'floats': [0.1, float('inf'), 1e-300], 'none': None, 'flag': True, 'half': torch.ones(2, dtype=torch.bfloat16),
     }  # fmt: skip
-    for name, data in pack_state(state).items():
+    for name, data in pack_state({**state, 'position': (1, 2)}).items():
         (tmp_path / name).write_bytes(data)
-    assert not _differences(state, read_state(tmp_path))
+    torch.testing.assert_close(read_state(tmp_path), state, rtol=0, atol=0)
     with pytest.raises(TypeError, match='no state of type set'):
         pack_state({'a': {1}})
-    for text in ('[]', '{"tensor": "9"}', '{"dict": 3}', '{', '1', '{"exec": []}'):
+    for text in ('[]', '{"a": {"tensor": "9"}}', '{"a": {"tensor": []}}', '{', '1'):
         (tmp_path / 'state.json').write_text(text)
         with pytest.raises(ValueError):
             read_state(tmp_path)
-
-
-def _differences(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        return not (torch.equal(a, b) and a.dtype == b.dtype)
-    if isinstance(a, dict):
-        return list(a) != list(b) or any(_differences(a[key], b[key]) for key in a)
-    return any(map(_differences, a, b)) if isinstance(a, (list, tuple)) else a != b

@@ -150,22 +150,17 @@ def to_cpu(value: torch.Tensor) -> torch.Tensor:
 
 
 def pack_state(state: Dict[str, Any]) -> Dict[str, bytes]:
-    """Encode a state of dictionaries, lists, tuples, tensors, numbers, strings and None as files."""
+    """Encode a state of what JSON knows, and of tensors, as files; tuples come back as lists."""
     tensors: Dict[str, torch.Tensor] = {}
 
-    def encode(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            tensors[str(len(tensors))] = to_cpu(value)
-            return {'tensor': str(len(tensors) - 1)}
-        if isinstance(value, dict):  # JSON keys are only strings
-            return {'dict': [[encode(key), encode(item)] for key, item in value.items()]}
-        if isinstance(value, (list, tuple)):
-            return {type(value).__name__: [encode(item) for item in value]}
-        if not isinstance(value, (bool, int, float, str, type(None))):
+    def encode(value: Any) -> Dict[str, str]:
+        if not isinstance(value, torch.Tensor):
             raise TypeError(f'no state of type {type(value).__name__}: {value!r}')
-        return value
+        name = str(len(tensors))
+        tensors[name] = to_cpu(value)
+        return {'tensor': name}
 
-    text = json.dumps(encode(state)) + '\n'
+    text = json.dumps(state, default=encode) + '\n'
     return dict(zip(_STATE, (text.encode(), safetensors.torch.save(tensors)), strict=True))
 
 
@@ -176,21 +171,20 @@ def read_state(folder: Path) -> Dict[str, Any]:
         ValueError: If a file is missing or does not hold a state.
     """
     text, weights = (folder / name for name in _STATE)
-    kinds = {'dict': dict, 'list': list, 'tuple': tuple}
+    tensors = read_tensors(weights)
+
+    def decode(value: Any) -> Any:
+        if isinstance(value, list):
+            return [decode(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if value.keys() == {'tensor'}:
+            return tensors[value['tensor']]
+        return {
+            int(key) if key.isdecimal() else key: decode(item) for key, item in value.items()
+        }  # as JSON has no ints
+
     try:
-        tensors = read_tensors(weights)
-
-        def decode(value: Any) -> Any:
-            if not isinstance(value, dict):
-                return value
-            ((kind, content),) = value.items()
-            if kind == 'tensor':
-                return tensors[content]
-            return kinds[kind](map(decode, content)) if kind != 'dict' else {decode(k): decode(v) for k, v in content}
-
-        state = decode(read_mapping(text))
-    except (AttributeError, KeyError, RecursionError, TypeError) as error:
+        return {key: decode(value) for key, value in read_mapping(text).items()}
+    except (KeyError, RecursionError, TypeError) as error:
         raise ValueError(f'{text} and {weights.name} hold no state ({type(error).__name__}: {error})') from error
-    if not isinstance(state, dict):
-        raise ValueError(f'{text} holds no state')
-    return state

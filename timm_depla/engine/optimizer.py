@@ -42,12 +42,12 @@ def group_parameters(trainable: nn.Module, args: Namespace) -> List[Dict[str, An
     new = {id(parameter) for part in parts for parameter in part.parameters()}
     excluded = getattr(trainable, 'no_weight_decay', set)()
     groups = param_groups_weight_decay(trainable, args.weight_decay, no_weight_decay_list=excluded)
-    split = []
-    for is_new, scale in ((True, {}), (False, dict(lr_scale=args.trunk_lr_scale))):
-        for group in groups:
-            parameters = [p for p in group['params'] if (id(p) in new) is is_new]
-            split += [{**group, 'params': parameters, **scale}] if parameters else []
-    return split
+    return [
+        {**group, 'params': parameters, **scale}
+        for is_new, scale in ((True, {}), (False, dict(lr_scale=args.trunk_lr_scale)))
+        for group in groups
+        if (parameters := [p for p in group['params'] if (id(p) in new) is is_new])
+    ]
 
 
 def learning_rate(args: Namespace, processes: int) -> float:

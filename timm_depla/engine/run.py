@@ -1,5 +1,6 @@
 """A training run: what is trained on which data, its state and its folder, and resuming from a checkpoint."""
 
+import json
 import logging
 import math
 import os
@@ -114,13 +115,14 @@ class Run:
 
     def arguments(self) -> Dict[str, Any]:
         """The arguments and data that determine this training."""
-        return {
+        arguments = {
             **{key: value for key, value in vars(self.args).items() if key not in CHANGE_NOTHING},
             'device': self.world.device.type,
             'world_size': self.world.size,
             'training_images': self.loader.num_images,
             **self.data,
         }
+        return json.loads(json.dumps(arguments))  # tuples are lists, as in a checkpoint
 
     def save(self) -> None:
         """Write a checkpoint at this position in the background. Every process must call this.

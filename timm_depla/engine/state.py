@@ -97,7 +97,10 @@ class TrainState:
             weights, rest = state_dict[f'state_dict{end}'], state_dict.get(f'task_state{end}')
             self.task.load_checkpoint_state(weights, rest, ema=bool(end))
         if 'optimizer' in state_dict:
+            tuples = [[k for k, v in group.items() if isinstance(v, tuple)] for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state_dict['optimizer'])
+            for group, keys in zip(self.optimizer.param_groups, tuples, strict=True):
+                group.update({key: tuple(group[key]) for key in keys})  # they are lists in a checkpoint
             if self.scaler is not None and state_dict['scaler']:
                 self.scaler.load_state_dict(state_dict['scaler'])
         if plateau := state_dict['scheduler']:
