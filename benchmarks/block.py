@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_depla.engine.distributed import keep_memory
-from timm_depla.engine.plan import count_macs
 from timm_depla.layers import Depla
+from timm_depla.models.cost import count_macs
 
 from .pairs import peak_memory, ratio_text, seconds_text, time_rounds
 from .record import table

@@ -13,7 +13,7 @@ from typing import Any, Dict
 import timm
 from timm.utils import reparameterize_model
 
-from timm_depla.engine.plan import count_cost, count_macs
+from timm_depla.models.cost import count_cost, count_macs
 
 from .record import table
 

@@ -165,11 +165,7 @@ def pack_state(state: Dict[str, Any]) -> Dict[str, bytes]:
 
 
 def read_state(folder: Path) -> Dict[str, Any]:
-    """Read the state in a folder.
-
-    Raises:
-        ValueError: If a file is missing or does not hold a state.
-    """
+    """Read the state in a folder; a file that is missing or holds no state is a ValueError."""
     text, weights = (folder / name for name in _STATE)
     tensors = read_tensors(weights)
 

@@ -6,7 +6,7 @@ import time
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 from tqdm import tqdm
 
@@ -110,7 +110,7 @@ def check_loggers(args: Namespace) -> None:
             require(module, 'log')
 
 
-def _create_loggers(args: Namespace, folder: Path) -> List[Any]:
+def _create_loggers(args: Namespace, folder: Path) -> List[Callable[[Dict[str, Any]], None]]:
     """Functions that each take a row of the summary."""
     loggers = []
     if args.log_tensorboard:
@@ -129,14 +129,8 @@ def _create_loggers(args: Namespace, folder: Path) -> List[Any]:
 
         if (folder / 'wandb' / 'settings').exists():  # it could name another server
             raise ConfigError(f"'{folder / 'wandb' / 'settings'}' would set up Weights & Biases: remove it")
-        wandb.init(
-            project=args.wandb_project,
-            name=folder.name,
-            config=vars(args),
-            tags=args.wandb_tags,
-            dir=str(folder),
-            id=args.wandb_resume_id or None,
-            resume='must' if args.wandb_resume_id else None,
-        )
+        resume = dict(id=args.wandb_resume_id, resume='must') if args.wandb_resume_id else {}
+        where = dict(project=args.wandb_project, name=folder.name, dir=str(folder), tags=args.wandb_tags)
+        wandb.init(config=vars(args), **where, **resume)
         loggers.append(wandb.log)
     return loggers

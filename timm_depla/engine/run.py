@@ -42,28 +42,21 @@ class Run:
     """A run of training; classification and detection are subclasses, with what they measure.
 
     Args:
-        args: The arguments.
+        args: The arguments; the attribute has the learning rate that the batch gives.
         world: The processes that train together.
         task: timm's training task of the network, on its device.
         config: The config.json that rebuilds the network beside its weights.
         loaders: Of training and validation.
         data: What identifies the data: `classes`, their names in order, and `files`, a digest of the file names.
 
-    Attributes:
-        args: The arguments, with the learning rate that the batch gives.
-        num_epochs: Epochs of the schedule.
-        metrics: What validation measures of a network.
-        train_script, validate_script: The commands.
-        create_parser: The parser of the first.
-
     Raises:
         ConfigError: If the network has weights that are not finite, or an argument is out of range.
     """
 
-    metrics: Sequence[Metric]
+    metrics: Sequence[Metric]  # what validation measures of a network
     train_script: str
     validate_script: str
-    create_parser: Callable[[], FlagParser]
+    create_parser: Callable[[], FlagParser]  # of the first
 
     def __init__(
         self, args: Namespace, world: World, task: TrainingTask, config: bytes, loaders: Tuple, data: Dict[str, Any]

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from timm.task import TrainingTask
-from timm.utils import NativeScaler, unwrap_model
+from timm.utils import unwrap_model
 
 from timm_depla.errors import DivergedError
 
@@ -64,7 +64,7 @@ class TrainState:
     task: TrainingTask
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    scaler: Optional[NativeScaler]
+    scaler: torch.amp.GradScaler
     epoch: int = 0
     step: int = 0
     rate: float = 0.0
@@ -84,7 +84,7 @@ class TrainState:
             **self.task.get_checkpoint_state(ema=True),
             'optimizer': self.optimizer.state_dict(),
             'scheduler': _scheduler_state(self.scheduler),
-            'scaler': self.scaler.state_dict() if self.scaler is not None else None,
+            'scaler': self.scaler.state_dict(),
             'position': (self.epoch, self.step),
             'rate': self.rate,
             'seconds': self.seconds,
@@ -101,7 +101,7 @@ class TrainState:
             self.optimizer.load_state_dict(state_dict['optimizer'])
             for group, keys in zip(self.optimizer.param_groups, tuples, strict=True):
                 group.update({key: tuple(group[key]) for key in keys})  # they are lists in a checkpoint
-            if self.scaler is not None and state_dict['scaler']:
+            if state_dict['scaler']:
                 self.scaler.load_state_dict(state_dict['scaler'])
         if plateau := state_dict['scheduler']:
             self.scheduler.lr_scheduler.load_state_dict(plateau['lr_scheduler'])

@@ -39,18 +39,15 @@ def take_step(run: Run, images: Any, targets: Any) -> torch.Tensor:
     with nullcontext() if is_update else state.task.no_sync():
         with autocast(args):
             loss = state.task(images, targets)['loss']
-        parameters = state.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
-        if state.scaler is not None:
-            clip = dict(clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=parameters)
-            state.scaler(loss / window, state.optimizer, need_update=is_update, **clip)
-        else:
-            (loss / window).backward()
-            if is_update:
-                if args.clip_grad is not None:
-                    dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
-                state.optimizer.step()
+        state.scaler.scale(loss / window).backward()
     state.step += 1
     if is_update:
+        if args.clip_grad is not None:
+            state.scaler.unscale_(state.optimizer)
+            parameters = state.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+            dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
         state.optimizer.zero_grad()
         state.task.update_ema(step=run.updates)
         state.scheduler.step_update(num_updates=run.updates)
