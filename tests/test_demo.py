@@ -67,14 +67,21 @@ def test_models_that_the_page_does_not_take(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope='module')
-def address():
+def uploads(tmp_path_factory):
+    """The page's folder of uploads."""
+    return tmp_path_factory.mktemp('uploads')
+
+
+@pytest.fixture(scope='module')
+def address(uploads):
     """The page, served as the command does."""
     pytest.importorskip('gradio')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     command = [sys.executable, '-m', 'timm_depla.demo', '--port', str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    options = dict(cwd=ROOT, env={**os.environ, 'GRADIO_TEMP_DIR': str(uploads)}, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -218,18 +225,27 @@ def ask(address, image=None, drawing=None, source='image'):
     raise AssertionError('no answer')
 
 
-def test_page_opens_its_uploads_alone(address, digit, tmp_path):
+def test_page_opens_its_uploads_alone(address, digit, uploads, tmp_path):
     """Files of the machine, there or not, are all refused alike; a pipe does not block."""
-    image = tmp_path / 'secret.png'
-    Image.new('RGB', (8, 8)).save(image)
+    Image.new('RGB', (8, 8)).save(tmp_path / 'secret.png')
+    Image.new('L', (5000, 5000)).save(uploads / 'large.png')
     os.mkfifo(tmp_path / 'pipe')
-    answers = []
-    for path in (image, tmp_path / 'pipe', tmp_path / 'nowhere.png', '/etc/passwd', f'/tmp/gradio/../{image}'):
-        part = {'path': str(path)}
-        answers.append(ask(address, part))
-        answers.append(ask(address, None, dict(background=None, layers=[part], composite=part), 'drawing'))
-    assert not any(answer['success'] for answer in answers)
-    assert {answer['output']['error'] for answer in answers} == {'this is no image that was uploaded here'}
+    meta = {'meta': {'_type': 'gradio.FileData'}}  # by which gradio itself knows a file
+
+    def draw(path):
+        part = {'path': path, **meta}
+        return ask(address, None, dict(background=None, layers=[part], composite=part), 'drawing')
+
+    said = []
+    for send in (lambda path: ask(address, {'path': path}), lambda path: ask(address, {'path': path, **meta}), draw):
+        paths = [tmp_path / name for name in ('secret.png', 'pipe', 'nowhere.png')]
+        answers = [send(str(path)) for path in (*paths, '/etc/passwd', f'{uploads}/../{paths[0]}')]
+        assert not any(answer['success'] for answer in answers)
+        (error,) = {answer['output']['error'] for answer in answers}
+        said.append(error)
+    assert said[0] == 'this is no image that was uploaded here'
+    for answer in (ask(address, {'path': str(uploads / 'large.png'), **meta}), draw(str(uploads / 'large.png'))):
+        assert 'more than 16,777,216' in answer['output']['error']
     assert ask(address, {'path': str(digit)})['success']  # one of the examples
 
 
