@@ -9,7 +9,7 @@ from timm.models import save_for_hf
 import timm_depla
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args, updated
-from timm_depla.engine.setup import create_optimizer
+from timm_depla.engine.optimizer import create_optimizer
 from timm_depla.errors import ConfigError
 from timm_depla.layers import Depla
 from timm_depla.models import load_backbone
