@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -19,7 +20,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla.data import digits_folder
-from timm_depla.demo import MAX_BYTES, WEIGHTS, find_models, look, open_model, pixels_of, read_upload
+from timm_depla.demo import MAX_BYTES, WEIGHTS, examples, find_models, look, open_model, pixels_of, read_upload
 from timm_depla.errors import ConfigError
 from timm_depla.visualize import capture, find_blocks, load_any, prepare
 
@@ -29,7 +30,7 @@ CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shuti
 
 @pytest.fixture(scope='module')
 def digit():
-    return sorted((digits_folder() / 'validation' / '4').iterdir())[0]
+    return min((digits_folder() / 'validation' / '4').iterdir())
 
 
 def test_temperature_is_set_for_the_look_alone(digit):
@@ -64,6 +65,14 @@ def test_models_that_the_page_does_not_take(tmp_path, monkeypatch):
     monkeypatch.setattr('timm_depla.demo.WEIGHTS', tmp_path / 'nowhere')
     with pytest.raises(ConfigError, match='no networks here: name runs or pretrained models with --model'):
         find_models([])
+
+
+def test_examples(digit, tmp_path):
+    folder = digits_folder() / 'validation'
+    assert len(examples(str(folder))) <= 20 and len(examples(str(digit.parent))) > 10
+    assert [Path(file).parent for file in examples()] == [folder / str(label) for label in range(10)]
+    with pytest.raises(ConfigError, match='no images in'):
+        examples(str(tmp_path))
 
 
 @pytest.fixture(scope='module')
@@ -143,7 +152,7 @@ def test_page_shows_what_is_asked(page):
     first = wait_for(lambda: numbers(page))  # an example is computed at once, for the strongest group
     assert prediction(page) == '4' and 'number 1 of 16 by how much it changes' in first
     before = pictures(page)
-    page.set_input_files('input[type=file] >> nth=0', str(sorted((digits_folder() / 'validation/7').iterdir())[0]))
+    page.set_input_files('input[type=file] >> nth=0', str(min((digits_folder() / 'validation/7').iterdir())))
     wait_for(lambda: prediction(page) == '7')
     wait_for(lambda: pictures(page) != before)
     text = wait_for(lambda: 'number 1 of 16' in numbers(page) and numbers(page))
