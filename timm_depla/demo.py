@@ -21,8 +21,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla import schema
 from timm_depla.capture import BlockCapture, capturing, find_blocks, measure, strength, without_refinement
-from timm_depla.data import digits_folder
-from timm_depla.engine.classification.datasets import is_image
+from timm_depla.data import digits_folder, list_images
 from timm_depla.engine.distributed import run_command
 from timm_depla.errors import ConfigError, require
 from timm_depla.files import open_image
@@ -169,13 +168,11 @@ def examples(images: Optional[str] = None) -> List[str]:
         ConfigError: If the folder has none.
     """
     if images:
-        files = sorted(str(file) for file in Path(images).rglob('*') if is_image(file))
-        if not files:
-            raise ConfigError(f"no images in '{images}'")
+        files = list(map(str, list_images(images)))
         return files[:: math.ceil(len(files) / 20)]
     try:
         folder = digits_folder() / 'validation'
-    except (ModuleNotFoundError, OSError, RuntimeError):
+    except ConfigError:
         return []
     return [str(sorted(path.glob('*.png'))[0]) for path in sorted(folder.iterdir())]
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from timm_depla.capture import BlockCapture, capture, capturing, find_blocks, measure, strength
+from timm_depla.data import list_images
 from timm_depla.detection import from_pretrained, is_detector
 from timm_depla.detection.predict import read_image
-from timm_depla.engine.classification.datasets import is_image
 from timm_depla.engine.distributed import run_command
 from timm_depla.errors import ConfigError, require
 from timm_depla.files import check_writable
@@ -245,9 +245,7 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(f"'{args.model}': {error}") from error
     if args.summary:
-        files = sorted(file for file in Path(args.image).rglob('*') if is_image(file))
-        if not files:
-            raise ConfigError(f"no images in '{args.image}'")
+        files = list_images(args.image)
         print(f'{len(files)} images\n\n{render_summary(summarize(model, files))}', end='')
         return
     require('matplotlib', 'plot')

@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from timm_depla.data import digits_folder
+from timm_depla.errors import ConfigError
 
 
 @pytest.fixture(scope='module')
@@ -37,8 +38,7 @@ def test_split_is_stratified(folder):
 
 
 def test_reused_as_it_is_and_written_again_when_damaged(folder, caplog):
-    image = folder / 'train' / '3'
-    image = sorted(image.iterdir())[0]
+    image = sorted((folder / 'train' / '3').iterdir())[0]
     before = image.stat().st_mtime_ns
     assert digits_folder(folder) == folder
     assert image.stat().st_mtime_ns == before
@@ -51,7 +51,7 @@ def test_reused_as_it_is_and_written_again_when_damaged(folder, caplog):
 
 def test_without_scikit_learn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "timm-depla\[digits\]", or give a data folder'):
+    with pytest.raises(ConfigError, match=r'pip install "timm-depla\[digits\]", or give a data folder'):
         digits_folder(tmp_path / 'digits')
 
 

@@ -3,8 +3,8 @@
 import random
 
 import numpy as np
-import pytest
 import torch
+from helpers import equal
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
@@ -31,12 +31,6 @@ def load(num_workers=0, epoch=0, step=0, rank=0, world_size=1, seed=3, batch_siz
     return list(loader)
 
 
-def equal(a, b):
-    return len(a) == len(b) and all(
-        torch.equal(x, y) for s, t in zip(a, b, strict=True) for x, y in zip(s, t, strict=True)
-    )
-
-
 def draws():
     return random.random(), np.random.rand(), torch.rand(()).item()
 
@@ -50,21 +44,12 @@ def test_seed_position():
     assert draws() == first
 
 
-@pytest.mark.parametrize('num_workers', [1, 3])
-def test_batches_do_not_depend_on_the_workers(num_workers):
-    assert equal(load(0), load(num_workers))
-
-
-def test_any_step_can_be_the_first():
+def test_batches_depend_on_position_and_seed_alone():
     whole = load()
     assert len(whole) == 12  # of 50 samples, whole batches only
-    for step in range(13):
-        assert equal(load(step=step), whole[step:])
-
-
-def test_epochs_and_seeds_differ():
-    assert not equal(load(epoch=0), load(epoch=1))
-    assert not equal(load(seed=3), load(seed=4))
+    assert equal(load(num_workers=1), whole) and equal(load(num_workers=3), whole)
+    assert all(equal(load(step=step), whole[step:]) for step in range(13))
+    assert not equal(load(epoch=1), whole) and not equal(load(seed=4), whole)
 
 
 def test_processes_share_the_epoch():

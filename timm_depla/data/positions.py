@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
+from timm_depla.errors import ConfigError
+
 from .images import read_stream
 
-__all__ = ['Draw', 'PositionedBatches', 'SeededBatches', 'SeededStream', 'seed_position']
+__all__ = ['Draw', 'PositionedBatches', 'SeededBatches', 'SeededStream', 'count_batches', 'seed_position']
 
 Place = Tuple[int, int, int]  # epoch, place in the epoch's order over all processes, index into the data set
 
@@ -42,6 +44,20 @@ def _seed_host(position: Sequence[int]) -> int:
     return torch_seed
 
 
+def count_batches(images: int, batch_size: int, world_size: int = 1) -> int:
+    """Whole batches of an epoch, of the training images of one of `world_size` processes.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if images < batch_size:
+        share = f' for each of {world_size} processes' if world_size > 1 else ''
+        raise ConfigError(
+            f'a batch of {batch_size} is larger than the training set of {images} images{share}: lower --batch-size'
+        )
+    return images // batch_size
+
+
 class PositionedBatches(Sampler[List[Place]]):
     """Sampler of an epoch's batches from any step on; an incomplete last batch is dropped.
 
@@ -51,6 +67,9 @@ class PositionedBatches(Sampler[List[Place]]):
         batch_size: Images per batch in this process.
         rank: Rank of this process.
         world_size: Number of processes; they take the epoch's samples in turn.
+
+    Raises:
+        ConfigError: If there is no whole batch.
     """
 
     def __init__(self, sampler: Any, batch_size: int, rank: int = 0, world_size: int = 1):
@@ -59,6 +78,7 @@ class PositionedBatches(Sampler[List[Place]]):
         self.rank = rank
         self.world_size = world_size
         self.position = (0, 0)
+        self.num_batches = count_batches(len(sampler), batch_size, world_size)
 
     def set_position(self, epoch: int, step: int) -> None:
         """Begin the next iteration at this step of this epoch."""
@@ -66,7 +86,7 @@ class PositionedBatches(Sampler[List[Place]]):
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
-        return len(self.sampler) // self.batch_size
+        return self.num_batches
 
     def __iter__(self) -> Iterator[List[Place]]:
         epoch, start = self.position
