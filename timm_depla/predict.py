@@ -15,10 +15,10 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torchvision.transforms.v2.functional import resize, to_pil_image
 
 from timm_depla import schema
-from timm_depla.data import list_images
+from timm_depla.data import find_images
 from timm_depla.detection.predict import draw_detections, predict, read_image
 from timm_depla.engine.distributed import run_command
-from timm_depla.engine.report import progress
+from timm_depla.engine.progress import progress
 from timm_depla.errors import ConfigError
 from timm_depla.files import check_writable, escape, format_json, open_image, write_file
 from timm_depla.visualize import load_any
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f'--output: {error}') from error
     files: List[Path] = []
     for path in map(Path, args.images):
-        files += list_images(path) if path.is_dir() else [path]
+        files += find_images(path) if path.is_dir() else [path]
     model = load_any(args.source)
     is_classifier = hasattr(model, 'pretrained_cfg')
     read = partial(classify, top=args.top) if is_classifier else partial(detect, threshold=args.threshold)

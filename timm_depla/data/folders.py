@@ -19,7 +19,7 @@ from timm.utils.misc import natural_key
 
 from timm_depla.errors import ConfigError
 
-__all__ = ['few', 'find_annotations', 'find_split', 'is_image', 'list_images', 'open_folder', 'write_once']
+__all__ = ['few', 'find_annotations', 'find_images', 'find_split', 'is_image', 'open_folder', 'write_once']
 
 _logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def is_image(file: os.PathLike) -> bool:
     return is_img_extension(os.path.splitext(file)[1].lower())
 
 
-def list_images(folder: os.PathLike) -> List[Path]:
+def find_images(folder: os.PathLike) -> List[Path]:
     """All images below a folder, by name.
 
     Raises:

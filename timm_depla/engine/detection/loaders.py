@@ -12,9 +12,8 @@ from timm_depla.data import UnreadableError, find_annotations, read_or_next
 from timm_depla.detection.coco import CocoDetection, create_transform
 from timm_depla.errors import ConfigError
 
-from ..batches import ResumableLoader, loader_kwargs
+from ..batches import ResumableLoader, UnreadableImages, loader_kwargs
 from ..distributed import World
-from ..report import UnreadableImages
 
 __all__ = ['DetectionLoader', 'ValidationLoader', 'open_split', 'open_splits']
 
