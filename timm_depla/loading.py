@@ -62,7 +62,7 @@ def create_model(name: str, **kwargs) -> nn.Module:
         raise ConfigError(f"no model '{name}'{closest(name, timm.list_models())}")
     if kwargs.get('pretrained') and not name.startswith('local-dir:'):
         look_offline()
-    elsewhere = kwargs.keys() & {'backbone', 'pretrained_cfg_overlay'}  # that tell where the weights come from
+    elsewhere = kwargs.keys() & {'backbone', 'pretrained_cfg_overlay'}  # the source of the weights
     if kwargs.get('pretrained') and timm.is_model(name) and not elsewhere:
         check_pretrained(name)
     try:
@@ -240,7 +240,7 @@ def trained_data(target: str, data_dir: Optional[str] = None) -> Dict[str, str]:
         data_dir: The folder to read instead of the run's.
 
     Raises:
-        ConfigError: If the target does not tell its data, or that is no local folder.
+        ConfigError: If the target's data is unknown, or no local folder.
     """
     found = run_arguments(target)
     found = {key: found[key] for key in DATA if found.get(key)}
@@ -248,7 +248,7 @@ def trained_data(target: str, data_dir: Optional[str] = None) -> Dict[str, str]:
         return {'data_dir': str(embedded())}
     if not found:
         raise ConfigError(
-            f"'{target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
+            f"'{target}' is no run folder, so its data is unknown: check the path, or give --data-dir"
         )
     kind, folder = str(found.get('dataset', '')), str(data_dir or found.get('data_dir', ''))
     if kind.partition('/')[0].lower() not in ('', 'torch', 'wds') or not Path(folder).is_dir():

@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument(
         '--output', metavar='FILE', nargs='+', default=[], help=f'files to write: {", ".join(SUFFIXES)}'
     )
-    parser.add_argument('--top', type=schema.count, metavar='N', default=5, help='classes to tell')
+    parser.add_argument('--top', type=schema.count, metavar='N', default=5, help='classes to show')
     parser.add_argument('--threshold', type=schema.share, metavar='X', default=0.5, help='lowest score of an object')
     run(parser.parse_args())
 

@@ -138,40 +138,37 @@ def test_faults(published, tmp_path):
             return Path.touch, (tmp_path / 'executed',)
 
     weights, evil = files['model.safetensors'], {'model.safetensors': None, 'pytorch_model.bin': pickle.dumps(Evil())}
+    damaged = r'RuntimeError: model.safetensors is damaged \(.*\): remove it from the cache'
     repositories = {
-        'whole': {},
-        'truncated': {'model.safetensors': weights[: len(weights) // 2]},
-        'tampered': {'model.safetensors': weights[:8] + b'x' + weights[9:]},
-        'pickle': evil,
-        'architecture': {'config.json': json.dumps({**config, 'architecture': 'resnet51_depla'}).encode()},
-        'argument': {'config.json': json.dumps({**config, 'model_args': {'dept': 3}}).encode()},
-        'detector-pickle': evil,
-        'detector-truncated': {'model.safetensors': detector['model.safetensors'][:9999]},
+        'whole': ({}, 'loaded'),
+        'truncated': ({'model.safetensors': weights[: len(weights) // 2]}, damaged),
+        'tampered': ({'model.safetensors': weights[:8] + b'x' + weights[9:]}, damaged),
+        'pickle': (evil, 'RuntimeError: the repository has no model.safetensors, and timm_depla loads nothing else'),
+        'architecture': ({'config.json': json.dumps({**config, 'architecture': 'resnet51'}).encode()}, '.*resnet51'),
+        'argument': ({'config.json': json.dumps({**config, 'model_args': {'dept': 3}}).encode()}, '.*dept'),
+        'nowhere': (None, '.*user/nowhere'),
+        'detector-pickle': (evil, "ValueError: 'hf-hub:user/detector-pickle' has no checkpoint"),
+        'detector-truncated': (
+            {'model.safetensors': weights[:9999]},
+            '.* is damaged: model.safetensors has 9999 bytes',
+        ),
+        'detector-nowhere': (None, "ValueError: cannot pull 'hf-hub:user/detector-nowhere'"),
     }
     with serve() as hub:
-        for name, changes in repositories.items():
+        for name, (changes, _) in repositories.items():
             whole = detector if name.startswith('detector') else files
-            hub.commit(f'user/{name}', {**whole, **changes, 'which': name.encode()})
-        names = [*repositories, 'nowhere', 'detector-nowhere']
-        result = run_script(TRY.replace('NAMES', repr(names)), tmp_path, HF_ENDPOINT=hub.url)
+            if changes is not None:
+                hub.commit(f'user/{name}', {**whole, **changes, 'which': name.encode()})
+        result = run_script(TRY.replace('NAMES', repr(list(repositories))), tmp_path, HF_ENDPOINT=hub.url)
         found = json.loads(result.stdout)
-        assert found['whole'] == 'loaded'
-        for name in ('truncated', 'tampered'):
-            assert re.match(r'RuntimeError: model.safetensors is damaged \(.*\): remove it from the cache', found[name])
-        assert found['pickle'].startswith('RuntimeError: the repository has no model.safetensors, and timm_depla loads')
-        assert 'resnet51_depla' in found['architecture']
-        assert 'dept' in found['argument']
-        assert 'user/nowhere' in found['nowhere']
-        assert "ValueError: 'hf-hub:user/detector-pickle' has no checkpoint" in found['detector-pickle']
-        assert "truncated' is damaged: model.safetensors has 9999 bytes" in found['detector-truncated']
-        assert "ValueError: cannot pull 'hf-hub:user/detector-nowhere'" in found['detector-nowhere']
+        assert all(re.match(message, found[name], re.S) for name, (_, message) in repositories.items()), found
         assert not any('pytorch_model' in request for request in hub.requests)
     assert not (tmp_path / 'executed').exists()
     assert not [path for path in tmp_path.rglob('*.incomplete')]
 
 
 def test_faults_of_the_network(published, tmp_path):
-    """A connection that is cut is taken up again; an error of the server is told, and no pickle asked for."""
+    """A connection that is cut is taken up again; an error of the server is shown, and no pickle asked for."""
     files = {name: (published / 'classifier' / name).read_bytes() for name in FILES}
     with serve() as hub:
         for name in ('cut', 'busy', 'down'):
@@ -276,7 +273,7 @@ def test_bad_publishing(runs, published, tmp_path):
     assert 'Traceback' not in result.stderr
 
 
-def test_a_killed_publication_is_told_and_mended(runs, published, tmp_path, monkeypatch):
+def test_a_killed_publication_is_noticed_and_mended(runs, published, tmp_path, monkeypatch):
     """The sums are written first: half of a new folder over an old one is damaged, until it is published again."""
     shutil.copytree(published / 'classifier', tmp_path / 'out')
 
@@ -356,28 +353,6 @@ def test_shipped_weights(folder, tmp_path):
     else:
         result = run('validate.py', f'local-dir:{folder}', '--device', 'cpu', *argv)
         assert f'{found["images"]} images: top-1 {found["top1"]:.2f}  top-5' in result.stderr, result.stderr
-
-
-def test_shipped_weights_are_pulled(tmp_path):
-    """From a server of the Hub's protocol, the same weights and the same label names."""
-    script = f"""
-names = {{}}
-for folder in map(pathlib.Path, {[str(folder) for folder in WEIGHTS]}):
-    is_detector = timm_depla.detection.is_detector(folder)
-    load = from_pretrained if is_detector else lambda source: timm.create_model(source, pretrained=True)
-    sources = f'hf-hub:user/{{folder.name}}', str(folder) if is_detector else f'local-dir:{{folder}}'
-    pulled, local = map(load, sources)
-    pairs = zip(pulled.state_dict().items(), local.state_dict().items(), strict=True)
-    assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs), folder
-    names[folder.name] = pulled.class_names if is_detector else pulled.pretrained_cfg['label_names']
-print(json.dumps(names))
-"""
-    with serve() as hub:
-        for folder in WEIGHTS:
-            hub.commit(f'user/{folder.name}', {path.name: path.read_bytes() for path in folder.iterdir()})
-        names = json.loads(run_script(script, tmp_path, HF_ENDPOINT=hub.url).stdout)
-    assert list(names) == [folder.name for folder in WEIGHTS]
-    assert all(len(labels) == 10 for labels in names.values())
 
 
 @pytest.mark.parametrize('folder', [path for path in WEIGHTS if path.suffix == '.digits'], ids=lambda path: path.name)

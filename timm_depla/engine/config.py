@@ -57,11 +57,11 @@ ARGUMENTS = {
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Adds the default to a flag's help, where there is one and the help does not tell it."""
+    """Adds the default to a flag's help, where there is one and the help does not state it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        is_told = action.default in (None, '', False, argparse.SUPPRESS) or action.default in ([], {})
-        return action.help if is_told or 'default' in action.help else f'{action.help} (default: %(default)s)'
+        is_stated = action.default in (None, '', False, argparse.SUPPRESS) or action.default in ([], {})
+        return action.help if is_stated or 'default' in action.help else f'{action.help} (default: %(default)s)'
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -194,10 +194,10 @@ def parse_args(
         except ConfigError as error:
             raise ConfigError(f"recipe '{name}': {error}") from error
         if is_shared:
-            said = _said(parser, actions, argv)
-            asked = {key for key in recipe if checked[key] != parser.get_default(key) and key not in said}
-            if untold := [key for key in recipe if key in asked and not _is_harmless(actions[key], checked)]:
-                words = shlex.join(word for key in untold for word in flags[key])
+            given = _given(parser, actions, argv)
+            asked = {key for key in recipe if checked[key] != parser.get_default(key) and key not in given}
+            if refused := [key for key in recipe if key in asked and not _is_harmless(actions[key], checked)]:
+                words = shlex.join(word for key in refused for word in flags[key])
                 raise ConfigError(
                     f"'{name}' asks for {words}, which the file of a run cannot do on its own: add that to the command "
                     'line if you trust it, or the same flags with values of yours'
@@ -222,7 +222,7 @@ def parse_training_args(parser: FlagParser, on_data: str, on_embedded: str) -> a
     return parse_args(parser, default_recipe=resumed_recipe(args) or default)
 
 
-def _said(parser: FlagParser, actions: Dict[str, argparse.Action], argv: Optional[Sequence[str]]) -> Set[str]:
+def _given(parser: FlagParser, actions: Dict[str, argparse.Action], argv: Optional[Sequence[str]]) -> Set[str]:
     """The arguments that a command line itself sets."""
     unset = object()
     found = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(actions, unset))))

@@ -160,7 +160,7 @@ def candidates(checkpoint: Path, scratch: Path, uses_average: bool) -> Dict[str,
     for folder in found.values():
         folder.mkdir()
         shutil.copy(checkpoint / 'config.json', folder)
-        shutil.copy(checkpoint.parent.parent / 'args.yaml', folder)  # tells validation the data
+        shutil.copy(checkpoint.parent.parent / 'args.yaml', folder)  # names the data of validation
         shutil.copy(checkpoint / 'model.safetensors', folder)
     if len(found) > 1:
         other = {name: value.contiguous() for name, value in other.items()}

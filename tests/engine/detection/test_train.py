@@ -323,11 +323,11 @@ def test_checkpoint_of_something_else(trained, folder, tmp_path):
     (tmp_path / 'changed' / 'model.safetensors').write_bytes(b'1234')
     with pytest.raises(ValueError, match=r"changed' cannot be read"):
         from_pretrained(tmp_path / 'changed')
-    with pytest.raises(ConfigError, match=r"changed' is no run folder, which would tell its data"):
+    with pytest.raises(ConfigError, match=r"changed' is no run folder, so its data is unknown"):
         score(tmp_path / 'changed')
 
 
-def test_another_detector_does_not_go_on(trained, folder, recipe):
+def test_another_detector_does_not_resume(trained, folder, recipe):
     with pytest.raises(ConfigError, match=r"belongs to a training with other arguments: model '.*' -> 'maskrcnn_test"):
         fit(folder, '-c', recipe, '--resume', trained, '--model', 'maskrcnn_test_resnet_fpn')
 

@@ -236,7 +236,7 @@ def count_classes(args: Namespace, dataset: Any) -> int:
     """The number of classes of a data set.
 
     Raises:
-        ConfigError: If neither the data nor `args.num_classes` tells it, or `args.num_classes` is too small.
+        ConfigError: If neither the data nor `args.num_classes` gives it, or `args.num_classes` is too small.
     """
     known = class_names(dataset)
     if not (args.num_classes or known):

@@ -36,7 +36,7 @@ LEFT_OUT = {
     '--kd-student-feature-dim': 'timm finds it from the model',
     '--kd-teacher-feature-dim': 'timm finds it from the model',
     '--kd-token-distill-type': 'for transformers with a distillation token',
-    '--local_rank': 'torchrun and Slurm tell it through the environment',
+    '--local_rank': 'torchrun and Slurm set it in the environment',
     '--loss': 'the loss follows from --smoothing, --mixup, --cutmix, --bce-loss and --jsd-loss',
     '--model-ema-force-cpu': 'the average is validated each epoch, on the device',
     '--naflex-loss-scale': _FLEXIBLE,

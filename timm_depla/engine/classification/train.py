@@ -174,7 +174,3 @@ def train(args: Namespace) -> int:
 def main() -> int:
     """Run the command line."""
     return train(parse_training_args(create_train_parser(), 'better', 'digits'))
-
-
-if __name__ == '__main__':
-    main()

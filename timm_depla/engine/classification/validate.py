@@ -274,7 +274,3 @@ def validate(args: Namespace) -> List[Dict[str, Any]]:
 def main() -> None:
     """Run the command line."""
     validate(parse_args(create_validate_parser()))
-
-
-if __name__ == '__main__':
-    main()

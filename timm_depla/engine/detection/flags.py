@@ -12,7 +12,7 @@ __all__ = ['LEFT_OUT_OF_DETECTION', 'create_detection_parser', 'create_detection
 
 _CLASSIFIER = 'it is for classifiers'
 _HEADS = 'use --model-kwargs with the names of torchvision, such as min_size=600 or box_detections_per_img=50'
-_STREAM = 'a COCO-format data set tells its number of images'
+_STREAM = 'the annotations give the number of images'
 LEFT_OUT_OF_DETECTION = {
     '--drop': _CLASSIFIER,
     '--drop-block': 'an argument of the backbone: use --model-kwargs backbone_kwargs="{\'drop_block_rate\': 0.1}"',
@@ -27,7 +27,7 @@ LEFT_OUT_OF_DETECTION = {
     '--layer-decay-min-scale': 'detectors have no layer groups in timm',
     '--layer-decay-no-opt-scale': 'detectors have no layer groups in timm',
     '--mean': _HEADS,
-    '--num-classes': 'the categories of the data set tell',
+    '--num-classes': 'it follows from the categories of the data set',
     '--pretrained': 'use --pretrained-backbone, or --initial-checkpoint for a whole detector',
     '--std': _HEADS,
     '--torchcompile': 'image sizes change from batch to batch',

@@ -114,19 +114,14 @@ def build_model(args: Namespace, dataset: CocoDetection, world: World, is_fresh:
         ConfigError: If there is no such detector, or initial weights do not fit.
     """
     seed_position(args.seed, Draw.INIT)
-    is_pretrained = bool(args.pretrained_backbone or args.pretrained_path)
+    is_pretrained = (args.pretrained_backbone or args.pretrained_path) and is_fresh and not args.dry_run
+    options = {name: getattr(args, name) for name in ('trainable_backbone_layers', 'backbone_norm')}
+    options.update(num_classes=len(dataset.category_ids) + 1, pretrained_backbone=bool(is_pretrained))
     kwargs = dict(args.model_kwargs)
     try:
         if args.pretrained_path and is_fresh:
             kwargs['backbone_kwargs'] = {**kwargs.get('backbone_kwargs', {}), **pretrained_weights(args)}
-        model = create_detector(
-            args.model,
-            num_classes=len(dataset.category_ids) + 1,
-            pretrained_backbone=is_pretrained and is_fresh and not args.dry_run,
-            trainable_backbone_layers=args.trainable_backbone_layers,
-            backbone_norm=args.backbone_norm,
-            **kwargs,
-        )
+        model = create_detector(args.model, **options, **kwargs)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"cannot create detector '{args.model}': {error}") from error
     if args.initial_checkpoint and is_fresh:
@@ -176,7 +171,3 @@ def train(args: Namespace) -> int:
 def main() -> int:
     """Run the command line."""
     return train(parse_training_args(create_detection_parser(), 'coco_1x', 'scenes'))
-
-
-if __name__ == '__main__':
-    main()

@@ -138,7 +138,3 @@ def validate(args: Namespace) -> Evaluation:
 def main() -> None:
     """Run the command line."""
     validate(parse_args(create_detection_validate_parser()))
-
-
-if __name__ == '__main__':
-    main()
