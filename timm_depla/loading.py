@@ -247,9 +247,7 @@ def trained_data(target: str, data_dir: Optional[str] = None) -> Dict[str, str]:
     if not found and (embedded := _EMBEDDED.get(_data_id(target))):
         return {'data_dir': str(embedded())}
     if not found:
-        raise ConfigError(
-            f"'{target}' is no run folder, so its data is unknown: check the path, or give --data-dir"
-        )
+        raise ConfigError(f"'{target}' is no run folder, so its data is unknown: check the path, or give --data-dir")
     kind, folder = str(found.get('dataset', '')), str(data_dir or found.get('data_dir', ''))
     if kind.partition('/')[0].lower() not in ('', 'torch', 'wds') or not Path(folder).is_dir():
         raise ConfigError(

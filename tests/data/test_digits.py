@@ -10,7 +10,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from timm_depla.data import digits_folder
-from timm_depla.errors import ConfigError
 
 
 @pytest.fixture(scope='module')
@@ -47,12 +46,6 @@ def test_reused_as_it_is_and_written_again_when_damaged(folder, caplog):
         digits_folder(folder)
         assert Image.open(image).size == (8, 8)
     assert caplog.text.count('is incomplete or was changed; writing it again') == 2
-
-
-def test_without_scikit_learn(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
-    with pytest.raises(ConfigError, match=r'pip install "timm-depla\[digits\]", or give a data folder'):
-        digits_folder(tmp_path / 'digits')
 
 
 def test_first_starts_at_once(tmp_path):

@@ -90,15 +90,7 @@ class _Skipped(logging.Handler):
 
 
 def read_stream(reader: Iterable[Any], unreadable: Any) -> Iterator[Any]:
-    """Yield the samples of timm's stream reader; unreadable ones, which it skips, go to the queue if there is one.
-
-    Args:
-        reader: timm's reader of a stream.
-        unreadable: Queue that takes (number, cause).
-    """
-    if unreadable is None:
-        yield from reader
-        return
+    """Yield the samples of timm's stream reader; the queue gets (number, cause) of unreadable ones, which it skips."""
     logger, handler = logging.getLogger('timm.data.readers.reader_wds'), _Skipped(unreadable)
     logger.addHandler(handler)
     try:

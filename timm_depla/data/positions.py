@@ -8,6 +8,7 @@ uninterrupted run, for any number of workers.
 import hashlib
 import random
 import struct
+from dataclasses import dataclass
 from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import numpy as np
@@ -118,6 +119,7 @@ class SeededBatches(Dataset):
         return self.collate(samples)
 
 
+@dataclass(eq=False)
 class SeededStream(IterableDataset):
     """One epoch of a streaming data set; each sample has its own seed, and samples before step `start` are empty.
 
@@ -126,31 +128,21 @@ class SeededStream(IterableDataset):
 
     Args:
         dataset: timm's iterable data set, with its epoch and its transform set.
-        collate: Collates a list of samples into (images, targets).
+        to_batch: Collates a list of samples into (images, targets).
         position: Seed, epoch, rank.
         batch_size: Images per batch; each worker fills whole batches.
         channels: Channels of an image.
         start: The first step to load.
-        unreadable: Queue that takes (number, cause) of each sample that cannot be read, if given.
+        unreadable: Queue that takes (number, cause) of each sample that cannot be read.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        collate: Callable,
-        position: Tuple[int, int, int],
-        batch_size: int,
-        channels: int = 3,
-        start: int = 0,
-        unreadable: Any = None,
-    ):
-        self.dataset = dataset
-        self._collate = collate
-        self.position = position
-        self.batch_size = batch_size
-        self.channels = channels
-        self.start = start
-        self.unreadable = unreadable
+    dataset: Any
+    to_batch: Callable
+    position: Tuple[int, int, int]
+    batch_size: int
+    channels: int
+    start: int
+    unreadable: Any
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
@@ -167,4 +159,4 @@ class SeededStream(IterableDataset):
         """Collate function of the loader: returns a batch, or an empty one for a step before `start`."""
         if samples[0] is None:
             return torch.empty(0, self.channels, 1, 1, dtype=torch.uint8), torch.empty(0)
-        return self._collate(samples)
+        return self.to_batch(samples)

@@ -16,7 +16,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla.data import TensorResizedCrop, read_pixels
-from timm_depla.engine.classification.datasets import check_source, count_classes, count_streams, open_splits
+from timm_depla.engine.classification.datasets import check_source, count_classes, open_splits
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.loaders import TrainLoader, create_val_loader, resolve_data
 from timm_depla.engine.config import parse_args, updated
@@ -87,8 +87,7 @@ def arguments(*argv):
 
 def load(args, rank=0, size=1):
     world = World(CPU, rank, size)
-    args = count_streams(args, 'train', 'val')
-    train_set, val_set = open_splits(args)
+    args, train_set, val_set = open_splits(args)
     args = updated(args, num_classes=count_classes(args, train_set))
     config = resolve_data(args)
     return TrainLoader(args, train_set, config, world), create_val_loader(args, val_set, config, world)

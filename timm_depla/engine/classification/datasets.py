@@ -21,7 +21,7 @@ from ..config import updated
 from ..distributed import World
 
 __all__ = [
-    'check_images', 'class_names', 'count_classes', 'count_streams', 'file_names', 'image_mode', 'open_split',
+    'check_images', 'class_names', 'count_classes', 'file_names', 'image_mode', 'open_counted', 'open_split',
     'open_splits', 'split_name',
 ]  # fmt: skip
 
@@ -150,23 +150,22 @@ def _count_samples(args: Namespace, split: str) -> int:
     return total
 
 
-def count_streams(args: Namespace, *splits: str) -> Namespace:
-    """The arguments with the counted lengths of streams of unknown length, of the splits 'train', 'val' or both.
+def open_counted(args: Namespace, kind: str) -> Tuple[Namespace, Any]:
+    """Open the split 'train' or 'val'; the arguments get the length of a stream that does not state its own.
 
     Raises:
-        ConfigError: If a stream cannot be opened or counted.
+        ConfigError: If it cannot be opened or counted.
     """
-    for kind in splits if _is_stream(args) else ():
-        split, key = getattr(args, f'{kind}_split'), f'{kind}_num_samples'
-        try:
-            open_split(args, split, is_training=kind == 'train')
-        except ConfigError as error:
-            if 'num_samples' not in str(error) or getattr(args, key):
-                raise
-            number, flag = _count_samples(args, split), f'--{key.replace("_", "-")}'
-            _logger.info("counted %d images of '%s': %s saves the counting", number, split, flag)
-            args = updated(args, **{key: number})
-    return args
+    split, key = getattr(args, f'{kind}_split'), f'{kind}_num_samples'
+    try:
+        return args, open_split(args, split, is_training=kind == 'train')
+    except ConfigError as error:
+        if 'num_samples' not in str(error) or getattr(args, key) or not _is_stream(args):
+            raise
+    number, flag = _count_samples(args, split), f'--{key.replace("_", "-")}'
+    _logger.info("counted %d images of '%s': %s saves the counting", number, split, flag)
+    args = updated(args, **{key: number})
+    return args, open_split(args, split, is_training=kind == 'train')
 
 
 def class_names(dataset: Any) -> Any:
@@ -182,14 +181,15 @@ def file_names(dataset: Any) -> List[str]:
     return dataset.filenames() if has_files else []
 
 
-def open_splits(args: Namespace) -> Tuple[Any, Any]:
-    """The training and the validation split.
+def open_splits(args: Namespace) -> Tuple[Namespace, Any, Any]:
+    """The arguments with the lengths of streams, the training and the validation split.
 
     Raises:
         ConfigError: If one cannot be opened, both are the same folder, or their classes differ.
     """
     names = args.train_split, args.val_split
-    train_set, val_set = open_split(args, names[0], is_training=True), open_split(args, names[1])
+    args, train_set = open_counted(args, 'train')
+    args, val_set = open_counted(args, 'val')
     if args.val_fraction and '.' in names:
         raise ConfigError("--val-fraction divides the folder: leave out --train-split and --val-split '.'")
     if _has_folders(args) and not args.val_fraction and len({_split_path(args, name) for name in names}) == 1:
@@ -204,7 +204,7 @@ def open_splits(args: Namespace) -> Tuple[Any, Any]:
             f"the splits of '{args.data_dir}' differ in their classes, {'; '.join(alone)}: add images of them to the "
             'other split, remove their folders, or list all classes in a file, one a line, for --class-map'
         )
-    return train_set, val_set
+    return args, train_set, val_set
 
 
 def check_images(args: Namespace, world: World, *datasets: Any) -> None:

@@ -23,7 +23,7 @@ from ..metrics import Metric
 from ..optimizer import assemble
 from ..plan import count_cost
 from ..run import Run
-from .datasets import check_images, class_names, count_classes, count_streams, file_names, open_splits, split_name
+from .datasets import check_images, class_names, count_classes, file_names, open_splits, split_name
 from .flags import create_train_parser
 from .loaders import TrainLoader, create_val_loader, mixes, resolve_data
 from .validate import evaluate
@@ -145,8 +145,8 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Classificatio
     if not (args.data_dir or args.dataset):
         _logger.info('no data folder given: training on the embedded handwritten digits')
         args = updated(args, data_dir=str(digits_folder()))
-    args = count_streams(updated(args, in_chans=args.in_chans or (args.input_size or [None])[0]), 'train', 'val')
-    train_set, val_set = open_splits(args)
+    args = updated(args, in_chans=args.in_chans or (args.input_size or [None])[0])
+    args, train_set, val_set = open_splits(args)
     if is_fresh:
         check_images(args, world, train_set, val_set)
     args = updated(args, num_classes=count_classes(args, train_set))

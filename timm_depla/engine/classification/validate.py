@@ -27,7 +27,7 @@ from ..device import autocast, check_compile
 from ..distributed import Interrupt, World, explain_lost_peers, setup_world
 from ..metrics import check_results, write_results
 from ..progress import progress
-from .datasets import class_names, count_classes, count_streams, open_split, split_name
+from .datasets import class_names, count_classes, open_counted, split_name
 from .flags import create_validate_parser
 from .loaders import create_val_loader, resolve_data
 
@@ -155,9 +155,8 @@ def _average(confusion: torch.Tensor, kind: str, world: World) -> Dict[str, floa
     return {f'{kind}_{name}': round(100 * float(score), 4) for name, score in zip(names, scores[:3], strict=True)}
 
 
-def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
-    """Open the data set and the model."""
-    dataset = open_split(args, args.val_split)
+def _load(args: Namespace, target: str, dataset: Any) -> nn.Module:
+    """Load the model of a data set's classes."""
     options = dict(num_classes=args.num_classes, in_chans=args.in_chans, global_pool=args.gp or None)
     options = {key: value for key, value in options.items() if value is not None}
     if args.model and Path(target).is_file() and 'num_classes' not in options:
@@ -172,15 +171,16 @@ def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
     if changed := [pair for pair in zip(trained, map(str, classes), strict=False) if pair[0] != pair[1]]:
         pairs = ', '.join(f'{old!r} is {new!r} here' for old, new in changed[:3])
         _logger.warning("'%s' was trained on other classes, or in another order: %s", target, pairs)
-    return dataset, model
+    return model
 
 
 def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
     """A target's row of `validate`."""
     if args.data_dir is None and not args.dataset:
         args = updated(args, **{key: getattr(args, key) or value for key, value in trained_data(target).items()})
-    args = count_streams(updated(args, in_chans=args.in_chans or (args.input_size or [None])[0]), 'val')
-    dataset, model = _open(args, target)
+    args = updated(args, in_chans=args.in_chans or (args.input_size or [None])[0])
+    args, dataset = open_counted(args, 'val')
+    model = _load(args, target, dataset)
     data_config = resolve_data(args, model, use_test_size=not args.use_train_size)
     if args.reparam:
         model = reparameterize_model(model.eval())
