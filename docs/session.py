@@ -13,7 +13,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 TRAIN = (
-    'python train.py demo/images --val-fraction 0.2 --recipe finetune --model test_resnet_depla --trunk-lr-scale 1 '
+    'python train.py demo/images --val-fraction 0.2 --recipe finetune --model test_resnet_depla --backbone-lr-scale 1 '
     '--img-size 128 --batch-size 16 --epochs 8 --lr 0.004 --experiment first'
 )
 COMMANDS = (
