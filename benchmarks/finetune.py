@@ -1,10 +1,10 @@
 """Fine-tuning with DEPLA inserted against fine-tuning without: the recipe `finetune` from the same weights.
 
-timm's `test_convnext` is trained on the embedded digits 0 to 4 and fine-tuned on all ten, alone and as the host of
-DEPLA (`host_depla`); each seed has its own pretrained weights. The scores are those of the weight average in the last
-epoch. The difference is the mean over the pairs, with Student's 95 percent interval. DEPLA adds weights that train at
-the full rate, where the host alone has only its classifier: a gain here may be due to more trained parameters as much
-as to DEPLA, and there is no control with as many parameters.
+timm's `test_convnext` is trained on the embedded digits 0 to 4 and fine-tuned on all ten, alone and with DEPLA
+inserted (`backbone_depla`); each seed has its own pretrained weights. The scores are those of the weight average in the
+last epoch. The difference is the mean over the pairs, with Student's 95 percent interval. DEPLA adds weights that
+train at the full rate, where the host alone has only its classifier: a gain here may be due to more trained parameters
+as much as to DEPLA, and there is no control with as many parameters.
 """
 
 import argparse
@@ -26,7 +26,10 @@ from .record import table
 HOST = 'test_convnext'
 IMAGES = ['--img-size', '64', '--crop-pct', '1', '--hflip', '0', '--color-jitter', '0', '--scale', '0.8', '1']
 BLOCKS = {'modules': ['stages.1.blocks.0', 'stages.1.blocks.1']}  # of 8 x 8 positions
-ARMS = {'host': ['--model', HOST], 'host with DEPLA': ['--model', 'host_depla', '--model-kwargs', f'host={HOST}']}
+ARMS = {
+    'host': ['--model', HOST],
+    'host with DEPLA': ['--model', 'backbone_depla', '--model-kwargs', f'backbone={HOST}'],
+}
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:

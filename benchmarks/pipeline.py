@@ -24,8 +24,8 @@ from timm_depla.data import TensorResizedCrop
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import build
 from timm_depla.engine.config import parse_args
+from timm_depla.engine.device import set_up_device
 from timm_depla.engine.distributed import setup_world
-from timm_depla.engine.setup import set_up_device
 
 from .pairs import ratio_text
 from .record import table
