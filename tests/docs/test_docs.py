@@ -1,4 +1,4 @@
-"""The pages name what is there, their commands parse, their code runs, and the README's numbers are those of records."""
+"""The pages name what is there, their commands parse, their code runs, and the README has the numbers of records."""
 
 import argparse
 import json
@@ -51,35 +51,36 @@ def test_links():
 
 
 def ratio(samples):
-    """Time of the model over that of its base, the first and the last of each sample."""
+    """Time or memory of a model over its base's, the first and the last of each sample."""
     return f'{statistics.median(sample[0] / sample[-1] for sample in samples):.2f}'
 
 
 def test_numbers_of_the_readme():
     """Cost, results and differences are those of the records, of the paper and of the evidence."""
-    text, records = (ROOT / 'README.md').read_text(), ROOT / 'benchmarks/records'
-    shown = {row[0]: row for row in ([c.strip() for c in line.split('|')[1:]] for line in text.splitlines() if line)}
-    grid, neck, cost = (json.loads((records / f'{name}.json').read_text())['results'] for name in ('grid', 'neck', 'cost'))
-    kinds, cells = ('inference', 'training step'), grid['cells']
-    rows = []
-    for name in ('resnet50_depla', 'resnet50_depla_adaptive', 'seresnet50_depla', 'regnety_040_depla', 'fishnet150_depla'):
-        times = [ratio(cells[f'{name}/{batch}'][kind]) for kind in kinds for batch in (1, 8, 32)]
-        counts = f'{cost[name]["macs"] / 1e9:.2f}', f'{cost[name]["parameters"] / 1e6:.1f}'
-        rows.append([f'`{name}`', *counts, *times, ratio([cells[f'{name}/32']['memory']])])
-    times = [ratio(cells[f'resnet50_depla+fused/{batch}']['inference']) for batch in (1, 8, 32)]
-    rows.append(['`resnet50_depla`, fused', f'{cost["resnet50_depla"]["fused"] / 1e9:.2f}', '', *times])
-    for name, part in (('Mask R-CNN with FPN-DEPLA', 'detector'), ('FPN-DEPLA alone', 'neck')):
-        step = ratio(neck[f'{part} training']) if part == 'neck' else ''
-        memory = ratio([neck['neck memory' if part == 'neck' else 'detector training memory']])
-        rows.append([f'{name}, 800 pixels', '', '', ratio(neck[part]), '', '', step, '', '', memory])
-    for row in rows:
-        assert shown[row[0]][: len(row)] == row
-    paper = json.loads((records.parent / 'paper_results.json').read_text()).values()
+    text, benchmarks = (ROOT / 'README.md').read_text(), ROOT / 'benchmarks'
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if line.startswith('| ')]
+    names = 'grid', 'neck', 'cost'
+    grid, neck, cost = (json.loads((benchmarks / f'records/{name}.json').read_text())['results'] for name in names)
+    for name, macs, parameters, *times, memory, _, _ in (row for row in rows if len(row) == 12):
+        model, _, form = name.strip('`').partition('`, ')
+        if model in cost:
+            kinds = ('inference',) if form else ('inference', 'training step')
+            cells = {batch: grid['cells'][f'{model}+{form}'.rstrip('+') + f'/{batch}'] for batch in (1, 8, 32)}
+            assert times[: 3 * len(kinds)] == [ratio(cell[kind]) for kind in kinds for cell in cells.values()], name
+            assert macs == f'{cost[model]["fused" if form else "macs"] / 1e9:.2f}', name
+            counts = [f'{cost[model]["parameters"] / 1e6:.1f}', ratio([cells[32]['memory']])]
+            assert [parameters, memory] == ([''] * 2 if form else counts), name
+        elif name.startswith('FPN-DEPLA'):
+            wanted = [ratio(neck['neck']), ratio(neck['neck training']), ratio([neck['neck memory']])]
+            assert [times[0], times[3], memory] == wanted
+        elif name:
+            assert [times[0], memory] == [ratio(neck['detector']), ratio([neck['detector training memory']])]
+    paper = json.loads((benchmarks / 'paper_results.json').read_text()).values()
     tables = {str(part['table']): str(part['rows']) for part in paper if 'table' in part}
-    for name, row in shown.items():
+    for name, *cells in rows:
         if table := re.search(r'\(Table (\d)\)', name):
-            assert all(value in tables[table[1]] for value in row[2:4]), name
-    pages = (ROOT / 'docs/evidence.md').read_text() + (ROOT / 'docs/benchmarks.md').read_text()
+            assert all(value in tables[table[1]] for value in cells[1:3]), name
+    pages = ''.join((ROOT / 'docs' / page).read_text() for page in ('evidence.md', 'benchmarks.md'))
     for difference in re.findall(r'[+-]\d\S+ (?:± [\d.]+|\([+-].*? to .*?\))', text):
         assert difference in pages
 
