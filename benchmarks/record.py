@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List
 
+from timm_depla.files import format_json
 from timm_depla.hub.record import create_record
 
 FOLDER = Path(__file__).parent / 'records'
@@ -15,14 +16,6 @@ def save(name: str, command: str, arguments: Dict[str, Any], results: Dict[str, 
     record = create_record(command, results, arguments=arguments)
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f'{name}.json').write_text(format_json(record) + '\n')
-
-
-def format_json(value: Any, indent: str = '') -> str:
-    """JSON with one key per line, and each list on one line."""
-    if isinstance(value, dict) and value:
-        lines = [f'{indent} {json.dumps(str(key))}: {format_json(item, indent + " ")}' for key, item in value.items()]
-        return '{\n' + ',\n'.join(lines) + f'\n{indent}}}'
-    return json.dumps(value)
 
 
 def load(name: str) -> Dict[str, Any]:

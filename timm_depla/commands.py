@@ -93,7 +93,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         'timm-depla',
         'timm-depla VERB ...',
         f'Aggregation with Feature Detection for timm.\n\n{epilog}',
-        '`timm-depla VERB --help` tells the flags of a verb.',
+        '`timm-depla VERB --help` lists the flags of a verb.',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--version', action='version', version=f'timm-depla {timm_depla.__version__}')

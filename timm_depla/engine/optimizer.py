@@ -30,9 +30,9 @@ SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'constant', 'plateau', 'poly
 
 
 def group_parameters(trainable: nn.Module, args: Namespace) -> List[Dict[str, Any]]:
-    """Parameter groups in which `args.trunk_lr_scale` scales the rate of all but DEPLA and the classifier."""
+    """Parameter groups in which `args.backbone_lr_scale` scales the rate of all but DEPLA and the classifier."""
     if args.layer_decay is not None:
-        raise ValueError('--trunk-lr-scale and --layer-decay both scale the rate: give one of them')
+        raise ValueError('--backbone-lr-scale and --layer-decay both scale the rate: give one of them')
     parts = [module.get_classifier() for module in trainable.modules() if hasattr(module, 'get_classifier')]
     parts += [module for module in trainable.modules() if isinstance(module, Depla)]
     new = {id(parameter) for part in parts for parameter in part.parameters()}
@@ -40,7 +40,7 @@ def group_parameters(trainable: nn.Module, args: Namespace) -> List[Dict[str, An
     groups = param_groups_weight_decay(trainable, args.weight_decay, no_weight_decay_list=excluded)
     return [
         {**group, 'params': parameters, **scale}
-        for is_new, scale in ((True, {}), (False, dict(lr_scale=args.trunk_lr_scale)))
+        for is_new, scale in ((True, {}), (False, dict(lr_scale=args.backbone_lr_scale)))
         for group in groups
         if (parameters := [p for p in group['params'] if (id(p) in new) is is_new])
     ]
@@ -63,7 +63,7 @@ def create_optimizer(args: Namespace, trainable: nn.Module, num_updates: int) ->
         ConfigError: If there is no such optimizer or schedule, or it does not take an argument.
     """
     try:
-        groups = partial(group_parameters, args=args) if getattr(args, 'trunk_lr_scale', None) is not None else None
+        groups = partial(group_parameters, args=args) if getattr(args, 'backbone_lr_scale', None) is not None else None
         optimizer = create_optimizer_v2(trainable, **optimizer_kwargs(args), **args.opt_kwargs, param_group_fn=groups)
     except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         hint = '' if args.opt.lower() in list_optimizers() else closest(args.opt.lower(), list_optimizers())
