@@ -48,7 +48,8 @@ class Report:
             return
         state, step = self.state, self.state.step
         seconds = (time.perf_counter() - self.start_time) / (step - self.first)
-        loss = f'{state.losses.mean:.3f}' if state.losses.count else '-'  # the first is read with the second step
+        losses = state.losses
+        loss = f'{losses.total / losses.count:.3f}' if losses.count else '-'  # the first is read with the second step
         left = timedelta(seconds=round(seconds * ((self.run.end - state.epoch) * self.steps - step)))
         if not self.bar.disable:
             self.bar.set_postfix(loss=loss, lr=f'{state.rate:.3g}', run=f'{left} left', refresh=False)

@@ -16,23 +16,19 @@ __all__ = ['Losses', 'TrainState']
 
 @dataclass
 class Losses:
-    """The mean loss of an epoch in this process, read one step late so that the device does not wait.
-
-    Raises:
-        DivergedError: From `add` and `flush`, if a loss is not finite.
-    """
+    """The losses of an epoch in this process, read one step late so that the device does not wait."""
 
     total: float = 0.0
     count: int = 0
     _pending: Optional[Tuple[torch.Tensor, int, Callable[[], str]]] = None
 
     def add(self, loss: torch.Tensor, count: int, where: Callable[[], str]) -> None:
-        """Store a step's mean loss over `count` images, and read the previous one; `where` describes the step."""
+        """Store a step's mean loss over `count` images, and read the previous one; `where` describes it in an error."""
         self.flush()
         self._pending = (loss.detach(), count, where)
 
     def flush(self) -> None:
-        """Read the loss that is still pending."""
+        """Read the loss that is still pending; one that is not finite is a DivergedError."""
         if self._pending is None:
             return
         (loss, count, where), self._pending = self._pending, None
@@ -41,11 +37,6 @@ class Losses:
             raise DivergedError(f'the loss is {value} {where()}')
         self.total += value * count
         self.count += count
-
-    @property
-    def mean(self) -> float:
-        """The mean so far; not a number before one is read."""
-        return self.total / self.count if self.count else math.nan
 
 
 @dataclass
