@@ -56,6 +56,16 @@ def images(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope='module')
+def whole(images, tmp_path_factory):
+    """An uninterrupted run with every checkpoint."""
+    output = tmp_path_factory.mktemp('whole')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, 'prune', lambda *_: None)
+        fit(images, *FAST, '--output', output, '--experiment', 'run')
+    return output / 'run'
+
+
 @pytest.fixture
 def args(images, tmp_path):
     return [images, *FAST, '--output', tmp_path]
@@ -141,11 +151,10 @@ def test_resume_refuses_another_training(same, tmp_path, caplog):
     assert state['position'] == [2, 0]
 
 
-def test_changed_batch_keeps_the_images_seen(args, tmp_path, keep_all):
-    fit(*args, '--experiment', 'run')
-    go_back(tmp_path / 'run', tmp_path / 'back', '0001-000003')  # 24 images into the epoch
-    fit(*args, '--experiment', 'back', '--resume', 'auto', '--batch-size', 4, '--resume-with-changes')
-    names = [folder.name for folder in list_checkpoints(tmp_path / 'back')]
+def test_changed_batch_keeps_the_images_seen(whole, same, tmp_path, keep_all):
+    go_back(whole, tmp_path / 'run', '0001-000003')  # 24 images into the epoch
+    fit(*same, '--batch-size', 4, '--resume-with-changes')
+    names = [folder.name for folder in list_checkpoints(tmp_path / 'run')]
     assert '0001-000006' in names and '0001-000005' not in names  # where it resumes, and nothing before
 
 
@@ -162,20 +171,19 @@ def test_resume_without_checkpoints(args, tmp_path):
 
 
 @pytest.mark.parametrize('seed', range(4))
-def test_damage_is_passed_over(seed, args, tmp_path, keep_all, caplog):
+def test_damage_is_passed_over(seed, whole, same, tmp_path, caplog):
     """The newest checkpoint is truncated or changed: the one before it is used, and said so."""
-    fit(*args, '--experiment', 'whole')
-    go_back(tmp_path / 'whole', tmp_path / 'back', '0001-000002')
-    file = tmp_path / 'back' / 'checkpoints' / '0001-000002' / ('state.safetensors', 'model.safetensors')[seed % 2]
+    go_back(whole, tmp_path / 'run', '0001-000002')
+    file = tmp_path / 'run' / 'checkpoints' / '0001-000002' / ('state.safetensors', 'model.safetensors')[seed % 2]
     data = bytearray(file.read_bytes())
     data[len(data) * seed // 4] ^= 8
     file.write_bytes(data if seed < 2 else data[: len(data) // 2])
-    fit(*args, '--experiment', 'back', '--resume', 'auto')
+    fit(*same)
     assert '0001-000002 is damaged' in caplog.text
-    assert differences(tmp_path / 'back', tmp_path / 'whole') == []
+    assert differences(tmp_path / 'run', whole) == []
 
 
-def test_full_disk(same, args, tmp_path):
+def test_full_disk(whole, same, tmp_path):
     """A limit on the size of files stands for a full disk: the run stops with a message, the old checkpoint stays."""
     fit(*same, '--stop-epoch', 1)
     before = {p: p.read_bytes() for p in (tmp_path / 'run' / 'checkpoints').glob('*/*')}
@@ -186,8 +194,7 @@ def test_full_disk(same, args, tmp_path):
     assert re.search(r"error: cannot write '.*checkpoints/0001-\d+': File too large; earlier checkpoints", text)
     assert before == {p: p.read_bytes() for p in (tmp_path / 'run' / 'checkpoints').glob('*/*')}
     fit(*same)
-    fit(*args, '--experiment', 'whole')
-    assert differences(tmp_path / 'run', tmp_path / 'whole') == []
+    assert differences(tmp_path / 'run', whole) == []
 
 
 def start(*argv, **options):
@@ -271,19 +278,18 @@ def test_unreadable_images(images, tmp_path, caplog):
         fit(*args, '--experiment', 'validation')
 
 
-def test_another_training_from_an_older_checkpoint_does_not_mix_with_the_old(args, tmp_path, keep_all, caplog):
+def test_another_training_from_an_older_checkpoint_does_not_mix_with_the_old(whole, args, tmp_path, keep_all, caplog):
     """The later checkpoints are set aside, and the folder is the new training's; without changes nothing is moved."""
-    assert fit(*args, '--experiment', 'run') == 0
-    run_folder, old = tmp_path / 'run', tmp_path / 'run' / 'checkpoints' / '0001-000000'
-    whole = {path.name for path in list_checkpoints(run_folder)}
+    run_folder = shutil.copytree(whole, tmp_path / 'run', symlinks=True)
+    old, names = run_folder / 'checkpoints' / '0001-000000', {path.name for path in list_checkpoints(whole)}
     assert fit(*args, '--resume', old) == 0
-    assert {path.name for path in list_checkpoints(run_folder)} == whole
+    assert {path.name for path in list_checkpoints(run_folder)} == names
     before = (run_folder / 'last' / 'model.safetensors').read_bytes()
     with pytest.raises(ConfigError, match='with other arguments: without the state of the optimizer'):
         fit(*args, '--resume', old, '--no-resume-opt')
     assert fit(*args, '--resume', old, '--weight-decay', 0.1, '--resume-with-changes') == 0
     (replaced,) = run_folder.glob('replaced-after-0001-000000-*')
-    assert {path.name for path in replaced.iterdir()} == {name for name in whole if name > '0001-000000'}
+    assert {path.name for path in replaced.iterdir()} == {name for name in names if name > '0001-000000'}
     assert f'the checkpoints after 0001-000000 are in {replaced} now' in caplog.text
     assert (run_folder / 'last' / 'model.safetensors').read_bytes() != before
     state = read_state(run_folder / 'last')
