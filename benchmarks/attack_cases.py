@@ -48,7 +48,7 @@ FETCHING = {
     'dataset_trust_remote_code': (True,),
     'data_dir': ('https://evil.example/x.tar', 'pipe:touch executed', '/etc', '../outside'),
     'kd_model_name': ('resnet18', 'hf-hub:evil/x', '../outside'),
-    'model': ('hf-hub:evil/x', 'local-dir:../outside', 'resnet18', 'host_depla'),
+    'model': ('hf-hub:evil/x', 'local-dir:../outside', 'resnet18', 'backbone_depla'),
     'model_kwargs': ({'pretrained': True}, {'checkpoint_path': '../outside/victim'}, {'depla': {'temperature': 0}}),
     'pretrained': (True,),
     'pretrained_path': ('../outside/victim',),
@@ -303,12 +303,12 @@ def attack_model(draw: random.Random, scratch: Path, runs: Path) -> bool:
         value = {draw.choice(depla): draw.choice(JUNK)} if name == 'depla' else draw.choice(JUNK)
         return f'{name}={value!r}'
 
-    model = draw.choice(['test_resnet_depla', 'test_fishnet_depla', 'host_depla', 'host_depla', 'detector'])
+    model = draw.choice(['test_resnet_depla', 'test_fishnet_depla', 'backbone_depla', 'backbone_depla', 'detector'])
     words = [word(name) for name in draw.sample(names, draw.choice([0, 1, 1, 2]))]
-    if model == 'host_depla':
+    if model == 'backbone_depla':
         hosts = [name for name in timm.list_models('test_*') if 'depla' not in name]
         host = draw.choice([*hosts, 'vgg11', 'alexnet', 'vit_tiny_patch16_224', 5, None, '', '../x', 'hf-hub:evil/x'])
-        words += [f'host={host!r}', *draw.choice([[], [], ['depla={"modules": []}'], ['depla={"modules": ["x"]}']])]
+        words += [f'backbone={host!r}', *draw.choice([[], [], ['depla={"modules": []}'], ['depla={"modules": ["x"]}']])]
     kwargs = ['--model-kwargs', *words] if words else []
     print(model, [text[:100] for text in words])
     if model == 'detector':

@@ -6,8 +6,7 @@ from typing import Any, Dict, List
 
 import torch
 
-from timm_depla.engine.checkpoint import TIMES, find_damage
-from timm_depla.engine.state import read_state
+from timm_depla.engine.checkpoint import TIMES, find_damage, read_state
 
 __all__ = ['differences']
 

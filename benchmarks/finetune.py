@@ -2,7 +2,7 @@
 
 timm's `test_convnext` is trained on the embedded digits 0 to 4 and fine-tuned on all ten, alone and with DEPLA. Each
 seed has its own pretrained weights. The scores are those of the weight average in the last epoch. The difference is the
-mean over the pairs, with Student's 95% interval. DEPLA adds weights that train at the full rate, where the host alone
+mean over the pairs, with Student's 95% interval. DEPLA adds weights that train at the full rate, where the network alone
 has only its classifier. There is no control with as many parameters, so a gain may be due to them.
 """
 
@@ -22,9 +22,12 @@ from .flags import add_flags
 from .pairs import mean_text
 from .record import table
 
-HOST = 'test_convnext'
+BACKBONE = 'test_convnext'
 IMAGES = ['--img-size', '64', '--crop-pct', '1', '--hflip', '0', '--color-jitter', '0', '--scale', '0.8', '1']
-VARIANTS = {'host': ['--model', HOST], 'host with DEPLA': ['--model', 'host_depla', '--model-kwargs', f'host={HOST}']}
+VARIANTS = {
+    'alone': ['--model', BACKBONE],
+    'with DEPLA': ['--model', 'backbone_depla', '--model-kwargs', f'backbone={BACKBONE}'],
+}
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +55,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     for seed in map(str, args.seed):
         with tempfile.TemporaryDirectory() as output:
             half = str(_write_half(Path(output, 'half')))
-            recipe = ['--recipe', 'digits', '--epochs', '8', '--model', HOST, '--opt', 'adamw', '--lr', '0.004']
+            recipe = ['--recipe', 'digits', '--epochs', '8', '--model', BACKBONE, '--opt', 'adamw', '--lr', '0.004']
             results['pretrained'].append(_train(output, 'pretrained', half, *recipe, '--seed', seed))
             recipe = [str(digits_folder()), '--recipe', 'finetune', '--epochs', str(args.epochs), '--seed', seed]
             recipe += ['--initial-checkpoint', f'{output}/pretrained/best/model.safetensors']
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def _gain(results: Dict[str, Any]) -> str:
-    return mean_text([score - host for score, host in zip(results['host with DEPLA'], results['host'], strict=True)])
+    return mean_text([score - alone for score, alone in zip(results['with DEPLA'], results['alone'], strict=True)])
 
 
 def render(results: Dict[str, Any]) -> str:
@@ -71,13 +74,13 @@ def render(results: Dict[str, Any]) -> str:
     for name in VARIANTS:
         scores = results[name]
         each = ' '.join(f'{score:.2f}' for score in scores)
-        rows.append([name, each, f'{statistics.mean(scores):.2f}', '' if name == 'host' else _gain(results)])
+        rows.append([name, each, f'{statistics.mean(scores):.2f}', '' if name == 'alone' else _gain(results)])
     return (
-        f'{results["epochs"]} epochs of fine-tuning; top-1 in percent. On the five digits, the hosts had '
-        f'{statistics.mean(results["pretrained"]):.2f}.\n\n' + table(['', 'each seed', 'mean', 'over the host'], rows)
+        f'{results["epochs"]} epochs of fine-tuning; top-1 in percent. On the five digits, the networks had '
+        f'{statistics.mean(results["pretrained"]):.2f}.\n\n' + table(['', 'each seed', 'mean', 'gain'], rows)
     )
 
 
 def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
-    seeds = len(results['host'])
+    seeds = len(results['alone'])
     return [('fine-tuning with DEPLA less without', f'{_gain(results)} points', f'top-1 of the digits, {seeds} seeds')]

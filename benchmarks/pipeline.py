@@ -22,8 +22,8 @@ from timm.data import create_transform
 
 from timm_depla.data import TensorResizedCrop
 from timm_depla.engine.classification.train import build
+from timm_depla.engine.device import set_up_device
 from timm_depla.engine.distributed import setup_world
-from timm_depla.engine.setup import set_up_device
 
 from .flags import add_flags
 from .pairs import ratio_text

@@ -25,10 +25,10 @@ from timm.utils import AverageMeter, CheckpointSaver, accuracy
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import build
 from timm_depla.engine.config import parse_args
+from timm_depla.engine.device import set_up_device
 from timm_depla.engine.distributed import Interrupt, setup_world
-from timm_depla.engine.report import Report
+from timm_depla.engine.progress import Report
 from timm_depla.engine.run import Run
-from timm_depla.engine.setup import set_up_device
 from timm_depla.engine.training import run_epoch
 
 from .flags import add_flags

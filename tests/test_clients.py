@@ -50,16 +50,15 @@ def test_runtimes(name, digits, validation):
 
 
 def test_transformers(tmp_path):
-    """The pipeline, a backbone and the Trainer; AutoModel is in test_hub.py."""
+    """The pipeline, a backbone and the Trainer; AutoModel is in hub/test_publish.py."""
     transformers = pytest.importorskip('transformers')
     pytest.importorskip('accelerate')
     folder = str(deploy.WEIGHTS)
     pipe = transformers.pipeline('image-classification', model=folder, device='cpu')
     digit = sorted((deploy.digits_folder() / 'validation' / '7').iterdir())[0]
     assert pipe(str(digit))[0]['label'] == '7'
-    config = transformers.TimmBackboneConfig(
-        backbone='test_resnet_depla', use_pretrained_backbone=False, out_indices=[1, 3]
-    )
+    options = dict(use_pretrained_backbone=False, out_indices=[1, 3])
+    config = transformers.TimmBackboneConfig(backbone='test_resnet_depla', **options)
     assert [m.shape[-1] for m in transformers.TimmBackbone(config)(IMAGES).feature_maps] == [8, 2]
     config = transformers.TimmWrapperConfig.from_pretrained(folder)
     model = transformers.TimmWrapperForImageClassification(config)
@@ -71,16 +70,9 @@ def test_transformers(tmp_path):
 @pytest.mark.parametrize('detector', [tv.RetinaNet, tv.FCOS])
 def test_torchvision_detectors(detector):
     backbone = create_detector('fasterrcnn_test_resnet_depla_fpn_depla', num_classes=2).backbone
-    levels = len(backbone(IMAGES))
-    options = {}
-    if detector is tv.RetinaNet:
-        sizes = tuple((16 * 2**i,) for i in range(levels))
-        options['anchor_generator'] = tv.anchor_utils.AnchorGenerator(sizes, ((1.0,),) * levels)
-    else:
-        options['anchor_generator'] = tv.anchor_utils.AnchorGenerator(
-            tuple((8 * 2**i,) for i in range(levels)), ((1.0,),) * levels
-        )
-    model = detector(backbone, num_classes=2, min_size=64, max_size=64, **options)
+    sizes = tuple((16 * 2**i,) for i in range(len(backbone(IMAGES))))
+    anchors = tv.anchor_utils.AnchorGenerator(sizes, ((1.0,),) * len(sizes))
+    model = detector(backbone, num_classes=2, min_size=64, max_size=64, anchor_generator=anchors)
     target = dict(boxes=torch.tensor([[4.0, 4.0, 20.0, 24.0]]), labels=torch.tensor([1]))
     sum(model([IMAGES[0]], [target]).values()).backward()
     assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad)
@@ -117,9 +109,10 @@ def test_fastai():
     fastai = pytest.importorskip('fastai.vision.all')
     loaders = fastai.DataLoaders(batches(), batches())
     learner = fastai.Learner(loaders, network(), loss_func=nn.CrossEntropyLoss(), metrics=fastai.accuracy, cbs=[])
+    before = learner.model.fc.weight.detach().clone()
     with learner.no_bar(), learner.no_logging():
         learner.fit(1, 0.01)
-    assert 0 <= learner.validate()[1] <= 1
+    assert not torch.equal(before, learner.model.fc.weight) and 0 <= learner.validate()[1] <= 1
 
 
 def test_accelerate():
@@ -128,9 +121,11 @@ def test_accelerate():
     model = network()
     model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1), batches())
     images, labels = next(iter(loader))
+    before = model.fc.weight.detach().clone()
     accelerator.backward(nn.functional.cross_entropy(model(images), labels))
     assert all(p.grad is not None for p in model.parameters())
     optimizer.step()
+    assert not torch.equal(before, model.fc.weight)
 
 
 def test_grad_cam():
@@ -144,8 +139,7 @@ def test_grad_cam():
 def test_captum():
     captum = pytest.importorskip('captum.attr')
     model = network().eval()
-    attributions, delta = captum.IntegratedGradients(model).attribute(
-        IMAGES[:1], target=1, n_steps=64, return_convergence_delta=True
-    )
+    integrated = captum.IntegratedGradients(model)
+    attributions, delta = integrated.attribute(IMAGES[:1], target=1, n_steps=64, return_convergence_delta=True)
     difference = (model(IMAGES[:1]) - model(torch.zeros_like(IMAGES[:1])))[0, 1]
     assert attributions.shape == IMAGES[:1].shape and abs(delta) < 0.05 * max(abs(difference), 1)

@@ -53,9 +53,7 @@ def test_drawing_becomes_a_digit_of_the_data_set():
     ink[40:240, 130:150, 3] = 255
     digit = pixels_of({'layers': [Image.fromarray(ink)]})
     assert digit.shape == (3, 8, 8)
-    digit = digit[0].numpy()
-    assert (digit[:, 3:5] > 60).all()
-    assert (digit[:, :3] == 0).all()
+    assert (digit[..., 3:5] > 60).all() and (digit[..., :3] == 0).all()
     assert pixels_of(None) is None
     assert pixels_of({'layers': [Image.new('RGBA', (280, 280))]}) is None
 
@@ -167,12 +165,7 @@ def test_page_shows_what_is_asked(page):
     assert wait_for(lambda: numbers(page) != third)
     page.get_by_label('Model').click()
     page.get_by_role('option', name='test_fishnet_depla.digits').click()
-    wait_for(
-        lambda: (
-            'fish' in page.get_by_label('Block').input_value()
-            or 'layer' not in page.get_by_label('Block').input_value()
-        )
-    )
+    wait_for(lambda: 'layer' not in page.get_by_label('Block').input_value())
     assert wait_for(lambda: 'number 1 of' in numbers(page))
 
 
@@ -199,30 +192,26 @@ def test_drawing(page):
     assert wait_for(lambda: prediction(page) == '1')
 
 
-@pytest.mark.parametrize('name', ['small', 'text'])
-def test_bad_images_on_the_page(page, tmp_path, name):
+@pytest.mark.parametrize(
+    'name,text',
+    [('small', '30 x 5 pixels: too small, give one of 8 a side or more'), ('text', 'cannot identify image file')],
+)
+def test_bad_images_on_the_page(page, tmp_path, name, text):
     Image.new('RGB', (30, 5)).save(tmp_path / 'small.png')
     (tmp_path / 'text.png').write_text('no image')
-    expected = {
-        'small': '30 x 5 pixels: too small, give one of 8 a side or more',
-        'text': 'as an image: cannot identify image file',
-    }
     page.set_input_files('input[type=file] >> nth=0', str(tmp_path / f'{name}.png'))
-    message = page.wait_for_selector(f'text={expected[name]}', timeout=30_000).inner_text()
-    assert '/' not in message  # no path of the server
+    assert '/' not in page.wait_for_selector(f'text={text}', timeout=30_000).inner_text()  # no path of the server
 
 
 def ask(address, image=None, drawing=None, source='image'):
     """What the page answers to a request that names a file by its path, without an upload."""
-    block = 'layer3.3.depla'
-    data = ['test_resnet_depla.digits', image, drawing, source, block, 0, 1.0]
+    data = ['test_resnet_depla.digits', image, drawing, source, 'layer3.3.depla', 1.0]
     config = json.loads(urlopen(f'{address}/config').read())
-    api = f'{address}/gradio_api'
     number = next(d['id'] for d in config['dependencies'] if d['api_name'] == 'update')
-    body = dict(data=data, fn_index=number, session_hash='test')
-    request = Request(f'{api}/queue/join', json.dumps(body).encode(), {'Content-Type': 'application/json'})
-    urlopen(request, timeout=30).read()
-    with urlopen(f'{api}/queue/data?session_hash=test', timeout=30) as stream:
+    body = json.dumps(dict(data=data, fn_index=number, session_hash='test')).encode()
+    queue = f'{address}/gradio_api/queue'
+    urlopen(Request(f'{queue}/join', body, {'Content-Type': 'application/json'}), timeout=30).read()
+    with urlopen(f'{queue}/data?session_hash=test', timeout=30) as stream:
         for line in stream:
             if b'process_completed' in line:
                 return json.loads(line.removeprefix(b'data: '))
@@ -234,14 +223,13 @@ def test_page_opens_its_uploads_alone(address, digit, tmp_path):
     image = tmp_path / 'secret.png'
     Image.new('RGB', (8, 8)).save(image)
     os.mkfifo(tmp_path / 'pipe')
-    answers = set()
+    answers = []
     for path in (image, tmp_path / 'pipe', tmp_path / 'nowhere.png', '/etc/passwd', f'/tmp/gradio/../{image}'):
-        answer = ask(address, {'path': str(path)})
-        assert not answer['success']
-        answers.add(answer['output']['error'])
         part = {'path': str(path)}
-        assert not ask(address, None, dict(background=None, layers=[part], composite=part), 'drawing')['success']
-    assert answers == {'this is no image that was uploaded here'}
+        answers.append(ask(address, part))
+        answers.append(ask(address, None, dict(background=None, layers=[part], composite=part), 'drawing'))
+    assert not any(answer['success'] for answer in answers)
+    assert {answer['output']['error'] for answer in answers} == {'this is no image that was uploaded here'}
     assert ask(address, {'path': str(digit)})['success']  # one of the examples
 
 
@@ -255,12 +243,12 @@ def test_upload_has_limits(tmp_path, monkeypatch):
     pytest.importorskip('gradio')
     monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path))
     Image.new('L', (5000, 5000)).save(tmp_path / 'large.png')
-    (tmp_path / 'many.bin').write_bytes(bytes(MAX_BYTES + 1))
+    (tmp_path / 'many.png').write_bytes(bytes(MAX_BYTES + 1))
     (tmp_path / 'text.png').write_text('%!PS-Adobe-3.0 EPSF')
     for name, message in (
         ('large', 'more than 16,777,216'),
-        ('many.bin', 'more than 20,971,520 bytes'),
-        ('text', 'cannot'),
+        ('many', 'more than 20,971,520 bytes'),
+        ('text', 'cannot read .text.png. as an image'),
     ):
         with pytest.raises(ConfigError, match=message):
-            read_upload(str(tmp_path / (name if '.' in name else f'{name}.png')), ())
+            read_upload(str(tmp_path / f'{name}.png'))

@@ -37,15 +37,11 @@ def imported_parts(path, root):
         elif isinstance(node, ast.ImportFrom):
             package = ['timm_depla', *path.relative_to(root).parts[:-1]]
             base = package[: len(package) - node.level + 1] if node.level else []
-            names = ['.'.join([*base, *((node.module or '').split('.') if node.module else [])])]
-            if node.module is None or node.module == 'timm_depla':
-                names = [f'{names[0]}.{alias.name}' for alias in node.names]
+            module = '.'.join(filter(None, [*base, node.module]))
+            names = [f'{module}.{alias.name}' for alias in node.names]
         else:
             continue
-        for name in names:
-            parts = name.split('.')
-            if parts[0] == 'timm_depla' and len(parts) > 1:
-                yield parts[1]
+        yield from (name.split('.')[1] for name in names if name.startswith('timm_depla.'))
 
 
 def test_imports_point_one_way():

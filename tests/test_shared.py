@@ -252,17 +252,17 @@ def test_model_arguments_that_are_flags(word):
         parse_args(create_train_parser(), ['--model-kwargs', word])
 
 
-def test_pretrained_path_of_a_host(tmp_path, caplog):
-    """The host's weights are those of the file; a missing one is named."""
-    host = timm.create_model('test_convnext', num_classes=7)
-    save_file(host.state_dict(), tmp_path / 'host.safetensors')
-    argv = ['--model', 'host_depla', '--model-kwargs', 'host=test_convnext', '--img-size', 32, '--workers', 0,
+def test_pretrained_path_of_a_backbone(tmp_path, caplog):
+    """The backbone's weights are those of the file; a missing one is named."""
+    backbone = timm.create_model('test_convnext', num_classes=7)
+    save_file(backbone.state_dict(), tmp_path / 'backbone.safetensors')
+    argv = ['--model', 'backbone_depla', '--model-kwargs', 'backbone=test_convnext', '--img-size', 32, '--workers', 0,
             '--recipe', 'digits', '--epochs', 1, '--lr', 0, '--weight-decay', 0, '--warmup-epochs', 0,
             '--output', tmp_path, '--experiment', 'run']  # fmt: skip
-    fit(*argv, '--pretrained-path', tmp_path / 'host.safetensors')
+    fit(*argv, '--pretrained-path', tmp_path / 'backbone.safetensors')
     weights = load_file(tmp_path / 'run' / 'last' / 'model.safetensors')
-    assert torch.equal(weights['stem.0.weight'], host.state_dict()['stem.0.weight'])
-    for model in ('host_depla', 'test_resnet_depla'):
+    assert torch.equal(weights['stem.0.weight'], backbone.state_dict()['stem.0.weight'])
+    for model in ('backbone_depla', 'test_resnet_depla'):
         with pytest.raises(ConfigError, match=r"--pretrained-path: no file '.*nowhere'"):
             fit(*argv[2:], '--model', model, '--pretrained-path', tmp_path / 'nowhere')
 

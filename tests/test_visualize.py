@@ -9,21 +9,12 @@ import torch
 from helpers import ROOT, create, run
 from PIL import Image
 
+from timm_depla.capture import capture, capturing, find_blocks, measure, strength
 from timm_depla.data import digits_folder
 from timm_depla.detection import create_detector
 from timm_depla.errors import ConfigError
 from timm_depla.layers.linear import back_fill, match_size, soft_roi_pool
-from timm_depla.visualize import (
-    capture,
-    capturing,
-    draw_block,
-    find_blocks,
-    main,
-    measure,
-    render_summary,
-    strength,
-    summarize,
-)  # fmt: skip
+from timm_depla.visualize import draw_block, main, render_summary, summarize
 
 COMMAND = ('-m', 'timm_depla.visualize')
 DIGITS = f'local-dir:{ROOT / "hub" / "weights" / "test_resnet_depla.digits"}'
@@ -55,6 +46,7 @@ MODELS = [
 @pytest.mark.parametrize('name', MODELS)
 @torch.no_grad()
 def test_captured_maps_give_the_output(name):
+    """Maps and heatmaps are probabilities over the positions."""
     model, x = build(name)
     found = capture(model, x)
     assert found.keys() == find_blocks(model).keys()
@@ -62,7 +54,8 @@ def test_captured_maps_give_the_output(name):
         block = found[key]
         assert block.maps.shape[1:3] == (module.rpn.num_groups, module.rpn.maps_per_group)
         assert block.maps.shape[3:] == block.heatmaps.shape[2:] == block.output.shape[2:]
-        assert (block.maps.flatten(3).sum(3) - 1).abs().max() < 1e-5
+        for maps in (block.maps, block.heatmaps):
+            assert (maps >= 0).all() and (maps.sum((-2, -1)) - 1).abs().max() < 1e-5
         values = match_size(module.candidate(block.candidate), block.output, module.upsample)
         pooled = soft_roi_pool(block.maps, values)
         features = module.proj(module.bfn.transform(pooled))
@@ -90,8 +83,7 @@ def test_looking_changes_nothing(name):
 
 def test_mode_is_restored_and_hooks_removed_after_an_error():
     model, x = build('test_resnet_depla')
-    model.train()
-    model.layer1.eval()
+    model.train().layer1.eval()
     modes = [module.training for module in model.modules()]
     capture(model, x)
     assert [module.training for module in model.modules()] == modes
@@ -103,24 +95,23 @@ def test_mode_is_restored_and_hooks_removed_after_an_error():
 
 def test_models_that_cannot_be_looked_into():
     model, x = build('test_resnet_depla')
-    with pytest.raises(ValueError, match='ResNet has no DEPLA block'):
-        capture(timm.create_model('test_resnet'), x)
-    with pytest.raises(ValueError, match='a scripted model cannot be looked into'):
-        capture(torch.jit.script(model), x)
-    with pytest.raises(ValueError, match='a compiled model cannot be looked into'):
-        capture(torch.compile(model, backend='eager'), x)
-    model.layer3.compile(backend='eager')
-    with pytest.raises(ValueError, match='a compiled model cannot be looked into'):
-        capture(model, x)
+    other, _ = build('test_resnet_depla')
+    other.layer3.compile(backend='eager')
+    for network, message in (
+        (timm.create_model('test_resnet'), 'ResNet has no DEPLA block'),
+        (torch.jit.script(model), 'a scripted model cannot be looked into'),
+        (torch.compile(model, backend='eager'), 'a compiled model cannot be looked into'),
+        (other, 'a compiled model cannot be looked into'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            capture(network, x)
 
 
 def test_measures_tell_uniform_and_dead_groups():
     model, x = build('test_resnet_depla:adaptive')
-    blocks = find_blocks(model)
-    name, module = next(iter(blocks.items()))
-    groups = module.rpn.num_groups
+    name, module = next(iter(find_blocks(model).items()))
     with torch.no_grad():
-        module.rpn.logits.conv.weight.unflatten(0, (-1, groups))[:, 3] = 0  # channels are D times L
+        module.rpn.logits.conv.weight.unflatten(0, (-1, module.rpn.num_groups))[:, 3] = 0  # channels are D times L
         module.rpn.temperature = 0.02
         block = capture(model, x)[name]
         values = measure(block)
@@ -130,10 +121,9 @@ def test_measures_tell_uniform_and_dead_groups():
     block.features[:, 5] = 0
     assert (strength(block)[:, 5] == 0).all()
     totals = {name: {key: value.mean(0) for key, value in measure(block).items()}}
-    row = render_summary(totals).splitlines()[2]
-    assert row.startswith(f'| `{name}` | ')
-    assert row.split(' | ')[-2].split(', ')[0] == '3'
-    assert '5' in row.split(' | ')[-1].rstrip(' |').split(', ')
+    row = render_summary(totals).splitlines()[2].strip('| ').split(' | ')
+    assert row[0] == f'`{name}`'
+    assert row[-2].split(', ')[0] == '3' and '5' in row[-1].split(', ')
 
 
 def test_summary_is_the_mean_over_the_files(digit):
@@ -154,7 +144,7 @@ def test_maps_are_on_one_scale(digit):
         block.heatmaps.fill_(1 / count)
         block.heatmaps[..., 0, 0] = peak / count
         figure = draw_block(torch.rand(3, 96, 96), block)
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         places = [place for place in figure.axes if ' here' in place.get_title()]
         uniform = ['nearly uniform' in place.get_title() for place in places]
         assert uniform == [True] * 5 + [peak < 1.1] * 5

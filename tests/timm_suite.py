@@ -1,8 +1,8 @@
 """Run timm's own tests/test_models.py, unchanged, on our models: `python tests/timm_suite.py 1.0.29 1.0.31`.
 
 pip downloads each version of timm and its source distribution into a temporary folder. As a pytest plugin, this file
-adds our models, and `host_depla` with two more hosts, to the tests that select models by timm's file names. The runner
-checks that every test that runs on resnet50 also runs on each of our models, so that none is skipped in silence.
+adds our models and those of timm_backbones.py to the tests that select models by timm's file names. The runner checks
+that every test that runs on resnet50 also runs on each of our models, so that none is skipped in silence.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LIST_MODELS = """
-import timm, timm_depla, timm_hosts
-print(*timm_depla.list_models(), *timm.list_models(module='timm_hosts'))
+import timm, timm_depla, timm_backbones
+print(*timm_depla.list_models(), *timm.list_models(module='timm_backbones'))
 """
-PLUGINS = ['-p', 'timm_depla', '-p', 'timm_hosts', '-p', 'timm_suite']
+PLUGINS = ['-p', 'timm_depla', '-p', 'timm_backbones', '-p', 'timm_suite']
 
 
 def pytest_configure() -> None:
@@ -33,7 +33,7 @@ def pytest_configure() -> None:
     upstream = timm.list_models
 
     def list_models(filter='', module='', **kwargs):
-        ours = [*modules, 'timm_hosts'] if not isinstance(module, str) and 'resnet' in module else []
+        ours = [*modules, 'timm_backbones'] if not isinstance(module, str) and 'resnet' in module else []
         return upstream(filter, [*module, *ours] if ours else module, **kwargs)
 
     timm.list_models = list_models

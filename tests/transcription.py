@@ -100,8 +100,8 @@ def literal(
                         z[c][group] += m[d * num_groups + group][n] * values[d * pooled_chs + c][n]
         zs.append(z)
     if bfn == 'plain':
-        levels = [[[math.log(max(len(positions) * v, 1e-6)) for v in row] for row in m] for m in ms]  # ruling 4(b)
-        bs = conv_norm('bfn.heatmap', levels)
+        log_maps = [[[math.log(max(len(positions) * v, 1e-6)) for v in row] for row in m] for m in ms]  # ruling 4(b)
+        bs = conv_norm('bfn.heatmap', log_maps)
     else:
         bs = []
         for q, z in zip(conv_norm('bfn.query', xs), zs, strict=True):

@@ -1,8 +1,9 @@
 """The tensors of DEPLA blocks while a model runs, and measures of their maps."""
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Dict, Iterator, List, Union
 
 import torch
@@ -61,42 +62,25 @@ def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
     Raises:
         ValueError: If the model has no DEPLA block, or is compiled or scripted.
     """
-    blocks = find_blocks(model)
     found: Dict[str, BlockCapture] = {}
-    seen: Dict[str, Dict[str, Any]] = {name: {} for name in blocks}
-    handles = []
 
-    def keep(name: str, key: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            seen[name][key] = output
+    def keep(parts: Dict[str, Any], key: str, _: nn.Module, __: Any, output: Any) -> None:
+        parts[key] = output
 
-        return hook
+    def end(parts: Dict[str, Any], name: str, _: nn.Module, inputs: Any, output: Tensor) -> None:
+        x, y, output = (tensor.detach().clone() for tensor in (*inputs, output))  # an in-place activation may follow
+        maps, features, heatmaps = parts['maps'], parts['features'], parts['bfn'][1]
+        found[name] = BlockCapture(x, y, maps.detach(), features.detach(), heatmaps.detach(), output)
+        parts.clear()
 
-    def end(name: str) -> Any:
-        def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
-            parts = seen[name]
-            found[name] = BlockCapture(
-                identity=inputs[0].detach().clone(),  # an in-place activation may follow
-                candidate=inputs[1].detach().clone(),
-                maps=parts['maps'].detach(),
-                features=parts['features'].detach(),
-                heatmaps=parts['bfn'][1].detach(),
-                output=output.detach().clone(),
-            )
-            parts.clear()
-
-        return hook
-
-    try:
-        for name, block in blocks.items():
-            parts = dict(maps=block.rpn, bfn=block.bfn, features=block.proj)
-            handles += [part.register_forward_hook(keep(name, key)) for key, part in parts.items()]
-            handles.append(block.register_forward_hook(end(name)))
-        with set_fused_depla(False):
-            yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for name, block in find_blocks(model).items():
+            parts: Dict[str, Any] = {}
+            for key, part in dict(maps=block.rpn, bfn=block.bfn, features=block.proj).items():
+                stack.enter_context(part.register_forward_hook(partial(keep, parts, key)))
+            stack.enter_context(block.register_forward_hook(partial(end, parts, name)))
+        stack.enter_context(set_fused_depla(False))
+        yield found
 
 
 @contextmanager
@@ -106,13 +90,10 @@ def without_refinement(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: If the model has no DEPLA block, or is compiled or scripted.
     """
-    norms = [block.norm for block in find_blocks(model).values()]
-    handles = [norm.register_forward_hook(lambda _, __, output: torch.zeros_like(output)) for norm in norms]
-    try:
+    with ExitStack() as stack:
+        for block in find_blocks(model).values():
+            stack.enter_context(block.norm.register_forward_hook(lambda _, __, output: torch.zeros_like(output)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def capture(model: nn.Module, images: Union[Tensor, List[Tensor]]) -> Dict[str, BlockCapture]:
@@ -129,14 +110,10 @@ def capture(model: nn.Module, images: Union[Tensor, List[Tensor]]) -> Dict[str, 
     Raises:
         ValueError: If the model has no DEPLA block, or is compiled or scripted.
     """
-    was_training = [module for module in model.modules() if module.training]
-    try:
-        with capturing(model) as found, torch.no_grad():
-            model.eval()
-            model(images)
-    finally:
-        for module in was_training:
-            module.training = True
+    with capturing(model) as found, torch.no_grad(), ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, 'training', module.training)
+        model.eval()(images)
     return found
 
 

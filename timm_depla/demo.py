@@ -7,10 +7,10 @@ temperature. Without --model, it offers the digit classifiers of `hub/weights`.
 import argparse
 import math
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -22,12 +22,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from timm_depla import schema
 from timm_depla.capture import BlockCapture, capturing, find_blocks, measure, strength, without_refinement
 from timm_depla.data import digits_folder
-from timm_depla.engine.classification.datasets import is_image
 from timm_depla.engine.distributed import run_command
 from timm_depla.errors import ConfigError, require
 from timm_depla.files import open_image
 from timm_depla.predict import label_names
-from timm_depla.visualize import add_scale, find_limit, load_any, prepare, show_map
+from timm_depla.visualize import add_scale, find_images, find_limit, load_any, prepare, show_map
 
 __all__ = ['create_app', 'launch', 'look']
 
@@ -52,20 +51,6 @@ _PICK_BRUSH = """() => {
 _CSS = 'footer {display: none !important} #picture img {width: 100%; height: 100%; object-fit: contain}'
 
 
-@contextmanager
-def temperature_set(model: nn.Module, temperature: float) -> Iterator[None]:
-    """Context manager that sets the temperature of all DEPLA blocks."""
-    blocks = find_blocks(model).values()
-    before = [block.rpn.temperature for block in blocks]
-    try:
-        for block in blocks:
-            block.rpn.temperature = temperature
-        yield
-    finally:
-        for block, value in zip(blocks, before, strict=True):
-            block.rpn.temperature = value
-
-
 def look(
     model: nn.Module, pixels: Tensor, temperature: float
 ) -> Tuple[Dict[str, float], Dict[str, float], Tensor, Dict[str, BlockCapture]]:
@@ -84,7 +69,10 @@ def look(
         ConfigError: If the image is too small.
     """
     image, x = prepare(model, pixels)
-    with _LOCK, temperature_set(model, temperature), torch.no_grad():
+    with _LOCK, torch.no_grad(), ExitStack() as stack:
+        for block in find_blocks(model).values():
+            stack.callback(setattr, block.rpn, 'temperature', block.rpn.temperature)
+            block.rpn.temperature = temperature
         with capturing(model) as blocks:
             whole = model(x)[0].softmax(0).tolist()
         with without_refinement(model):
@@ -98,8 +86,7 @@ def draw_group(image: Tensor, block: BlockCapture, group: int) -> Tuple[np.ndarr
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    count = block.maps[0, 0, 0].numel()
-    maps = block.maps[0, group].mean(0) * count, block.heatmaps[0, group] * count
+    maps = [values * values.numel() for values in (block.maps[0, group].mean(0), block.heatmaps[0, group])]
     limit, pictures = find_limit(*maps), []
     for name, values in zip(('Looks here', 'Writes back here'), maps, strict=True):
         figure = Figure(figsize=(3.2, 4), dpi=100, layout='constrained')
@@ -116,13 +103,12 @@ def describe(block: BlockCapture, group: int) -> str:
     """A group's measures in words."""
     found = {key: value[0] for key, value in measure(block).items()}
     rank = int((found['strength'] > found['strength'][group]).sum()) + 1
-    coverage, writes = (found[key][group] for key in ('coverage', 'heatmap_peak'))
     maps = block.maps[0, group].mean(0)
-    looks = maps.max() * maps.numel()
     return (
         f'Group {group} is number {rank} of {len(found["strength"])} by how much it changes. It looks more at '
-        f'{coverage:.0%} of the picture than at the rest, at one place {looks:.2g} times as much as on average. '
-        f'It writes back to one place {writes:.2g} times as much as on average.'
+        f'{found["coverage"][group]:.0%} of the picture than at the rest, at one place '
+        f'{maps.max() * maps.numel():.2g} times as much as on average. '
+        f'It writes back to one place {found["heatmap_peak"][group]:.2g} times as much as on average.'
     )
 
 
@@ -169,9 +155,7 @@ def examples(images: Optional[str] = None) -> List[str]:
         ConfigError: If the folder has none.
     """
     if images:
-        files = sorted(str(file) for file in Path(images).rglob('*') if is_image(file))
-        if not files:
-            raise ConfigError(f"no images in '{images}'")
+        files = [str(file) for file in find_images(images)]
         return files[:: math.ceil(len(files) / 20)]
     try:
         folder = digits_folder() / 'validation'
@@ -180,11 +164,11 @@ def examples(images: Optional[str] = None) -> List[str]:
     return [str(sorted(path.glob('*.png'))[0]) for path in sorted(folder.iterdir())]
 
 
-def check_upload(path: str, shown: Sequence[str]) -> Path:
-    """Return the file of a request if it was uploaded to this page or is one of its examples.
+def read_upload(path: str, shown: Sequence[str] = ()) -> Tensor:
+    """The pixels of a request's file, uint8 (3, H, W), if it was uploaded to this page or is one of its examples.
 
     Raises:
-        ConfigError: If it is any other file, whether it exists or not, or too large.
+        ConfigError: If it is any other file, whether it exists or not, too large, or no image of at most `MAX_PIXELS`.
     """
     from gradio.utils import get_upload_folder
 
@@ -194,16 +178,6 @@ def check_upload(path: str, shown: Sequence[str]) -> Path:
         raise ConfigError('this is no image that was uploaded here')
     if file.stat().st_size > MAX_BYTES:
         raise ConfigError(f'the image has more than {MAX_BYTES:,} bytes')
-    return file
-
-
-def read_upload(path: str, shown: Sequence[str]) -> Tensor:
-    """The pixels of a request's file, uint8 (3, H, W).
-
-    Raises:
-        ConfigError: If it is no upload, or no image of at most `MAX_PIXELS`.
-    """
-    file = check_upload(path, shown)
     try:
         return pil_to_tensor(open_image(file, 'RGB', MAX_PIXELS))
     except OSError as error:
@@ -221,7 +195,7 @@ def guard(component: Any) -> None:
         for part in () if payload is None else (payload.background, payload.composite, *payload.layers):
             try:
                 if part is not None and part.path:
-                    read_upload(part.path, ())
+                    read_upload(part.path)
             except ConfigError as error:
                 raise gr.Error(str(error), print_exception=False) from error
         return preprocess(payload)
@@ -230,26 +204,26 @@ def guard(component: Any) -> None:
 
 
 def answer(
+    shown: Sequence[str],
     target: str,
     image: Optional[str],
     drawing: Any,
     source: str,
     block: str,
-    group: Optional[float],
     temperature: float,
-    shown: Sequence[str] = (),
+    group: Optional[float] = None,
 ) -> Tuple[Any, Any, Any, Any, str, int]:
     """Prediction with and without DEPLA, ROI map, heatmap, measures and group for the values of the page's controls.
 
     Args:
+        shown: Paths of the page's examples.
         target: What `open_model` takes.
         image: The path of an upload, if any.
         drawing: The sketch pad's value.
         source: Which of the two to use: 'image' or 'drawing'.
         block: The name of the block; the last block if the model has none of this name.
-        group: The index of the ROI group; the strongest if None.
         temperature: T of all blocks.
-        shown: Paths of the page's examples.
+        group: The index of the ROI group; the strongest if None.
 
     Raises:
         ConfigError: If the image is no upload, or cannot be read.
@@ -269,40 +243,19 @@ def create_inputs(files: List[str]) -> Tuple[Any, Any]:
 
     with gr.Tab('Image'):
         first = files[len(files) // 2 - 1] if files else None
-        image = gr.Image(
-            first, type='filepath', sources=['upload', 'clipboard'], label='Image', height=240, elem_id='picture'
-        )
+        sources = ['upload', 'clipboard']
+        image = gr.Image(first, type='filepath', sources=sources, label='Image', height=240, elem_id='picture')
         # gr.Image would open the file and raise its own errors: take the path, and open it in `read_upload`
         image.preprocess = lambda payload: None if payload is None else payload.path
         if files:
             gr.Examples(files, image, label='Examples')
     with gr.Tab('Draw') as tab:
+        options = dict(label='Draw a digit', canvas_size=(280, 280), layers=False, height=320, elem_id='drawing')
         brush = gr.Brush(default_size=16, colors=['#000000'], color_mode='fixed')
-        drawing = gr.Sketchpad(
-            type='pil',
-            label='Draw a digit',
-            canvas_size=(280, 280),
-            brush=brush,
-            layers=False,
-            height=320,
-            elem_id='drawing',
-        )
+        drawing = gr.Sketchpad(type='pil', brush=brush, **options)
         guard(drawing)
     tab.select(None, js=_PICK_BRUSH)
     return image, drawing
-
-
-def create_controls(models: Dict[str, str]) -> Tuple[Any, Any, Any, Any]:
-    """Create the controls: model, block, group and temperature, set for the first model."""
-    import gradio as gr
-
-    blocks = find_blocks(open_model(next(iter(models.values()))))
-    last = next(reversed(blocks.values()))
-    group = gr.Slider(0, last.rpn.num_groups - 1, 0, step=1, label='Group (the strongest at first)')
-    block = gr.Dropdown(list(blocks), value=list(blocks)[-1], label='Block')
-    temperature = gr.Slider(0.05, 2, last.rpn.temperature, step=0.05, label='Temperature T')
-    name = gr.Dropdown(list(models), value=next(iter(models)), label='Model')
-    return name, block, group, temperature
 
 
 def create_app(models: Dict[str, str], images: Optional[str] = None) -> Any:
@@ -320,22 +273,20 @@ def create_app(models: Dict[str, str], images: Optional[str] = None) -> Any:
     files = examples(images)
 
     def choose(name: str) -> Tuple[Any, Any, Any]:
+        """The controls of a model: group, block and temperature."""
         blocks = find_blocks(open_model(models[name]))
-        block = next(reversed(blocks.values()))
+        name, block = list(blocks.items())[-1]
         return (
-            gr.update(choices=list(blocks), value=list(blocks)[-1]),
-            gr.update(maximum=block.rpn.num_groups - 1),
-            gr.update(value=block.rpn.temperature),
+            gr.Slider(0, block.rpn.num_groups - 1, 0, step=1, label='Group (the strongest at first)'),
+            gr.Dropdown(list(blocks), value=name, label='Block'),
+            gr.Slider(0.05, 2, block.rpn.temperature, step=0.05, label='Temperature T'),
         )
 
     def update(name: str, *controls: Any) -> Tuple[Any, ...]:
         try:
-            return answer(models[name], *controls, shown=files)
+            return answer(files, models[name], *controls)
         except ConfigError as error:
             raise gr.Error(str(error), print_exception=False) from error
-
-    def find_strongest(name: str, image: Any, drawing: Any, source: str, block: str, temperature: float) -> Any:
-        return update(name, image, drawing, source, block, None, temperature)
 
     with gr.Blocks(title='timm-depla', analytics_enabled=False) as app:
         gr.Markdown(_HEADING)
@@ -351,18 +302,18 @@ def create_app(models: Dict[str, str], images: Optional[str] = None) -> Any:
                         for label in ('Looks here', 'Writes back here')
                     )
                 numbers = gr.Markdown(_ASK)
-                name, block, group, temperature = create_controls(models)
+                group, block, temperature = choose(next(iter(models)))
+                name = gr.Dropdown(list(models), value=next(iter(models)), label='Model')
                 without = gr.Label(num_top_classes=3, label='Prediction without what the groups write back')
-        inputs = [name, image, drawing, source, block, group, temperature]
+        inputs = [name, image, drawing, source, block, temperature]  # of the strongest group
         outputs = [prediction, without, roi, heat, numbers, group]
-        first = [part for part in inputs if part is not group]
-        app.load(find_strongest, first, outputs)
-        image.change(lambda: 'image', None, source).then(find_strongest, first, outputs)
-        drawing.change(lambda: 'drawing', None, source).then(find_strongest, first, outputs)
-        name.input(choose, name, [block, group, temperature]).then(find_strongest, first, outputs)
-        block.input(find_strongest, first, outputs, show_progress='hidden')
+        app.load(update, inputs, outputs)
+        image.change(lambda: 'image', None, source).then(update, inputs, outputs)
+        drawing.change(lambda: 'drawing', None, source).then(update, inputs, outputs)
+        name.input(choose, name, [group, block, temperature]).then(update, inputs, outputs)
+        block.input(update, inputs, outputs, show_progress='hidden')
         for control in (group, temperature):
-            control.input(update, inputs, outputs, show_progress='hidden')
+            control.input(update, [*inputs, group], outputs, show_progress='hidden')
     return app
 
 

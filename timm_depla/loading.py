@@ -18,7 +18,7 @@ from timm.models._hub import save_config_for_hf
 from timm_depla.detection import is_detector
 from timm_depla.errors import ConfigError, closest, command_for
 from timm_depla.files import find_change, is_unvalidated, read_mapping
-from timm_depla.models import check_published, find_weights, load_trunk
+from timm_depla.models import check_published, find_weights, load_backbone
 from timm_depla.timm_runs import read_timm_run, with_data_dir
 
 __all__ = [
@@ -59,7 +59,7 @@ def create_model(name: str, **kwargs) -> nn.Module:
         raise ConfigError(f"no model '{name}'{closest(name, timm.list_models())}")
     if kwargs.get('pretrained') and not name.startswith('local-dir:'):
         look_offline()
-    elsewhere = kwargs.keys() & {'host', 'pretrained_cfg_overlay'}  # that tell where the weights come from
+    elsewhere = kwargs.keys() & {'backbone', 'pretrained_cfg_overlay'}  # that tell where the weights come from
     if kwargs.get('pretrained') and timm.is_model(name) and not elsewhere:
         check_pretrained(name)
     try:
@@ -168,7 +168,7 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: str, heads: Optional[Sequence[str]] = None) -> str:
-    """Load weights, of the model itself or of its trunk, and return what was loaded as a sentence.
+    """Load weights, of the model itself or of its backbone, and return what was loaded as a sentence.
 
     Args:
         model: The model.
@@ -185,7 +185,7 @@ def load_weights(model: nn.Module, path: str, heads: Optional[Sequence[str]] = N
     if not Path(path).exists():
         look_offline()
     try:
-        return str(load_trunk(model, path, heads))
+        return str(load_backbone(model, path, heads))
     except Exception as error:  # a file that is no checkpoint can make the unpickler raise anything
         raise ConfigError(f"cannot load '{path}': {_cause(error)}") from error
 

@@ -19,7 +19,7 @@ from timm_depla import schema
 from timm_depla.detection.predict import draw_detections, predict, read_image
 from timm_depla.engine.classification.datasets import is_image
 from timm_depla.engine.distributed import run_command
-from timm_depla.engine.report import progress
+from timm_depla.engine.progress import progress
 from timm_depla.errors import ConfigError
 from timm_depla.files import check_writable, escape, open_image, write_file
 from timm_depla.visualize import load_any

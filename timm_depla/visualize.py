@@ -7,7 +7,7 @@
 import argparse
 import math
 from pathlib import Path
-from typing import Any, Dict, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -34,17 +34,8 @@ _MIN_SIDE = 8  # pixels
 
 
 def find_limit(*maps: Tensor) -> float:
-    """The end of the colour scale of some maps, times uniform: their strongest position, at least 2.
-
-    Args:
-        *maps: Of any shape, times the number of positions, so that 1 is uniform.
-    """
+    """The end of the colour scale of some maps: their strongest position, at least 2, where 1 is uniform."""
     return max(2.0, *(float(values.max()) for values in maps))
-
-
-def is_nearly_uniform(values: Tensor) -> bool:
-    """Whether each position of a map, times the number of positions, is within a tenth of the uniform 1."""
-    return bool((values - 1).abs().max() < 0.1)
 
 
 def show_map(place: Any, image: Tensor, values: Tensor, limit: float, title: str) -> Any:
@@ -55,19 +46,17 @@ def show_map(place: Any, image: Tensor, values: Tensor, limit: float, title: str
         image: (3, H, W) from 0 to 1.
         values: (h, w), times the number of positions, so that 1 is uniform.
         limit: The end of the scale, see `find_limit`.
-        title: Title of the axes, to which 'nearly uniform' is added where the map is.
+        title: Title of the axes; 'nearly uniform' is added where each position is within a tenth of 1.
 
     Returns:
         What matplotlib's `colorbar` takes.
     """
-    from matplotlib.colors import LogNorm
-
     place.imshow(image.mean(0).cpu().numpy(), cmap='gray', vmin=0, vmax=1)
-    drawn = nn.functional.interpolate(values[None, None].float(), size=image.shape[1:], mode='bilinear')[0, 0]
-    norm = LogNorm(1 / limit, limit)
-    place.set_title(f'{title}\nnearly uniform' if is_nearly_uniform(values) else title, fontsize=9)
+    place.set_title(f'{title}\nnearly uniform' if (values - 1).abs().max() < 0.1 else title, fontsize=9)
     place.set_axis_off()
-    return place.imshow(drawn.clamp(min=1 / limit).cpu().numpy(), cmap='RdBu_r', norm=norm, alpha=0.7)
+    drawn = nn.functional.interpolate(values[None, None].float(), size=image.shape[1:], mode='bilinear')[0, 0]
+    drawn = drawn.clamp(min=1 / limit).cpu().numpy()
+    return place.imshow(drawn, cmap='RdBu_r', norm='log', vmin=1 / limit, vmax=limit, alpha=0.7)
 
 
 def add_scale(figure: Any, drawn: Any, places: Any, limit: float, **options: Any) -> None:
@@ -94,15 +83,11 @@ def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: 
     Returns:
         A matplotlib figure, without a window.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    strengths = strength(block)[0]
-    groups = strengths.argsort(descending=True)[:num_groups]
+    groups = strength(block)[0].argsort(descending=True)[:num_groups]
     columns = max(len(groups), 5)
     figure = Figure(figsize=(2.1 * columns, 7.2), layout='constrained')
-    FigureCanvasAgg(figure)
     figure.suptitle(title)
     axes = figure.subplots(3, columns)
     for place in axes.flat:
@@ -110,13 +95,12 @@ def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: 
     axes[0, 0].imshow(image.permute(1, 2, 0).cpu().numpy())
     axes[0, 0].set_title('image', fontsize=9)
     change = block.output - match_size(block.identity, block.output, 'bilinear')
-    features = {'comes in: X': block.identity, 'is offered: Y': block.candidate, 'the block changes': change}
-    features['goes out'] = block.output
-    for place, (name, x) in zip(axes[0, 1:], features.items(), strict=False):
-        energy = x[0].square().mean(0).sqrt().float().cpu().numpy()
-        bar = figure.colorbar(place.imshow(energy, cmap='viridis'), ax=place, location='bottom', shrink=0.8, aspect=15)
-        bar.locator = MaxNLocator(3)
-        bar.update_ticks()
+    features = (block.identity, block.candidate, change, block.output)
+    names = ('comes in: X', 'is offered: Y', 'the block changes', 'goes out')
+    for place, name, x in zip(axes[0, 1:], names, features, strict=False):
+        energy = place.imshow(x[0].square().mean(0).sqrt().float().cpu().numpy(), cmap='viridis')
+        bar = figure.colorbar(energy, ax=place, location='bottom', shrink=0.8, aspect=15)
+        bar.ax.locator_params(nbins=3)
         place.set_title(name, fontsize=9)
     count = block.maps[0, 0, 0].numel()
     maps, heatmaps = block.maps[0, groups].mean(1) * count, block.heatmaps[0, groups] * count
@@ -161,47 +145,39 @@ def prepare(model: nn.Module, pixels: Tensor, name: str = 'the image') -> Tuple[
     return (x * std + mean).clamp(0, 1).expand(3, -1, -1), x[None]
 
 
-def read_pixels(file: Path) -> Tensor:
-    """Read an image file as uint8 (3, H, W).
-
-    Raises:
-        ConfigError: If it is no image.
-    """
-    try:
-        return read_image(file)
-    except OSError as error:
-        raise ConfigError(f"cannot read '{file}' as an image: {error}") from error
-
-
 def read_input(model: nn.Module, file: Path) -> Tuple[Tensor, Any]:
     """Read an image file and `prepare` it.
 
     Raises:
         ConfigError: If it is no image, or too small.
     """
-    return prepare(model, read_pixels(file), f"'{file}'")
+    try:
+        pixels = read_image(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read '{file}' as an image: {error}") from error
+    return prepare(model, pixels, f"'{file}'")
 
 
-def pick_block(blocks: Dict[str, Any], name: str) -> str:
-    """Check the name of a block and return it; the name of the last block if empty.
+def find_images(folder: str) -> List[Path]:
+    """The images in a folder and its subfolders.
 
     Raises:
-        ConfigError: If there is no such block; the message lists all.
+        ConfigError: If there are none.
     """
-    if name and name not in blocks:
-        raise ConfigError(f"no block '{name}'; there are {', '.join(blocks)}")
-    return name or list(blocks)[-1]
+    files = sorted(file for file in Path(folder).rglob('*') if is_image(file))
+    if not files:
+        raise ConfigError(f"no images in '{folder}'")
+    return files
 
 
 def summarize(model: nn.Module, files: Sequence[Path]) -> Dict[str, Dict[str, Tensor]]:
     """Means of `measure` over image files, (L,), by block."""
-    totals: Dict[str, Dict[str, Tensor]] = {}
+    found: Dict[str, Dict[str, List[Tensor]]] = {}
     for file in files:
         for name, block in capture(model, read_input(model, file)[1]).items():
             for key, value in measure(block).items():
-                sums = totals.setdefault(name, {})
-                sums[key] = sums.get(key, 0) + value[0] / len(files)
-    return totals
+                found.setdefault(name, {}).setdefault(key, []).append(value)
+    return {name: {key: torch.cat(v).mean(0) for key, v in values.items()} for name, values in found.items()}
 
 
 def render_summary(totals: Dict[str, Dict[str, Tensor]]) -> str:
@@ -245,9 +221,7 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(f"'{args.model}': {error}") from error
     if args.summary:
-        files = sorted(file for file in Path(args.image).rglob('*') if is_image(file))
-        if not files:
-            raise ConfigError(f"no images in '{args.image}'")
+        files = find_images(args.image)
         print(f'{len(files)} images\n\n{render_summary(summarize(model, files))}', end='')
         return
     require('matplotlib', 'plot')
@@ -256,11 +230,12 @@ def run(args: argparse.Namespace) -> None:
         check_writable(Path(args.out))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write --out '{args.out}': {error}") from error
-    name = pick_block(blocks, args.block)
+    name = args.block or list(blocks)[-1]
+    if name not in blocks:
+        raise ConfigError(f"no block '{name}'; there are {', '.join(blocks)}")
     image, x = read_input(model, Path(args.image))
-    block = capture(model, x)[name]
     title = f'{args.model}, block {name}, T = {blocks[name].rpn.temperature:g}'
-    figure = draw_block(image, block, title)
+    figure = draw_block(image, capture(model, x)[name], title)
     try:
         figure.savefig(args.out, dpi=100)
     except (OSError, ValueError) as error:

@@ -88,8 +88,8 @@ def test_python_runs(block, monkeypatch, capsys):
         pytest.importorskip('sklearn')
     away = re.compile(r'(pretrained\w*)=True')
     lines = [line if 'local-dir' in line else away.sub(r'\1=False', line) for line in block.splitlines()]
-    plain = "load_trunk(model, timm.create_model('resnet50'))"
-    block = '\n'.join(lines).replace("load_trunk(model, 'resnet50.a1_in1k')", plain)
+    plain = "load_backbone(model, timm.create_model('resnet50'))"
+    block = '\n'.join(lines).replace("load_backbone(model, 'resnet50.a1_in1k')", plain)
     monkeypatch.chdir(ROOT)
     exec(compile(block, 'block', 'exec'), {})
     printed = capsys.readouterr().out

@@ -14,12 +14,13 @@ from timm_depla.engine.checkpoint import (
     link,
     list_checkpoints,
     newest_checkpoint,
+    pack_state,
     prune,
+    read_state,
     set_aside,
     write_checkpoint,
     write_file,
 )
-from timm_depla.engine.state import pack_state, read_state
 from timm_depla.errors import TrainingError
 
 FILES = ('model.safetensors', 'config.json', 'record.json', 'state.json', 'state.safetensors')

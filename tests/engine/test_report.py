@@ -7,7 +7,8 @@ import pytest
 from helpers import fit, validate
 from PIL import Image
 
-from timm_depla.engine.report import UnreadableImages, draw_curves
+from timm_depla.engine.batches import UnreadableImages
+from timm_depla.engine.curves import draw_curves
 from timm_depla.errors import ConfigError, TrainingError
 
 FAST = ['--recipe', 'digits', '--epochs', '2', '--img-size', '32', '--workers', '0', '--experiment', 'run']

@@ -24,8 +24,7 @@ from safetensors.torch import load_file
 
 from benchmarks.differences import differences
 from timm_depla.engine import checkpoint, run
-from timm_depla.engine.checkpoint import list_checkpoints
-from timm_depla.engine.state import read_state
+from timm_depla.engine.checkpoint import list_checkpoints, read_state
 from timm_depla.errors import ConfigError, TrainingError
 
 FAST = ['--recipe', 'digits', '--img-size', 32, '--batch-size', 8, '--epochs', 2, '--recovery-interval', 1,
@@ -363,7 +362,7 @@ def test_metrics_that_are_not_finite_rank_last(metric, values, best):
 def test_run_folder_has_one_process_at_a_time(images, tmp_path, monkeypatch):
     args = [images, *FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
     fit(*args, '--stop-epoch', 1)
-    monkeypatch.setattr('timm_depla.engine.setup.LOCK_SECONDS', 0.1)
+    monkeypatch.setattr('timm_depla.engine.optimizer.LOCK_SECONDS', 0.1)
     code = f"""
 import time
 from filelock import FileLock

@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
+from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Image, Mask
 
@@ -77,36 +78,25 @@ class CocoDetection(torch.utils.data.Dataset):
         self._check()
         self.image_ids = sorted(self.coco.imgs)
         if is_training:
-            kept = [image_id for image_id in self.image_ids if self._objects(image_id)]
-            if len(kept) < len(self.image_ids):
-                _logger.info('%s: left out %d images without objects', annotations, len(self.image_ids) - len(kept))
-            if not kept:
+            self.image_ids = [image_id for image_id in self.image_ids if self._objects(image_id)]
+            if not self.image_ids:
                 raise ValueError(f"'{annotations}' has no objects to train on")
-            self.image_ids = kept
+            if empty := len(self.coco.imgs) - len(self.image_ids):
+                _logger.info('%s: left out %d images without objects', annotations, empty)
 
     def _check(self) -> None:
         """Raise ValueError for missing images and references, and warn of boxes without area, which are left out."""
-        missing = [
-            image['file_name'] for image in self.coco.imgs.values() if not (self.folder / image['file_name']).is_file()
-        ]
-        if missing:
+        names = [image['file_name'] for image in self.coco.imgs.values()]
+        if missing := [name for name in names if not (self.folder / name).is_file()]:
             raise ValueError(f"{len(missing)} images are not in '{self.folder}': {_some(missing)}")
-        degenerate = []
-        for annotation in self.coco.anns.values():
-            if annotation['image_id'] not in self.coco.imgs:
-                raise ValueError(
-                    f'annotation {annotation["id"]} is of image {annotation["image_id"]}, which is not listed'
-                )
-            if annotation['category_id'] not in self._labels:
-                raise ValueError(
-                    f'annotation {annotation["id"]} is of category {annotation["category_id"]}, not listed'
-                )
-            if self._box(annotation) is None:
-                degenerate.append(f'{annotation["id"]} {annotation.get("bbox")}')
-        if degenerate:
-            _logger.warning(
-                'left out %d boxes without an area in the image: annotations %s', len(degenerate), _some(degenerate)
-            )
+        for a in self.coco.anns.values():
+            if a['image_id'] not in self.coco.imgs:
+                raise ValueError(f'annotation {a["id"]} is of image {a["image_id"]}, which is not listed')
+            if a['category_id'] not in self._labels:
+                raise ValueError(f'annotation {a["id"]} is of category {a["category_id"]}, not listed')
+        flat = [f'{a["id"]} {a.get("bbox")}' for a in self.coco.anns.values() if self._box(a) is None]
+        if flat:
+            _logger.warning('left out %d boxes without an area in the image: annotations %s', len(flat), _some(flat))
 
     def _box(self, annotation: Dict[str, Any]) -> Optional[List[float]]:
         """Corners of the box, clipped to the image; None if no area is left."""
@@ -146,7 +136,7 @@ class CocoDetection(torch.utils.data.Dataset):
         target = dict(
             boxes=BoundingBoxes(boxes, format='XYXY', canvas_size=tuple(size)),
             labels=torch.tensor([self._labels[a['category_id']] for a in objects], dtype=torch.int64),
-            masks=Mask(torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, *size, dtype=torch.uint8)),
+            masks=Mask(np.array(masks, np.uint8).reshape(-1, *size)),
             image_id=image_id,
         )
         sample = Image(pixels), target
@@ -186,8 +176,7 @@ def to_results(image_id: int, detections: Dict[str, Tensor], category_ids: Seque
             (N, 1, H, W) as probabilities if it has them.
         category_ids: The category id of each label, from label 1 on.
     """
-    corners = detections['boxes'].cpu().double()
-    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+    boxes = box_convert(detections['boxes'].cpu().double(), 'xyxy', 'xywh').tolist()
     results = [
         dict(image_id=image_id, category_id=category_ids[label - 1], bbox=box, score=score)
         for label, box, score in zip(detections['labels'].tolist(), boxes, detections['scores'].tolist(), strict=True)
@@ -219,7 +208,6 @@ def evaluate_coco(
         from faster_coco_eval import COCOeval_faster as evaluator_class
 
         coco = FastCOCO(coco.dataset)
-    table = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()):
         if results:
             left_out = 'bbox' if iou_type == 'segm' else 'segmentation'  # else areas would be taken from it
@@ -231,7 +219,6 @@ def evaluate_coco(
         evaluator = evaluator_class(coco, found, iou_type)
         evaluator.evaluate()
         evaluator.accumulate()
-    with contextlib.redirect_stdout(table):
+    with contextlib.redirect_stdout(io.StringIO()) as table:
         evaluator.summarize()
-    values = [float(value) for value in list(evaluator.stats)[: len(METRICS)]]
-    return dict(zip(METRICS, values, strict=True)), table.getvalue()
+    return dict(zip(METRICS, map(float, list(evaluator.stats)[: len(METRICS)]), strict=True)), table.getvalue()

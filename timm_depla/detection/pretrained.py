@@ -18,6 +18,7 @@ __all__ = ['detector_config', 'from_pretrained', 'is_detector']
 
 _LIBRARY = 'timm_depla'
 _FILES = ('config.json', 'model.safetensors')
+_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
 _KEYS = {
     'architecture': Kind('the name of a detector', lambda value: isinstance(value, str)),
     'num_classes': DETECTOR['num_classes'],
@@ -67,18 +68,13 @@ def is_detector(folder: os.PathLike) -> bool:
 
 
 def _check_config(config: Dict[str, Any], place: str) -> None:
-    """Check a published detector's config.json.
-
-    Raises:
-        ValueError: If a value is not of its kind, an argument would load weights, or a class lacks a name.
-    """
+    """Raise ValueError if a value is not of its kind, an argument would load weights, or a class lacks a name."""
     check(config, _KEYS, place)
     check_arguments(config['model_args'], f'{place}, model_args')
+    number = config['num_classes']
     for key in ('class_names', 'category_ids'):
-        if len(config[key]) != config['num_classes'] - 1:
-            raise ValueError(
-                f'{place}: {key} has {len(config[key])} entries for {config["num_classes"]} classes with background'
-            )
+        if (count := len(config[key])) != number - 1:
+            raise ValueError(f'{place}: {key} has {count} entries for {number} classes with background')
 
 
 def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
@@ -105,10 +101,8 @@ def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
         folder = folder / 'best'
     if not ((folder / 'config.json').is_file() and (folder / 'model.safetensors').is_file()):
         hint = f'; it has not been validated yet, {source}/last is its last one' if is_unvalidated(Path(source)) else ''
-        raise ValueError(
-            f"'{source}' has no checkpoint: expected config.json and model.safetensors in it or in its folder best"
-            + hint
-        )
+        files = 'config.json and model.safetensors in it or in its folder best'
+        raise ValueError(f"'{source}' has no checkpoint: expected {files}{hint}")
     if change := find_change(folder, _FILES):
         raise ValueError(f"'{source}' is damaged: {change}")
     try:
@@ -121,15 +115,7 @@ def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
     arguments = {**config['model_args'], **kwargs}
     try:
         model = create_detector(config['architecture'], num_classes=config['num_classes'], **arguments)
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        RuntimeError,
-        TypeError,
-    ) as error:
+    except _ERRORS as error:
         raise ValueError(f"'{source}' cannot be rebuilt from its config.json: {error!r}") from error
     try:
         model.load_state_dict(weights)

@@ -56,11 +56,8 @@ def split_name(name: str) -> Tuple[str, str, str]:
 def _layers(body: nn.Module, full: nn.Module) -> Dict[str, int]:
     """timm's coarse layer group of each parameter of a `features_only` model, counted from the stem."""
     groups = group_parameters(full, full.group_matcher(coarse=True), reverse=True)
-    flattened = {
-        name.replace('.', '_', 1): group for name, group in groups.items()
-    }  # timm's names of flattened modules
-    names = [name for name, _ in body.named_parameters()]
-    return {name: {**flattened, **groups}[name.removeprefix('model.')] for name in names}
+    groups = {**{name.replace('.', '_', 1): group for name, group in groups.items()}, **groups}  # flattened modules
+    return {name: groups[name.removeprefix('model.')] for name, _ in body.named_parameters()}
 
 
 class BackboneWithFPN(nn.Module):
@@ -83,30 +80,26 @@ class BackboneWithFPN(nn.Module):
     ) -> None:
         super().__init__()
         full = timm.create_model(backbone, device='meta', **backbone_kwargs)
-        indices = [i for i, level in enumerate(full.feature_info) if level['reduction'] in REDUCTIONS]
+        found = [level['reduction'] for level in full.feature_info]
+        indices = [i for i, reduction in enumerate(found) if reduction in REDUCTIONS]
         if len(indices) != len(REDUCTIONS):
-            found = [level['reduction'] for level in full.feature_info]
-            raise ValueError(
-                f"backbone '{backbone}' has features at 1/{found}, a detector needs those at 1/{REDUCTIONS}"
-            )
-        body = timm.create_model(
-            backbone, pretrained=pretrained, features_only=True, out_indices=indices, **backbone_kwargs
-        )
+            needed = f'a detector needs those at 1/{REDUCTIONS}'
+            raise ValueError(f"backbone '{backbone}' has features at 1/{found}, {needed}")
+        backbone_kwargs.update(features_only=True, out_indices=indices)
+        body = timm.create_model(backbone, pretrained=pretrained, **backbone_kwargs)
         if (layout := Format(getattr(body, 'output_fmt', 'NCHW')).value) != 'NCHW':
             raise ValueError(f"backbone '{backbone}' gives features in the layout {layout}, a pyramid takes NCHW")
         layers = _layers(body, full)
-        num_layers = max(layers.values()) + 1
+        count = max(layers.values()) + 1
         norm = norm or ('frozen' if pretrained else 'batch')
         if norm not in NORMS:
             raise ValueError(f'backbone_norm must be one of {sorted(NORMS)}, got {norm!r}')
         if trainable_layers is None:
-            trainable_layers = num_layers - 2 if norm == 'frozen' else num_layers
-        if not 0 <= trainable_layers <= num_layers:
-            raise ValueError(
-                f"trainable_backbone_layers must be 0 to {num_layers} for '{backbone}', got {trainable_layers}"
-            )
+            trainable_layers = count - 2 if norm == 'frozen' else count
+        if not 0 <= trainable_layers <= count:
+            raise ValueError(f"trainable_backbone_layers must be 0 to {count} for '{backbone}', got {trainable_layers}")
         for name, parameter in body.named_parameters():
-            parameter.requires_grad_(layers[name] >= num_layers - trainable_layers)
+            parameter.requires_grad_(layers[name] >= count - trainable_layers)
         self.body = NORMS[norm](body)
         try:
             norm_layer = get_norm_layer(neck_norm)
@@ -179,7 +172,7 @@ def create_detector(
         backbone_name, neck, pretrained_backbone, out_channels, trainable_backbone_layers, backbone_norm, depla,
         neck_norm, **(backbone_kwargs or {}),
     )  # fmt: skip
-    config = backbone.body.pretrained_cfg if hasattr(backbone.body, 'pretrained_cfg') else {}
+    config = getattr(backbone.body, 'pretrained_cfg', {})
     kwargs = {'image_mean': config.get('mean'), 'image_std': config.get('std'), **kwargs}
     ratios = ((0.5, 1.0, 2.0),) * len(anchor_sizes)
     kwargs.setdefault('rpn_anchor_generator', AnchorGenerator(tuple((size,) for size in anchor_sizes), ratios))

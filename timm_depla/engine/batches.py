@@ -1,16 +1,21 @@
-"""Batches of a map-style data set from any position on, loaded by persistent workers."""
+"""Batches of a map-style data set from any position on, loaded by persistent workers, and what cannot be read."""
 
+import logging
+import queue
 from argparse import Namespace
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from torch.utils.data import DataLoader
 
-from timm_depla.data import PositionedBatches, SeededBatches
+from timm_depla.data import PositionedBatches, SeededBatches, UnreadableError
+from timm_depla.errors import TrainingError
 
 from .distributed import World, shield_worker
 
-__all__ = ['ResumableLoader', 'loader_kwargs']
+__all__ = ['ResumableLoader', 'UnreadableImages', 'explain_worker', 'loader_kwargs', 'max_unreadable']
+
+_logger = logging.getLogger(__name__)
 
 
 def loader_kwargs(args: Namespace, world: World) -> Dict[str, Any]:
@@ -68,3 +73,56 @@ class ResumableLoader:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def max_unreadable(num_images: int) -> int:
+    """How many of so many images may be unreadable: 1%, but at least one."""
+    return max(1, num_images // 100)
+
+
+class UnreadableImages:
+    """Names and counts the images that were skipped.
+
+    Args:
+        names: The queue of (file, cause), or None if the data set reports none.
+        num_images: Images of the split.
+        split: Its name.
+    """
+
+    def __init__(self, names: Any, num_images: int, split: str):
+        self.names = names
+        self.num_images = num_images
+        self.split = split
+        self.files: Dict[str, str] = {}
+
+    def collect(self, wait: bool = False) -> None:
+        """Log what was skipped since the last call.
+
+        Raises:
+            TrainingError: If more of the split than `max_unreadable` cannot be read.
+        """
+        while self.names is not None:
+            try:
+                file, cause = self.names.get(timeout=0.05) if wait else self.names.get_nowait()
+            except queue.Empty:
+                break
+            if file not in self.files:
+                self.files[file] = cause
+                _logger.warning('skipped an unreadable image, %d so far: %s: %s', len(self.files), file, cause)
+        if len(self.files) > max_unreadable(self.num_images):
+            named = '; '.join(f'{file}: {cause}' for file, cause in list(self.files.items())[:5])
+            raise TrainingError(
+                f"{len(self.files)} of the {self.num_images} images of the split '{self.split}' cannot be read, more "
+                f'than 1%: {named}. Replace or remove them'
+            )
+
+
+def explain_worker(error: Exception) -> str:
+    """Say in a sentence why data loading failed."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    cause = lines[-1] if isinstance(error, UnreadableError) or 'Traceback' in str(error) else lines[0]
+    died = 'killed' in cause or 'exited unexpectedly' in cause
+    hint = 'If it was killed, memory may have run out: lower --workers' if died else 'Mend the data'
+    if 'auto_augment.py' in str(error) or 'transforms.py' in str(error):
+        hint = 'The image was read, but its augmentation failed: choose another --aa, or leave it out'
+    return f'loading data failed: {cause.rstrip(".")}. {hint}, and go on with --resume auto'

@@ -6,6 +6,7 @@ weights (`model.safetensors` and timm's `config.json`, so that timm itself loads
 `last` are links to two of them.
 """
 
+import json
 import logging
 import os
 import re
@@ -15,16 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
+import safetensors.torch
+import torch
+
 from timm_depla import files
 from timm_depla.errors import TrainingError
-from timm_depla.files import SUMS, find_change, list_sums, read_mapping
-
-from .state import FILES as STATE
+from timm_depla.files import SUMS, find_change, list_sums, read_mapping, read_tensors
 
 __all__ = [
     'LINKS', 'TIMES', 'BackgroundWriter', 'checkpoint_name', 'find_damage', 'link', 'list_checkpoints',
-    'newest_checkpoint', 'prune', 'set_aside', 'write_checkpoint', 'write_file',
-    'writing',
+    'newest_checkpoint', 'pack_state', 'prune', 'read_state', 'set_aside', 'write_checkpoint', 'write_file', 'writing',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ TIMES = ('seconds', 'images_per_second')
 """Columns of summary.csv that no other run has alike: training of an epoch, without validation."""
 LINKS = ('best', 'last', '.best.part', '.last.part')
 """Names of the links in a run's folder, each to a folder in its folder checkpoints."""
+STATE = ('state.json', 'state.safetensors')
 _NAME = re.compile(r'(\d{4,})-(\d{6,})')
 
 
@@ -211,3 +213,50 @@ class BackgroundWriter:
         if self._job is not None:
             job, self._job = self._job, None
             job.result()
+
+
+def pack_state(state: Dict[str, Any]) -> Dict[str, bytes]:
+    """Encode a state of dictionaries, lists, tuples, tensors, numbers, strings and None as files."""
+    tensors: Dict[str, torch.Tensor] = {}
+
+    def encode(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors[str(len(tensors))] = value.contiguous()
+            return {'tensor': str(len(tensors) - 1)}
+        if isinstance(value, dict):  # JSON keys are only strings
+            return {'dict': [[encode(key), encode(item)] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)):
+            return {type(value).__name__: [encode(item) for item in value]}
+        if not isinstance(value, (bool, int, float, str, type(None))):
+            raise TypeError(f'no state of type {type(value).__name__}: {value!r}')
+        return value
+
+    text = json.dumps(encode(state)) + '\n'
+    return dict(zip(STATE, (text.encode(), safetensors.torch.save(tensors)), strict=True))
+
+
+def read_state(folder: Path) -> Dict[str, Any]:
+    """Read the state in a folder.
+
+    Raises:
+        ValueError: If a file is missing or does not hold a state.
+    """
+    text, weights = (folder / name for name in STATE)
+    kinds = {'dict': dict, 'list': list, 'tuple': tuple}
+    try:
+        tensors = read_tensors(weights)
+
+        def decode(value: Any) -> Any:
+            if not isinstance(value, dict):
+                return value
+            ((kind, content),) = value.items()
+            if kind == 'tensor':
+                return tensors[content]
+            return kinds[kind](map(decode, content)) if kind != 'dict' else {decode(k): decode(v) for k, v in content}
+
+        state = decode(read_mapping(text))
+    except (AttributeError, KeyError, RecursionError, TypeError) as error:
+        raise ValueError(f'{text} and {weights.name} hold no state ({type(error).__name__}: {error})') from error
+    if not isinstance(state, dict):
+        raise ValueError(f'{text} holds no state')
+    return state

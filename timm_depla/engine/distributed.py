@@ -51,7 +51,7 @@ class World:
     def is_primary(self) -> bool:
         return self.rank == 0
 
-    def highest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The highest of all processes' values."""
         if self.size == 1:
             return value
@@ -59,7 +59,7 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return int(tensor)
 
-    def sum(self, *values: float) -> List[float]:
+    def all_reduce_sum(self, *values: float) -> List[float]:
         """Each value's sum over all processes, in double precision."""
         if self.size == 1:
             return list(values)
@@ -75,7 +75,7 @@ class World:
         dist.gather_object(value, values, group=self.control)
         return values
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The primary process's value."""
         if self.size == 1:
             return value

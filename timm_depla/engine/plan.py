@@ -15,7 +15,7 @@ from timm_depla.files import escape
 from timm_depla.layers import set_fused_depla
 
 from .config import parse_args, updated
-from .setup import learning_rate
+from .optimizer import learning_rate
 
 __all__ = ['count_cost', 'count_macs', 'describe', 'learning_rates']
 

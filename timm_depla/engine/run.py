@@ -20,11 +20,21 @@ from timm.utils import ModelEmaV3, NativeScaler
 from timm_depla.errors import ConfigError, DivergedError
 from timm_depla.files import read_tensors
 
-from .checkpoint import TIMES, BackgroundWriter, checkpoint_name, link, prune, write_checkpoint, write_file
+from .checkpoint import (
+    TIMES,
+    BackgroundWriter,
+    checkpoint_name,
+    link,
+    pack_state,
+    prune,
+    read_state,
+    write_checkpoint,
+    write_file,
+)
 from .config import FlagParser
+from .curves import draw_curves
 from .distributed import Interrupt, World
-from .report import PLAIN, Metric, choose, draw_curves
-from .state import pack_state, read_state
+from .metrics import PLAIN, Metric, choose
 
 __all__ = ['CHANGE_NOTHING', 'Losses', 'Run']
 
@@ -45,7 +55,7 @@ class Losses:
     """The mean loss of an epoch in this process, read one step late so that the device does not wait.
 
     Raises:
-        DivergedError: From `add` and `settle`, if a loss is not finite.
+        DivergedError: From `add` and `flush`, if a loss is not finite.
     """
 
     total: float = 0.0
@@ -60,10 +70,10 @@ class Losses:
             count: The number of images.
             where: Called for a description of the step if the loss is not finite.
         """
-        self.settle()
+        self.flush()
         self._pending = (loss.detach(), count, where)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Read the loss that is still pending."""
         if self._pending is None:
             return
@@ -205,7 +215,7 @@ class Run:
 
     def _rank_state(self) -> Dict[str, Any]:
         """What differs between processes: the running loss, and batch statistics."""
-        self.losses.settle()
+        self.losses.flush()
         state: Dict[str, Any] = {'loss': (self.losses.total, self.losses.count)}
         if self.world.size > 1:
             modules = [self.model] if self.ema is None else [self.model, self.ema.module]

@@ -13,12 +13,14 @@ from timm.utils import dispatch_clip_grad, distribute_bn
 from timm_depla.data import Draw, UnreadableError, seed_position
 from timm_depla.errors import ConfigError, DivergedError, TrainingError, UserError
 
+from .batches import explain_worker
 from .checkpoint import TIMES, write_file
+from .device import autocast, set_up_device
 from .distributed import Interrupt, World, explain_lost_peers, setup_world
+from .optimizer import DIVERGED, find_resume, open_folder, rejoin
 from .plan import describe
-from .report import Report, check_loggers, explain_worker
+from .progress import Report, check_loggers
 from .run import Losses, Run
-from .setup import DIVERGED, autocast, find_resume, open_folder, rejoin, set_up_device
 
 __all__ = ['run_epoch', 'train', 'train_one_epoch']
 
@@ -85,7 +87,7 @@ def train_one_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
             continue
         late = args.checkpoint_minutes and time.monotonic() - saved > 60 * args.checkpoint_minutes
         due = late or (args.recovery_interval and run.step % args.recovery_interval == 0)
-        wanted = run.world.highest(interrupt.signal or int(bool(due)))  # 1: save; above: a signal
+        wanted = run.world.all_reduce_max(interrupt.signal or int(bool(due)))  # 1: save; above: a signal
         if run.step == steps:
             break
         if wanted > 1:
@@ -98,17 +100,17 @@ def train_one_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
             f'epoch {run.epoch} ended after {run.step} of {steps} steps: the data has fewer images than '
             '--train-num-samples says, or some cannot be read'
         )
-    run.losses.settle()
+    run.losses.flush()
     if run.world.size > 1 and args.dist_bn:
         distribute_bn(run.model, run.world.size, args.dist_bn == 'reduce')
         if run.ema is not None:
             distribute_bn(run.ema.module, run.world.size, args.dist_bn == 'reduce')
-    return run.world.highest(interrupt.signal)
+    return run.world.all_reduce_max(interrupt.signal)
 
 
 def end_epoch(run: Run, metrics: Dict[str, float]) -> None:
     """Add the epoch's row to the history, and move the schedule and the position to the next epoch."""
-    total, count = run.world.sum(run.losses.total, run.losses.count)
+    total, count = run.world.all_reduce_sum(run.losses.total, run.losses.count)
     row = {'epoch': run.epoch, 'train_loss': total / max(count, 1)}
     row.update({f'eval_{key}': value for key, value in metrics.items() if key != 'count'})
     images = len(run.loader) * run.args.batch_size * run.world.size
@@ -132,7 +134,7 @@ def run_epoch(run: Run, interrupt: Interrupt, report: Report) -> int:
         run.loader.prepare(done)
     if not signal and (done % args.val_interval == 0 or is_last or done in args.save_epochs):
         metrics = run.validate(interrupt)
-        signal = run.world.highest(interrupt.signal)
+        signal = run.world.all_reduce_max(interrupt.signal)
     if not signal:
         end_epoch(run, metrics)
         report.epoch_ended(run)

@@ -29,14 +29,13 @@ from huggingface_hub import HfApi
 import timm_depla
 from timm_depla import detection
 from timm_depla.data import digits_folder
-from timm_depla.engine.checkpoint import LINKS, find_damage
+from timm_depla.engine.checkpoint import LINKS, find_damage, read_state
 from timm_depla.engine.classification import validate as classification
 from timm_depla.engine.classification.flags import create_validate_parser
 from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.distributed import run_command
 from timm_depla.engine.plan import count_cost
 from timm_depla.engine.run import CHANGE_NOTHING
-from timm_depla.engine.state import read_state
 from timm_depla.errors import ConfigError, require
 from timm_depla.files import SUMS, check_own, check_writable, list_sums, read_mapping, read_tensors, write_file
 from timm_depla.loading import load_model, run_arguments

@@ -9,10 +9,9 @@ from typing import Iterator
 import safetensors.torch
 import yaml
 
-from timm_depla.engine.checkpoint import checkpoint_name, write_checkpoint
+from timm_depla.engine.checkpoint import checkpoint_name, pack_state, write_checkpoint
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args
-from timm_depla.engine.state import pack_state
 from timm_depla.loading import load_model, model_config
 from timm_depla.timm_runs import read_timm_run
 

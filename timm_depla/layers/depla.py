@@ -50,8 +50,8 @@ class PlainBFN(nn.Module):
     def forward(self, identity: Tensor, pooled: Tensor, maps: Tensor) -> Tuple[Tensor, Tensor]:
         """Map Z (B, L, C) and M (B, L, D, H, W) to Z' (B, L, C) and heatmaps B (B, L, H, W)."""
         maps = maps.transpose(1, 2).flatten(1, 2)  # (B, D*L, H, W)
-        levels = (maps * (maps.shape[2] * maps.shape[3])).clamp(min=1e-6).log()  # log(N M), ruling 4(b)
-        return self.transform(pooled), softmax(self.heatmap(levels))
+        log_maps = (maps * (maps.shape[2] * maps.shape[3])).clamp(min=1e-6).log()  # log(N M), ruling 4(b)
+        return self.transform(pooled), softmax(self.heatmap(log_maps))
 
 
 class AdaptiveBFN(nn.Module):

@@ -7,14 +7,24 @@ import timm
 import torch.nn as nn
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 
 from timm_depla.files import find_change, read_mapping
 from timm_depla.schema import check_classifier
 
-__all__ = ['build_model', 'check_published', 'list_models']
+__all__ = ['build_model', 'check_published', 'imagenet_cfg', 'list_models']
 
 _FILE = 'model.safetensors'
+
+
+def imagenet_cfg(**kwargs) -> Dict[str, Any]:
+    """The cfg of a network for ImageNet without published weights."""
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bilinear', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'license': 'apache-2.0', 'paper_name': 'Aggregation with Feature Detection', **kwargs,
+    }  # fmt: skip
 
 
 def check_published(folder: Path, names: Sequence[str] = ()) -> None:

@@ -37,15 +37,13 @@ def refine(depla: Depla, identity: Tensor, x: Tensor, conv: nn.Conv2d, norm: nn.
 
     It takes the covariance of x's channels, which is worth it if the convolution at least doubles the width.
     """
-    if not norm.training:
+    if not norm.training or not fused.pays(identity, LARGE_ON_GPU):
         return depla(identity, norm(conv(x)))
     layers = (depla, conv, norm, *depla.candidate.modules())
     hooks = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks) for m in layers]
-    if any(map(any, hooks)) or not fused.pays(identity, LARGE_ON_GPU) or not is_linear(conv, norm, depla):
+    if any(map(any, hooks)) or not is_linear(conv, norm, depla) or 2 * conv.in_channels > conv.out_channels:
         return depla(identity, norm(conv(x)))
-    if 2 * conv.in_channels > conv.out_channels:
-        return depla(identity, norm(conv(x)))
-    values = compose(conv, norm, depla.candidate, x)
+    values = fuse_in_training(conv, norm, depla.candidate, x)
     return identity + depla.drop_path(fused.aggregate(depla, identity, values).type_as(identity))
 
 
@@ -70,7 +68,7 @@ class Moments(torch.autograd.Function):
         return torch.addmm((of_mean / len(rows)).to(rows.dtype), rows, weight.to(rows.dtype)).to(dtype)
 
 
-def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -> Tensor:
+def fuse_in_training(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -> Tensor:
     """Compute layer(norm(conv(x))) in training as one convolution of x (B, P, H, W), without the maps in between.
 
     The norm's statistics follow from the mean (P,) and covariance (P, P) of x, in single precision or better.
@@ -92,8 +90,8 @@ def compose(conv: nn.Conv2d, norm: nn.BatchNorm2d, layer: ConvNorm, x: Tensor) -
 @torch.no_grad()
 def fuse_candidate(conv: nn.Conv2d, norm: nn.BatchNorm2d, depla: Depla) -> None:
     """Fuse conv and norm into DEPLA's candidate layer for inference; it then reads conv's input (if `is_linear`)."""
-    composed, kernel = fuse_conv_bn_eval(conv, norm), depla.candidate.conv.weight.flatten(1)
-    weight, bias = kernel @ composed.weight.flatten(1), kernel @ composed.bias
-    composed.weight.data, composed.bias.data, composed.out_channels = weight[:, :, None, None], bias, len(bias)
-    depla.candidate.conv = composed
+    fused_conv, kernel = fuse_conv_bn_eval(conv, norm), depla.candidate.conv.weight.flatten(1)
+    weight, bias = kernel @ fused_conv.weight.flatten(1), kernel @ fused_conv.bias
+    fused_conv.weight.data, fused_conv.bias.data, fused_conv.out_channels = weight[:, :, None, None], bias, len(bias)
+    depla.candidate.conv = fused_conv
     depla.candidate_chs = conv.in_channels

@@ -17,10 +17,10 @@ from timm_depla.layers.linear import match_size
 
 
 class Join(NamedTuple):
-    """A stage of body or head: widths of its trunk and its branch, and the dilation of its trunk."""
+    """A stage of body or head: widths of its main path and branch, and dilation of the main path."""
 
-    trunk_in: int
-    trunk_out: int
+    main_in: int
+    main_out: int
     branch: int
     dilation: int = 1
 
@@ -36,7 +36,7 @@ def check_size(x: Tensor) -> None:
 
 
 class ChannelSum(nn.Module):
-    """Sum every `size` consecutive channels: a shortcut without parameters, for blocks that narrow the trunk."""
+    """Sum every `size` consecutive channels: a shortcut without parameters, for blocks that narrow the main path."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -164,9 +164,9 @@ class Bridge(nn.Module):
 
 
 class JoinStage(nn.Module):
-    """Stage of body or head: refine the trunk, resample it and join it with a branch, by DEPLA if `depla` is given.
+    """Stage of body or head: refine the main path, resample it and join it with a branch, by DEPLA if `depla` is given.
 
-    Up-sampling and refinement (UR, the body) resizes the trunk to the branch: twice its size, or one more where the
+    Up-sampling and refinement (UR, the body) resizes it to the branch: twice its size, or one more where the
     tail's pooling dropped an odd row or column. Down-sampling and refinement (DR, the head) pools by two.
     """
 
@@ -182,9 +182,9 @@ class JoinStage(nn.Module):
         **dd,
     ) -> None:
         super().__init__()
-        trunk_in, trunk_out, branch = width * join.trunk_in, width * join.trunk_out, width * join.branch
+        main_in, main_out, branch = width * join.main_in, width * join.main_out, width * join.branch
         layers = dict(norm_layer=norm_layer, **dd)
-        self.blocks = Blocks(trunk_in, trunk_out, drop_paths, dilation=join.dilation, sum_shortcut=True, **layers)
+        self.blocks = Blocks(main_in, main_out, drop_paths, dilation=join.dilation, sum_shortcut=True, **layers)
         self.pool = nn.MaxPool2d(2) if down else nn.Identity()
         self.transfer = Blocks(branch, branch, [0.0] * num_branch_blocks, **layers)
         self.depla = None
@@ -193,7 +193,7 @@ class JoinStage(nn.Module):
             depla = dict(depla, upsample='nearest', drop_path=drop_path)
             if depla.pop('keep_candidate', False):  # the stage keeps it anyway, by concatenation
                 depla['init_scale'] = 0.0
-            self.depla = Depla(trunk_out, branch, **depla, **layers)
+            self.depla = Depla(main_out, branch, **depla, **layers)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         x = self.pool(self.blocks(x))

@@ -5,8 +5,8 @@ https://arxiv.org/abs/1901.03495, and `Aggregation with Feature Detection`, Sun 
 https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html
 
 The tail down-samples the image to 1/32, the body up-samples it to 1/4, and the head down-samples it again. Every stage
-of body and head joins its trunk with a branch, a feature of an earlier part. FishNet concatenates the two; with DEPLA,
-the trunk is refined with the branch first. The widths are the same, so FishNet weights load with and without DEPLA.
+of body and head joins its main path with a branch, a feature of an earlier part. FishNet concatenates the two; with
+DEPLA, the main path is refined with the branch first. The widths are the same, so the weights are those of FishNet.
 """
 
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
@@ -14,22 +14,22 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, create_classifier, get_device_dtype
 from timm.models import clean_state_dict, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from timm_depla.layers import Depla, check_depla_args
+from timm_depla.layers import check_depla_args
 
-from .builder import build_model
+from .builder import build_model, imagenet_cfg
 from .fishnet_blocks import Blocks, Bridge, Join, JoinStage, TailStage, check_size, conv_norm, squeeze
+from .placement import init_depla
 
 __all__ = ['FishNet']  # register_model adds each entrypoint
 
 
 # Widths in multiples of the stem's output, which has 64 channels in the published networks.
-TAIL = ((1, 2), (2, 4), (4, 8))  # trunk in and out
+TAIL = ((1, 2), (2, 4), (4, 8))  # in and out
 BRIDGE = (8, 16, 8)  # in, inside and out
 BODY = (Join(8, 8, branch=4), Join(12, 6, branch=2, dilation=2), Join(8, 4, branch=1, dilation=4))
 HEAD = (Join(5, 5, branch=8), Join(13, 13, branch=12), Join(25, 25, branch=8))
@@ -40,14 +40,14 @@ class FishNet(nn.Module):
     """FishNet; if `depla` is given, with DEPLA in the six stages of its body and head.
 
     Args:
-        tail, bridge, body, head: Residual blocks in the trunk of each stage.
+        tail, bridge, body, head: Residual blocks on the main path of each stage.
         body_branches, head_branches: Residual blocks in the branch of each stage.
         width: Channels of the stem, a multiple of 4. All other widths are in proportion.
         depla: None for FishNet as published, else overrides of the paper's setting of DEPLA: `Depla`'s num_groups,
             pooled_chs, maps_per_group, temperature, bfn and keep_candidate. Every stage keeps the candidate by
             concatenation, so keep_candidate only makes the refinement start at zero.
         output_stride: Must be 32: the body resamples by fixed factors.
-        drop_path_rate: Stochastic depth of the last block in the trunk; it grows linearly from the first.
+        drop_path_rate: Stochastic depth of the last block of the main path; it grows linearly from the first.
         num_classes, in_chans, global_pool, drop_rate, norm_layer, device, dtype: As in timm's ResNet.
 
     Raises:
@@ -101,13 +101,12 @@ class FishNet(nn.Module):
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         self.tail = nn.ModuleList(TailStage(width * c1, width * c2, next(rates), **layers) for c1, c2 in TAIL)
         self.bridge = Bridge(*(width * c for c in BRIDGE), next(rates), **layers)
-        self.body = nn.ModuleList(
-            JoinStage(join, width, False, next(rates), num_blocks, depla, **layers)
-            for join, num_blocks in zip(BODY, body_branches, strict=True)
-        )
-        self.head = nn.ModuleList(
-            JoinStage(join, width, True, next(rates), num_blocks, depla, **layers)
-            for join, num_blocks in zip(HEAD, head_branches, strict=True)
+        self.body, self.head = (
+            nn.ModuleList(
+                JoinStage(join, width, down, next(rates), num_blocks, depla, **layers)
+                for join, num_blocks in zip(joins, branches, strict=True)
+            )
+            for joins, branches, down in ((BODY, body_branches, False), (HEAD, head_branches, True))
         )
         final_chs = self.feature_info[-1]['num_chs']
         self.final = squeeze(final_chs, **layers)
@@ -122,9 +121,7 @@ class FishNet(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-        for module in self.modules():
-            if isinstance(module, Depla):
-                module.init_weights()
+        init_depla(self)
 
     def load_state_dict(self, state_dict: Dict[str, Any], *args, **kwargs):
         """Load a state dict, also one with the names of the published checkpoints."""
@@ -132,7 +129,7 @@ class FishNet(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Layer groups from stem to head, by stage (`coarse`) or by block of the trunk."""
+        """Layer groups from stem to head, by stage (`coarse`) or by block of the main path."""
 
         def match(part: str) -> Any:
             stage = rf'^{part}\.(\d+)'
@@ -170,19 +167,17 @@ class FishNet(nn.Module):
     def forward_levels(self, x: Tensor, num_levels: int) -> List[Tensor]:
         """The first `num_levels` of five features of images x: the stem's (/2) and the head's (/4, /8, /16, /32)."""
         check_size(x)
-        stem = self.stem(x)
-        levels = [stem]
+        levels = [self.stem(x)]
         if num_levels == 1:
             return levels
-        f0 = self.pool(stem)
+        f0 = self.pool(levels[0])
         f1 = self.tail[0](f0)
         f2 = self.tail[1](f1)
         f3 = self.tail[2](f2)
         f4 = self.bridge(f3)
         f5 = self.body[0](f4, f2)
         f6 = self.body[1](f5, f1)
-        f7 = self.body[2](f6, f0)
-        levels.append(f7)
+        levels.append(self.body[2](f6, f0))
         for stage, branch in zip(self.head, (f6, f5, f4)):  # noqa: B905  (a pruned head has fewer stages)
             if len(levels) < num_levels:
                 levels.append(stage(levels[-1], branch))
@@ -282,103 +277,87 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     return renamed
 
 
-def _create_fishnet(variant: str, pretrained: bool = False, **kwargs) -> FishNet:
-    return build_model(
-        FishNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls='getter'),
-        **kwargs,
-    )
+# Residual blocks of tail, bridge, body and head, and in the branches of body and head.
+_BLOCKS = {
+    'fishnet99': ((2, 2, 6), 2, (1, 1, 1), (1, 2, 2), (1, 1, 1), (1, 1, 4)),
+    'fishnet150': ((2, 4, 8), 4, (2, 2, 2), (2, 2, 4), (2, 2, 2), (2, 2, 4)),
+    'fishnet201': ((3, 4, 12), 4, (2, 2, 2), (2, 3, 10), (2, 2, 2), (2, 2, 9)),
+    'test_fishnet': ((1, 1, 1), 1, (1, 1, 1), (1, 1, 1), (1, 1, 1), (1, 1, 1)),
+}
+
+
+def _create_fishnet(variant: str, pretrained: bool, **kwargs) -> FishNet:
+    name = variant.removesuffix('_depla')
+    parts = ('tail', 'bridge', 'body', 'head', 'body_branches', 'head_branches')
+    model_args = dict(zip(parts, _BLOCKS[name], strict=True), depla=None if name == variant else {})
+    feature_cfg = dict(out_indices=(0, 1, 2, 3, 4), feature_cls='getter')
+    options = dict(pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg)
+    return build_model(FishNet, variant, pretrained, **options, **{**model_args, **kwargs})
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:
-    return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bilinear', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stem.0.0', 'classifier': 'fc', 'license': 'apache-2.0',
-        'paper_name': 'FishNet: A Versatile Backbone for Image, Region, and Pixel Level Prediction',
-        **kwargs,
-    }  # fmt: skip
+    return imagenet_cfg(first_conv='stem.0.0', classifier='fc', **kwargs)
 
 
-def _cfg_depla(**kwargs) -> Dict[str, Any]:
-    return _cfg(paper_name='Aggregation with Feature Detection', **kwargs)
-
-
+_PAPER = dict(paper_name='FishNet: A Versatile Backbone for Image, Region, and Pixel Level Prediction')
 _TINY = dict(input_size=(3, 128, 128), pool_size=(4, 4))
-
 default_cfgs = generate_default_cfgs(
     {
-        'fishnet99.untrained': _cfg(),
-        'fishnet150.untrained': _cfg(),
-        'fishnet201.untrained': _cfg(),
-        'fishnet99_depla.untrained': _cfg_depla(),
-        'fishnet150_depla.untrained': _cfg_depla(),
-        'fishnet201_depla.untrained': _cfg_depla(),
-        'test_fishnet.untrained': _cfg(**_TINY),
-        'test_fishnet_depla.untrained': _cfg_depla(**_TINY),
+        'fishnet99.untrained': _cfg(**_PAPER),
+        'fishnet150.untrained': _cfg(**_PAPER),
+        'fishnet201.untrained': _cfg(**_PAPER),
+        'fishnet99_depla.untrained': _cfg(),
+        'fishnet150_depla.untrained': _cfg(),
+        'fishnet201_depla.untrained': _cfg(),
+        'test_fishnet.untrained': _cfg(**_TINY, **_PAPER),
+        'test_fishnet_depla.untrained': _cfg(**_TINY),
     }
-)
-
-_FISHNET99 = dict(
-    tail=(2, 2, 6), bridge=2, body=(1, 1, 1), head=(1, 2, 2), body_branches=(1, 1, 1), head_branches=(1, 1, 4)
-)
-_FISHNET150 = dict(
-    tail=(2, 4, 8), bridge=4, body=(2, 2, 2), head=(2, 2, 4), body_branches=(2, 2, 2), head_branches=(2, 2, 4)
-)
-_FISHNET201 = dict(
-    tail=(3, 4, 12), bridge=4, body=(2, 2, 2), head=(2, 3, 10), body_branches=(2, 2, 2), head_branches=(2, 2, 9)
-)
-_TEST_FISHNET = dict(
-    tail=(1, 1, 1), bridge=1, body=(1, 1, 1), head=(1, 1, 1), body_branches=(1, 1, 1), head_branches=(1, 1, 1), width=12
 )
 
 
 @register_model
 def fishnet99(pretrained: bool = False, **kwargs) -> FishNet:
     """FishNet-99."""
-    return _create_fishnet('fishnet99', pretrained, **{**_FISHNET99, **kwargs})
+    return _create_fishnet('fishnet99', pretrained, **kwargs)
 
 
 @register_model
 def fishnet99_depla(pretrained: bool = False, **kwargs) -> FishNet:
     """FishNet-99 with plain DEPLA."""
-    return _create_fishnet('fishnet99_depla', pretrained, **{**_FISHNET99, 'depla': {}, **kwargs})
+    return _create_fishnet('fishnet99_depla', pretrained, **kwargs)
 
 
 @register_model
 def fishnet150(pretrained: bool = False, **kwargs) -> FishNet:
     """FishNet-150."""
-    return _create_fishnet('fishnet150', pretrained, **{**_FISHNET150, **kwargs})
+    return _create_fishnet('fishnet150', pretrained, **kwargs)
 
 
 @register_model
 def fishnet150_depla(pretrained: bool = False, **kwargs) -> FishNet:
     """FishNet-150 with plain DEPLA."""
-    return _create_fishnet('fishnet150_depla', pretrained, **{**_FISHNET150, 'depla': {}, **kwargs})
+    return _create_fishnet('fishnet150_depla', pretrained, **kwargs)
 
 
 @register_model
 def fishnet201(pretrained: bool = False, **kwargs) -> FishNet:
     """FishNet-201."""
-    return _create_fishnet('fishnet201', pretrained, **{**_FISHNET201, **kwargs})
+    return _create_fishnet('fishnet201', pretrained, **kwargs)
 
 
 @register_model
 def fishnet201_depla(pretrained: bool = False, **kwargs) -> FishNet:
     """FishNet-201 with plain DEPLA."""
-    return _create_fishnet('fishnet201_depla', pretrained, **{**_FISHNET201, 'depla': {}, **kwargs})
+    return _create_fishnet('fishnet201_depla', pretrained, **kwargs)
 
 
 @register_model
 def test_fishnet(pretrained: bool = False, **kwargs) -> FishNet:
     """Tiny FishNet, for tests and the embedded digits."""
-    return _create_fishnet('test_fishnet', pretrained, **{**_TEST_FISHNET, **kwargs})
+    return _create_fishnet('test_fishnet', pretrained, **{'width': 12, **kwargs})
 
 
 @register_model
 def test_fishnet_depla(pretrained: bool = False, **kwargs) -> FishNet:
     """Tiny FishNet with plain DEPLA, for tests and the embedded digits."""
-    return _create_fishnet('test_fishnet_depla', pretrained, **{**_TEST_FISHNET, 'depla': {}, **kwargs})
+    return _create_fishnet('test_fishnet_depla', pretrained, **{'width': 12, **kwargs})

@@ -4,20 +4,20 @@ Paper: `Aggregation with Feature Detection`, Sun et al., ICCV 2021 -
 https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html
 """
 
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_device_dtype
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from timm_depla.layers import Depla, check_depla_args
 
-from .builder import build_model
+from .builder import build_model, imagenet_cfg
 from .placement import default_positions
 
 __all__ = ['BlockWithDepla', 'insert_depla']  # register_model adds the entrypoint
@@ -74,18 +74,17 @@ def insert_depla(model: nn.Module, depla: Optional[Dict[str, Any]] = None) -> nn
     check_depla_args(block_args, 'modules')
     if not block_args.pop('keep_candidate', True):
         raise ValueError('DEPLA around a block keeps what the block gives: leave out keep_candidate=False')
-    stage = None if names is not None else _find_stage(model)
-    if names is not None and not (
-        isinstance(names, (list, tuple)) and names and all(isinstance(n, str) for n in names)
-    ):
+    stage = _find_stage(model) if names is None else ''
+    if stage:
+        names = _list_blocks(model, stage)
+    elif not (isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names)):
         raise ValueError(f'modules must be a list of names, got {names!r}; leave it out for the default')
-    names = list(names) if stage is None else _list_blocks(model, stage)
     modules = dict(model.named_modules())
     if unknown := [name for name in names if name not in modules]:
         raise ValueError(f'no module {unknown} in {type(model).__name__}; see model.named_modules()')
-    shapes = _trace_shapes(model, {name: modules[name] for name in names})
+    shapes = _trace_shapes(model, names)
     kept = [name for name in names if isinstance(shapes[name], tuple)]
-    if stage is not None and kept:
+    if stage and kept:
         kept = [kept[i - 1] for i in default_positions(len(kept) + 1)]
     elif not kept or len(kept) < len(names):
         changed = [name for name in names if name not in kept]
@@ -106,21 +105,17 @@ def insert_depla(model: nn.Module, depla: Optional[Dict[str, Any]] = None) -> nn
 def _find_stage(model: nn.Module) -> str:
     """Name of the last stage at 1/16."""
     infos, modules = getattr(model, 'feature_info', []), dict(model.named_modules())
-    found = [info for info in getattr(infos, 'info', infos) if info['module'] in modules]
-    stages = [info['module'] for info in found if info['reduction'] == REDUCTION]
-    if not stages:
-        last = found[-1]['module'] if found else None
-        if last and _trace_shapes(model, {last: modules[last]})[last] == TOKENS:
-            raise ValueError(f'{type(model).__name__} {TOKENS}: DEPLA has no place in it')
-        raise ValueError(
-            f'{type(model).__name__} tells no stage at 1/{REDUCTION}: name blocks, depla=dict(modules=[...])'
-        )
-    return stages[-1]
+    found = [(i['module'], i['reduction']) for i in getattr(infos, 'info', infos) if i['module'] in modules]
+    if stages := [name for name, reduction in found if reduction == REDUCTION]:
+        return stages[-1]
+    if TOKENS in _trace_shapes(model, [name for name, _ in found[-1:]]).values():
+        raise ValueError(f'{type(model).__name__} {TOKENS}: DEPLA has no place in it')
+    raise ValueError(f'{type(model).__name__} tells no stage at 1/{REDUCTION}: name blocks, depla=dict(modules=[...])')
 
 
-def _list_blocks(model: nn.Module, stage: str) -> Sequence[str]:
+def _list_blocks(model: nn.Module, stage: str) -> List[str]:
     """Names of the blocks of a stage, which timm keeps in it or in its `blocks`."""
-    path = stage if not hasattr(model.get_submodule(stage), 'blocks') else f'{stage}.blocks'
+    path = f'{stage}.blocks' if hasattr(model.get_submodule(stage), 'blocks') else stage
     return [f'{path}.{name}' for name, _ in model.get_submodule(path).named_children()]
 
 
@@ -134,89 +129,68 @@ def _describe(inputs: Tuple[Any, ...], output: Any) -> Union[str, Tuple[int, ...
 
 
 @torch.no_grad()
-def _trace_shapes(model: nn.Module, modules: Dict[str, nn.Module]) -> Dict[str, Union[str, Tuple[int, ...]]]:
+def _trace_shapes(model: nn.Module, names: Sequence[str]) -> Dict[str, Union[str, Tuple[int, ...]]]:
     """Shape of each module's map for one image, or why its input and output are not maps of one shape."""
-    shapes: Dict[str, Union[str, Tuple[int, ...]]] = dict.fromkeys(modules, 'does not run')
+    shapes: Dict[str, Union[str, Tuple[int, ...]]] = dict.fromkeys(names, 'does not run')
 
-    shapes.update({name: 'has DEPLA' for name, module in modules.items() if isinstance(module, BlockWithDepla)})
+    def listen(name: str, module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
+        shapes[name] = 'has DEPLA' if isinstance(module, BlockWithDepla) else _describe(inputs, output)
 
-    def listen(name: str, _: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
-        shapes[name] = _describe(inputs, output)
-
-    hooks = [
-        module.register_forward_hook(partial(listen, name))
-        for name, module in modules.items()
-        if shapes[name] != 'has DEPLA'
-    ]
-    was_training = {module: module.training for module in model.modules()}
-    try:
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(model.get_submodule(name).register_forward_hook(partial(listen, name)))
+        for module in model.modules():
+            stack.callback(setattr, module, 'training', module.training)
         size = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or model.pretrained_cfg['input_size'][1:]
         model.eval()(torch.zeros(1, model.in_chans, *size, **get_device_dtype(model)))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in was_training.items():
-            module.training = training
     return shapes
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        'host_depla.untrained': dict(
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
-            license='apache-2.0',
-            paper_name='Aggregation with Feature Detection',
-        )
-    }
-)
+default_cfgs = generate_default_cfgs({'backbone_depla.untrained': imagenet_cfg()})
 
 
-def _create_host(
-    host: str, has_weights: bool, host_overlay: Optional[Dict[str, Any]], depla: Optional[Dict[str, Any]], **kwargs
-) -> nn.Module:
-    model = timm.create_model(host, pretrained=has_weights, pretrained_cfg_overlay=host_overlay, **kwargs)
+def _create_with_depla(backbone: str, has_weights: bool, overlay: Any, depla: Any, **kwargs) -> nn.Module:
+    model = timm.create_model(backbone, pretrained=has_weights, pretrained_cfg_overlay=overlay, **kwargs)
     return insert_depla(model, depla)
 
 
 @register_model
-def host_depla(
+def backbone_depla(
     pretrained: bool = False,
-    host: str = 'resnet50',
+    backbone: str = 'resnet50',
     depla: Optional[Dict[str, Any]] = None,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
     **kwargs,
 ) -> nn.Module:
-    """Any network of timm, `host`, with DEPLA around some of its blocks: see `insert_depla`.
+    """Any network of timm, `backbone`, with DEPLA around some of its blocks: see `insert_depla`.
 
-    Pretrained weights are timm's weights of the host (`pretrained_cfg_overlay` changes where from), or those of the
+    Pretrained weights are timm's weights of the backbone (`pretrained_cfg_overlay` changes where from), or those of the
     whole model from a Hub repository or folder.
     """
-    if fetching := {'checkpoint_path', 'has_weights', 'host_overlay'} & kwargs.keys():  # of files to load
+    if fetching := {'checkpoint_path', 'has_weights', 'overlay'} & kwargs.keys():  # of files to load
         raise TypeError(f'unknown argument {sorted(fetching)}')
-    if not (isinstance(host, str) and timm.is_model(host)):
-        raise ValueError(f"host '{host}' is no model of timm; see timm.list_models()")
+    if not (isinstance(backbone, str) and timm.is_model(backbone)):
+        raise ValueError(f"backbone '{backbone}' is no model of timm; see timm.list_models()")
     is_whole = pretrained_cfg is not None and not isinstance(pretrained_cfg, str)
     if not is_whole:
-        pretrained_cfg = timm.get_pretrained_cfg(host).to_dict()
-        pretrained_cfg.update(architecture='host_depla', tag=None, url=None, file=None, state_dict=None, hf_hub_id=None)
+        pretrained_cfg = timm.get_pretrained_cfg(backbone).to_dict()
+        pretrained_cfg.update(dict.fromkeys(('tag', 'url', 'file', 'state_dict', 'hf_hub_id')))
+        pretrained_cfg['architecture'] = 'backbone_depla'
     if kwargs.get('features_only') and 'out_indices' not in kwargs:
         with torch.device('meta'):
-            infos = timm.create_model(host).feature_info
+            infos = timm.create_model(backbone).feature_info
         kwargs['out_indices'] = tuple(range(len(getattr(infos, 'info', infos))))
     return build_model(
-        _create_host,
-        'host_depla',
+        _create_with_depla,
+        'backbone_depla',
         pretrained and is_whole,
         pretrained_cfg=pretrained_cfg,
         feature_cfg=dict(feature_cls='getter'),
-        host=host,
+        backbone=backbone,
         pretrained_cfg_overlay=pretrained_cfg_overlay if is_whole else None,
         has_weights=pretrained and not is_whole,
-        host_overlay=None if is_whole else pretrained_cfg_overlay,
+        overlay=None if is_whole else pretrained_cfg_overlay,
         depla=depla,
         **kwargs,
     )

@@ -6,7 +6,7 @@ import torch.nn as nn
 
 from timm_depla.layers import Depla, check_depla_args
 
-__all__ = ['create_depla', 'default_positions', 'split_depla_args']
+__all__ = ['create_depla', 'default_positions', 'init_depla', 'split_depla_args']
 
 
 def default_positions(num_blocks: int) -> Tuple[int, ...]:
@@ -22,9 +22,13 @@ def default_positions(num_blocks: int) -> Tuple[int, ...]:
 def split_depla_args(
     layers: Sequence[int], stage: int = 3, positions: Optional[Sequence[int]] = None, **block_args
 ) -> Tuple[int, Tuple[int, ...], Dict[str, Any]]:
-    """Check a network's `depla` argument and split it into the stage (from 1), positions and arguments of `Depla`.
+    """Check a network's `depla` argument and split it into the stage, positions and arguments of `Depla`.
 
-    `layers` is the number of blocks in each stage.
+    Args:
+        layers: Blocks in each stage.
+        stage: The stage with DEPLA, from 1.
+        positions: Indices of its blocks with DEPLA; `default_positions` if None.
+        **block_args: `Depla`'s num_groups, pooled_chs, maps_per_group, temperature, bfn and keep_candidate.
 
     Raises:
         TypeError: If there is an unknown key.
@@ -48,3 +52,10 @@ def create_depla(
     """Build the DEPLA of a residual block; the block's stochastic depth moves to DEPLA's refinement."""
     drop_path, block.drop_path = block.drop_path, None
     return Depla(chs, **depla, norm_layer=norm_layer, drop_path=drop_path, device=device, dtype=dtype)
+
+
+def init_depla(model: nn.Module) -> None:
+    """Initialise the DEPLA blocks of a network again, after the network has initialised all layers (ruling 11)."""
+    for module in model.modules():
+        if isinstance(module, Depla):
+            module.init_weights()

@@ -5,19 +5,18 @@ https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature
 `Designing Network Design Spaces`, Radosavovic et al., CVPR 2020 - https://arxiv.org/abs/2003.13678
 
 Three blocks of stage 3 aggregate their shortcut and their weight layers with DEPLA instead of a sum. The rest is timm's
-RegNet, whose weights load by `load_trunk`.
+RegNet, whose weights load by `load_backbone`.
 """
 
 from typing import Any, Dict, Optional
 
 import torch
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_norm_layer
 from timm.models import generate_default_cfgs, register_model
 from timm.models.regnet import Bottleneck, RegNet, RegNetCfg, model_cfgs
 
-from .builder import build_model
+from .builder import build_model, imagenet_cfg
 from .candidate import fuse_candidate, is_linear
 from .placement import create_depla, split_depla_args
 
@@ -53,9 +52,7 @@ class RegNetDepla(RegNet):
 
     Args:
         cfg: timm's configuration of a RegNetX or RegNetY.
-        depla: Overrides of the paper's setting: `stage` (1 to 4, default 3), `positions` (block indices in the
-            stage, default `default_positions`), and `Depla`'s num_groups, pooled_chs, maps_per_group, temperature, bfn
-            and keep_candidate.
+        depla: Overrides of the paper's setting, see `split_depla_args`.
         device, dtype, **kwargs: Arguments of timm's RegNet.
 
     Raises:
@@ -70,46 +67,29 @@ class RegNetDepla(RegNet):
         super().__init__(cfg, device=device, dtype=dtype, **kwargs)
         stages = [self.s1, self.s2, self.s3, self.s4]
         stage, positions, block_args = split_depla_args([len(list(s.children())) for s in stages], **(depla or {}))
-        blocks = stages[stage - 1]
         norm_layer = get_norm_layer(kwargs.get('norm_layer', cfg.norm_layer))
+        layers = dict(norm_layer=norm_layer, device=device, dtype=dtype)
         for name in (f'b{position + 1}' for position in positions):
-            block = RegNetBottleneckDepla(
-                getattr(blocks, name), block_args, norm_layer=norm_layer, device=device, dtype=dtype
-            )
-            setattr(blocks, name, block)
+            block = getattr(stages[stage - 1], name)
+            setattr(stages[stage - 1], name, RegNetBottleneckDepla(block, block_args, **layers))
 
 
-def _create_regnet_depla(
-    variant: str, pretrained: bool = False, cfg: Optional[RegNetCfg] = None, **kwargs
-) -> RegNetDepla:
-    """Build a variant; `cfg` defaults to timm's configuration of the plain network."""
-    return build_model(
-        RegNetDepla, variant, pretrained, model_cfg=cfg or model_cfgs[variant.removesuffix('_depla')], **kwargs
-    )
+def _create_regnet_depla(variant: str, pretrained: bool, **kwargs) -> RegNetDepla:
+    """Build a variant with timm's configuration of the plain network."""
+    return build_model(RegNetDepla, variant, pretrained, model_cfg=model_cfgs[variant.removesuffix('_depla')], **kwargs)
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:
-    return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'stem.conv', 'classifier': 'head.fc', 'license': 'apache-2.0',
-        'paper_name': 'Aggregation with Feature Detection',
-        **kwargs,
-    }  # fmt: skip
+    return imagenet_cfg(interpolation='bicubic', first_conv='stem.conv', classifier='head.fc', **kwargs)
 
 
+_NAMES = (
+    'regnetx_008_depla', 'regnetx_016_depla', 'regnetx_032_depla', 'regnety_008_depla', 'regnety_016_depla',
+    'regnety_032_depla', 'regnety_040_depla', 'regnety_080_depla',
+)  # fmt: skip
+_TINY = dict(input_size=(3, 128, 128), pool_size=(4, 4))
 default_cfgs = generate_default_cfgs(
-    {
-        'regnetx_008_depla.untrained': _cfg(),
-        'regnetx_016_depla.untrained': _cfg(),
-        'regnetx_032_depla.untrained': _cfg(),
-        'regnety_008_depla.untrained': _cfg(),
-        'regnety_016_depla.untrained': _cfg(),
-        'regnety_032_depla.untrained': _cfg(),
-        'regnety_040_depla.untrained': _cfg(),
-        'regnety_080_depla.untrained': _cfg(),
-        'test_regnet_depla.untrained': _cfg(input_size=(3, 128, 128), pool_size=(4, 4)),
-    }
+    {**{f'{name}.untrained': _cfg() for name in _NAMES}, 'test_regnet_depla.untrained': _cfg(**_TINY)}
 )
 
 
@@ -165,4 +145,4 @@ def regnety_080_depla(pretrained: bool = False, **kwargs) -> RegNetDepla:
 def test_regnet_depla(pretrained: bool = False, **kwargs) -> RegNetDepla:
     """Tiny RegNetY with plain DEPLA, for tests."""
     cfg = RegNetCfg(w0=16, wa=8.0, wm=2.0, group_size=8, depth=12, se_ratio=0.25, stem_width=16)
-    return _create_regnet_depla('test_regnet_depla', pretrained, cfg=cfg, **kwargs)
+    return build_model(RegNetDepla, 'test_regnet_depla', pretrained, model_cfg=cfg, **kwargs)

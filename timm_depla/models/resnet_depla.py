@@ -4,7 +4,7 @@ Paper: `Aggregation with Feature Detection`, Sun et al., ICCV 2021 -
 https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html
 
 Three residual blocks of stage 3 aggregate their shortcut and their weight layers with DEPLA instead of a sum (rulings 2
-and 3 of docs/rulings.md). The rest is timm's ResNet, whose weights load by `load_trunk`.
+and 3 of docs/rulings.md). The rest is timm's ResNet, whose weights load by `load_backbone`.
 """
 
 import itertools
@@ -12,23 +12,21 @@ from typing import Any, Callable, Dict, Optional, Sequence, Type, Union
 
 import torch
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import register_notrace_module, to_ntuple
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from timm_depla.layers import Depla
 from timm_depla.layers.fused import use_fused_depla
 
-from .builder import build_model
+from .builder import build_model, imagenet_cfg
 from .candidate import fuse_candidate, is_linear, refine
-from .placement import create_depla, split_depla_args
+from .placement import create_depla, init_depla, split_depla_args
 
 __all__ = ['BasicBlockDepla', 'BottleneckDepla', 'ResNetDepla']  # register_model adds each entrypoint
 
 
-class BasicBlockDepla(BasicBlock):
-    """Basic residual block (two 3x3 convolutions) that aggregates with DEPLA."""
+class _AggregateWithDepla:
+    """Gives a residual block of timm its DEPLA."""
 
     def __init__(self, inplanes: int, planes: int, *args, depla: Dict[str, Any], **kwargs) -> None:
         super().__init__(inplanes, planes, *args, **kwargs)
@@ -36,6 +34,10 @@ class BasicBlockDepla(BasicBlock):
 
     def zero_init_last(self) -> None:
         """Do not zero the last norm: DEPLA would pool a candidate Y of zeros (ruling 6)."""
+
+
+class BasicBlockDepla(_AggregateWithDepla, BasicBlock):
+    """Basic residual block (two 3x3 convolutions) that aggregates with DEPLA."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         identity = x if self.downsample is None else self.downsample(x)
@@ -47,15 +49,8 @@ class BasicBlockDepla(BasicBlock):
 
 
 @register_notrace_module  # control flow depends on the fused form
-class BottleneckDepla(Bottleneck):
+class BottleneckDepla(_AggregateWithDepla, Bottleneck):
     """Bottleneck residual block (1x1, 3x3 and 1x1 convolutions) that aggregates with DEPLA."""
-
-    def __init__(self, inplanes: int, planes: int, *args, depla: Dict[str, Any], **kwargs) -> None:
-        super().__init__(inplanes, planes, *args, **kwargs)
-        self.depla = create_depla(self, planes * self.expansion, depla, **kwargs)
-
-    def zero_init_last(self) -> None:
-        """Do not zero the last norm: DEPLA would pool a candidate Y of zeros (ruling 6)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         identity = x if self.downsample is None else self.downsample(x)
@@ -103,9 +98,7 @@ class ResNetDepla(ResNet):
     Args:
         block: timm's BasicBlock or Bottleneck, or one for each stage.
         layers: Residual blocks in each stage.
-        depla: Overrides of the paper's setting: `stage` (1 to 4, default 3), `positions` (block indices in the
-            stage, default `default_positions`), and `Depla`'s num_groups, pooled_chs, maps_per_group, temperature, bfn
-            and keep_candidate.
+        depla: Overrides of the paper's setting, see `split_depla_args`.
         **kwargs: Arguments of timm's ResNet.
 
     Raises:
@@ -129,155 +122,124 @@ class ResNetDepla(ResNet):
     def init_weights(self, zero_init_last: bool = True) -> None:
         """Initialise as timm does, except DEPLA, which keeps its own initialisation (ruling 11)."""
         super().init_weights(zero_init_last=zero_init_last)
-        for module in self.modules():
-            if isinstance(module, Depla):
-                module.init_weights()
+        init_depla(self)
 
 
-def _create_resnet_depla(
-    variant: str,
-    pretrained: bool = False,
-    depla: Optional[Dict[str, Any]] = None,
-    variant_depla: Optional[Dict[str, Any]] = None,
-    **kwargs,
-) -> ResNetDepla:
-    """Build a variant; the caller's `depla` overrides the variant's key by key."""
-    depla = {**(variant_depla or {}), **(depla or {})}
-    return build_model(ResNetDepla, variant, pretrained, depla=depla, **kwargs)
+def _create_resnet_depla(variant: str, pretrained: bool, kwargs: Dict[str, Any], **model_args) -> ResNetDepla:
+    """Build a variant; the caller's `kwargs` override its arguments, and those of `depla` key by key."""
+    depla = {**model_args.pop('depla', {}), **(kwargs.pop('depla', None) or {})}
+    return build_model(ResNetDepla, variant, pretrained, depla=depla, **{**model_args, **kwargs})
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:
-    return {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
-        'crop_pct': 0.875, 'interpolation': 'bilinear', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0',
-        'paper_name': 'Aggregation with Feature Detection',
-        **kwargs,
-    }  # fmt: skip
+    return imagenet_cfg(**{'first_conv': 'conv1', 'classifier': 'fc', **kwargs})
 
 
+_NAMES = (
+    'resnet18_depla', 'resnet34_depla', 'resnet50_depla', 'resnet101_depla', 'resnet152_depla',
+    'resnet50_depla_adaptive', 'seresnet18_depla', 'seresnet34_depla', 'seresnet50_depla', 'seresnet101_depla',
+    'seresnet152_depla', 'seresnet50_depla_adaptive', 'resnext50_32x4d_depla',
+)  # fmt: skip
+_TINY = dict(input_size=(3, 128, 128), pool_size=(4, 4), first_conv='conv1.0')
 default_cfgs = generate_default_cfgs(
-    {
-        'resnet18_depla.untrained': _cfg(),
-        'resnet34_depla.untrained': _cfg(),
-        'resnet50_depla.untrained': _cfg(),
-        'resnet101_depla.untrained': _cfg(),
-        'resnet152_depla.untrained': _cfg(),
-        'resnet50_depla_adaptive.untrained': _cfg(),
-        'seresnet18_depla.untrained': _cfg(),
-        'seresnet34_depla.untrained': _cfg(),
-        'seresnet50_depla.untrained': _cfg(),
-        'seresnet101_depla.untrained': _cfg(),
-        'seresnet152_depla.untrained': _cfg(),
-        'seresnet50_depla_adaptive.untrained': _cfg(),
-        'resnext50_32x4d_depla.untrained': _cfg(),
-        'test_resnet_depla.untrained': _cfg(input_size=(3, 128, 128), pool_size=(4, 4), first_conv='conv1.0'),
-    }
+    {**{f'{name}.untrained': _cfg() for name in _NAMES}, 'test_resnet_depla.untrained': _cfg(**_TINY)}
 )
+_SE = dict(block_args=dict(attn_layer='se'))
 
 
 @register_model
 def resnet18_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """ResNet-18 with plain DEPLA."""
-    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
-    return _create_resnet_depla('resnet18_depla', pretrained, **dict(model_args, **kwargs))
+    return _create_resnet_depla('resnet18_depla', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2))
 
 
 @register_model
 def resnet34_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """ResNet-34 with plain DEPLA."""
-    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
-    return _create_resnet_depla('resnet34_depla', pretrained, **dict(model_args, **kwargs))
+    return _create_resnet_depla('resnet34_depla', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3))
 
 
 @register_model
 def resnet50_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """ResNet-50 with plain DEPLA."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
-    return _create_resnet_depla('resnet50_depla', pretrained, **dict(model_args, **kwargs))
+    return _create_resnet_depla('resnet50_depla', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3))
 
 
 @register_model
 def resnet101_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """ResNet-101 with plain DEPLA."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
-    return _create_resnet_depla('resnet101_depla', pretrained, **dict(model_args, **kwargs))
+    return _create_resnet_depla('resnet101_depla', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3))
 
 
 @register_model
 def resnet152_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """ResNet-152 with plain DEPLA."""
-    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3))
-    return _create_resnet_depla('resnet152_depla', pretrained, **dict(model_args, **kwargs))
+    return _create_resnet_depla('resnet152_depla', pretrained, kwargs, block=Bottleneck, layers=(3, 8, 36, 3))
 
 
 @register_model
 def resnet50_depla_adaptive(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """ResNet-50 with adaptive DEPLA (Table 3)."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), variant_depla=dict(bfn='adaptive'))
-    return _create_resnet_depla('resnet50_depla_adaptive', pretrained, **dict(model_args, **kwargs))
+    return _create_resnet_depla(
+        'resnet50_depla_adaptive', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), depla=dict(bfn='adaptive')
+    )
 
 
 @register_model
 def seresnet18_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """SE-ResNet-18 with plain DEPLA."""
-    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), block_args=dict(attn_layer='se'))
-    return _create_resnet_depla('seresnet18_depla', pretrained, **dict(model_args, **kwargs))
+    return _create_resnet_depla('seresnet18_depla', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), **_SE)
 
 
 @register_model
 def seresnet34_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """SE-ResNet-34 with plain DEPLA."""
-    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), block_args=dict(attn_layer='se'))
-    return _create_resnet_depla('seresnet34_depla', pretrained, **dict(model_args, **kwargs))
+    return _create_resnet_depla('seresnet34_depla', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), **_SE)
 
 
 @register_model
 def seresnet50_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """SE-ResNet-50 with plain DEPLA."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), block_args=dict(attn_layer='se'))
-    return _create_resnet_depla('seresnet50_depla', pretrained, **dict(model_args, **kwargs))
+    return _create_resnet_depla('seresnet50_depla', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), **_SE)
 
 
 @register_model
 def seresnet101_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """SE-ResNet-101 with plain DEPLA."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), block_args=dict(attn_layer='se'))
-    return _create_resnet_depla('seresnet101_depla', pretrained, **dict(model_args, **kwargs))
+    return _create_resnet_depla('seresnet101_depla', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), **_SE)
 
 
 @register_model
 def seresnet152_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """SE-ResNet-152 with plain DEPLA."""
-    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3), block_args=dict(attn_layer='se'))
-    return _create_resnet_depla('seresnet152_depla', pretrained, **dict(model_args, **kwargs))
+    return _create_resnet_depla('seresnet152_depla', pretrained, kwargs, block=Bottleneck, layers=(3, 8, 36, 3), **_SE)
 
 
 @register_model
 def seresnet50_depla_adaptive(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """SE-ResNet-50 with adaptive DEPLA."""
-    model_args = dict(
-        block=Bottleneck, layers=(3, 4, 6, 3), block_args=dict(attn_layer='se'), variant_depla=dict(bfn='adaptive')
+    return _create_resnet_depla(
+        'seresnet50_depla_adaptive',
+        pretrained,
+        kwargs,
+        block=Bottleneck,
+        layers=(3, 4, 6, 3),
+        depla=dict(bfn='adaptive'),
+        **_SE,
     )
-    return _create_resnet_depla('seresnet50_depla_adaptive', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnext50_32x4d_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """ResNeXt-50 32x4d with plain DEPLA."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
-    return _create_resnet_depla('resnext50_32x4d_depla', pretrained, **dict(model_args, **kwargs))
+    return _create_resnet_depla(
+        'resnext50_32x4d_depla', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4
+    )
 
 
 @register_model
 def test_resnet_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """Tiny ResNet with plain DEPLA, for tests and the embedded digits."""
-    model_args = dict(
-        block=[BasicBlock, BasicBlock, Bottleneck, BasicBlock],
-        layers=(1, 1, 4, 1),
-        stem_width=8,
-        stem_type='deep',
-        avg_down=True,
-        channels=(16, 32, 48, 64),
-    )
-    return _create_resnet_depla('test_resnet_depla', pretrained, **dict(model_args, **kwargs))
+    model_args = dict(block=[BasicBlock, BasicBlock, Bottleneck, BasicBlock], layers=(1, 1, 4, 1))
+    model_args.update(stem_width=8, stem_type='deep', avg_down=True, channels=(16, 32, 48, 64))
+    return _create_resnet_depla('test_resnet_depla', pretrained, kwargs, **model_args)

@@ -22,7 +22,7 @@ from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import METRICS, CocoDetection, evaluate_coco
 from timm_depla.detection.predict import draw_detections, predict, read_image
 from timm_depla.engine import run as run_module
-from timm_depla.engine.checkpoint import list_checkpoints
+from timm_depla.engine.checkpoint import list_checkpoints, read_state
 from timm_depla.engine.config import list_recipes, parse_args, updated
 from timm_depla.engine.detection.flags import (
     LEFT_OUT_OF_DETECTION,
@@ -34,7 +34,6 @@ from timm_depla.engine.detection.train import build, train
 from timm_depla.engine.detection.validate import validate
 from timm_depla.engine.distributed import World
 from timm_depla.engine.plan import learning_rates
-from timm_depla.engine.state import read_state
 from timm_depla.errors import ConfigError, TrainingError
 from timm_depla.loading import load_model
 

@@ -22,9 +22,9 @@ from timm_depla.data import UNREADABLE, digits_folder, inspect_images
 from timm_depla.errors import ConfigError
 from timm_depla.files import escape
 
+from ..batches import max_unreadable
 from ..config import VALIDATION, find_name, updated
 from ..distributed import World
-from ..report import max_unreadable
 
 __all__ = [
     'check_images', 'class_names', 'count_classes', 'count_streams', 'embedded_digits', 'file_names', 'find_data',
@@ -365,7 +365,9 @@ def check_images(args: Namespace, world: World, *datasets: Any) -> None:
         if args.dataset or len(samples) > MAX_CHECKED or not isinstance(samples[0][0], str):
             continue
         files = [file for file, _ in samples][world.rank :: world.size]
-        found = world.share([pair for part in world.gather(inspect_images(files, args.workers)) or [] for pair in part])
+        found = world.broadcast(
+            [pair for part in world.gather(inspect_images(files, args.workers)) or [] for pair in part]
+        )
         by_kind = defaultdict(list)
         for file, kind, text in found:
             by_kind[kind].append(f'{os.path.relpath(file, dataset.reader.root)}{text}')

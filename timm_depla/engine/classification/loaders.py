@@ -28,9 +28,8 @@ from timm_depla.data import (
 )
 from timm_depla.errors import ConfigError, closest, require
 
-from ..batches import ResumableLoader, loader_kwargs
+from ..batches import ResumableLoader, UnreadableImages, loader_kwargs
 from ..distributed import World
-from ..report import UnreadableImages
 from .datasets import image_mode, open_split
 
 __all__ = ['TrainLoader', 'create_val_loader', 'mixes', 'resolve_data']

@@ -17,11 +17,12 @@ from timm_depla.loading import create_model, load_model, load_weights, model_con
 
 from .. import training
 from ..config import parse_args, updated
+from ..device import check_compile, share_batch_norm
 from ..distributed import Interrupt, World
+from ..metrics import Metric
+from ..optimizer import assemble
 from ..plan import count_cost
-from ..report import Metric
 from ..run import Run
-from ..setup import assemble, check_compile, share_batch_norm
 from .datasets import (
     check_images,
     class_names,

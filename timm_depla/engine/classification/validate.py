@@ -21,10 +21,12 @@ from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 from timm_depla.errors import ConfigError, TrainingError, UserError, require
 from timm_depla.loading import load_model, run_arguments, trained_data, trained_on
 
+from ..batches import max_unreadable
 from ..config import parse_args, updated
+from ..device import autocast, check_compile
 from ..distributed import Interrupt, World, explain_lost_peers, setup_world
-from ..report import check_results, max_unreadable, progress, write_results
-from ..setup import autocast, check_compile
+from ..metrics import check_results, write_results
+from ..progress import progress
 from .datasets import class_names, count_classes, count_streams, embedded_digits, open_split, split_name
 from .flags import create_validate_parser
 from .loaders import create_val_loader, resolve_data
@@ -86,7 +88,7 @@ def evaluate(
         loader.unreadable.collect()
         if interrupt is not None and interrupt.signal:
             break
-    total = world.sum(*(value.item() for value in (loss, top1, top5, count)))
+    total = world.all_reduce_sum(*(value.item() for value in (loss, top1, top5, count)))
     expected, is_whole = loader.unreadable.num_images, interrupt is None or not interrupt.signal
     if is_whole and (expected - total[3] > max_unreadable(expected) or not total[3]):
         raise TrainingError(
@@ -158,7 +160,7 @@ def _average(confusion: torch.Tensor, kind: str, world: World) -> Dict[str, floa
     """timm's columns of precision, recall and F1 (percent) from all processes' `confusion` of `evaluate`."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    counts = torch.tensor(world.sum(*confusion.flatten().tolist())).view_as(confusion)
+    counts = torch.tensor(world.all_reduce_sum(*confusion.flatten().tolist())).view_as(confusion)
     true, predicted = counts.nonzero(as_tuple=True)
     weights = counts[true, predicted]
     scores = precision_recall_fscore_support(true, predicted, average=kind, sample_weight=weights, zero_division=0)

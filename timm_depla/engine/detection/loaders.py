@@ -15,10 +15,9 @@ from timm_depla.data.scenes import scenes_folder
 from timm_depla.detection.coco import CocoDetection, create_transform
 from timm_depla.errors import ConfigError
 
-from ..batches import ResumableLoader, loader_kwargs
+from ..batches import ResumableLoader, UnreadableImages, loader_kwargs
 from ..config import find_name
 from ..distributed import World
-from ..report import UnreadableImages
 
 __all__ = [
     'DetectionLoader',

@@ -22,11 +22,12 @@ from timm_depla.loading import create_model, load_weights, pretrained_file, resu
 
 from .. import training
 from ..config import parse_args, updated
+from ..device import share_batch_norm
 from ..distributed import Interrupt, World
+from ..metrics import Metric
+from ..optimizer import assemble
 from ..plan import count_cost
-from ..report import Metric
 from ..run import Run
-from ..setup import assemble, share_batch_norm
 from .flags import create_detection_parser
 from .loaders import DetectionLoader, ValidationLoader, annotated_split, find_data, open_splits
 from .validate import evaluate

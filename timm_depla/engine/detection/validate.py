@@ -17,9 +17,10 @@ from timm_depla.errors import ConfigError
 from timm_depla.loading import load_weights, run_arguments, trained_data, trained_on
 
 from ..config import parse_args, updated
+from ..device import autocast
 from ..distributed import Interrupt, World, explain_lost_peers, setup_world
-from ..report import check_results, progress, write_results
-from ..setup import autocast
+from ..metrics import check_results, write_results
+from ..progress import progress
 from .flags import create_detection_validate_parser
 from .loaders import ValidationLoader, embedded_scenes, open_split
 
@@ -68,7 +69,7 @@ def evaluate(
             found += to_results(target['image_id'], detection, loader.category_ids)
         if interrupt is not None and interrupt.signal:
             break
-    if world.highest(interrupt.signal if interrupt is not None else 0):
+    if world.all_reduce_max(interrupt.signal if interrupt is not None else 0):
         return Evaluation()
     shares = world.gather(found)
     evaluation = Evaluation(images=len(loader.dataset))
@@ -80,7 +81,7 @@ def evaluate(
                 fast = args.evaluator == 'faster-coco-eval'
                 scores, evaluation.tables[kind] = evaluate_coco(loader.dataset.coco, evaluation.results, kind, fast)
                 evaluation.scores.update({f'{prefix}{name}': score for name, score in scores.items()})
-    evaluation.scores = world.share(evaluation.scores)
+    evaluation.scores = world.broadcast(evaluation.scores)
     return evaluation
 
 

@@ -1,4 +1,4 @@
-"""Setup of a training: device, optimizer, run, run folder, and the checkpoint to resume from."""
+"""Optimizer, schedule and weight average of a run, its folder, and the checkpoint to resume from."""
 
 import io
 import logging
@@ -16,7 +16,6 @@ import torch
 import torch.nn as nn
 import yaml
 from filelock import FileLock, Timeout
-from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -29,12 +28,11 @@ from timm_depla.timm_runs import read_timm_run
 
 from .checkpoint import LINKS, checkpoint_name, find_damage, newest_checkpoint, set_aside, write_file, writing
 from .config import updated
-from .distributed import World, keep_memory
+from .distributed import World
 from .run import Run
 
 __all__ = [
-    'DIVERGED', 'assemble', 'autocast', 'check_compile', 'create_optimizer', 'find_resume', 'open_folder', 'rejoin',
-    'set_up_device', 'share_batch_norm',
+    'DIVERGED', 'assemble', 'create_optimizer', 'find_resume', 'learning_rate', 'open_folder', 'rejoin',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
@@ -104,27 +102,6 @@ def create_optimizer(args: Namespace, trainable: nn.Module, num_updates: int) ->
     return optimizer, scheduler, num_epochs
 
 
-def autocast(args: Namespace) -> torch.autocast:
-    """Autocast context with the precision of the arguments."""
-    return torch.autocast(torch.device(args.device).type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
-
-
-def check_compile(args: Namespace) -> Dict[str, Any]:
-    """Arguments of `torch.compile`; empty if nothing is compiled.
-
-    Raises:
-        ConfigError: If torch has no such backend or mode.
-    """
-    if not args.torchcompile:
-        return {}
-    kwargs = dict(backend=args.torchcompile, mode=args.torchcompile_mode)
-    try:
-        torch.compile(nn.Identity(), **kwargs)
-    except RuntimeError as error:
-        raise ConfigError(f"--torchcompile '{args.torchcompile}': {str(error).splitlines()[0]}") from error
-    return kwargs
-
-
 def check_finite(model: nn.Module) -> None:
     """Refuse a network with weights that are not finite, of which every output would be useless.
 
@@ -166,36 +143,11 @@ def assemble(
     if '..' in Path(args.experiment).parts or Path(args.experiment).is_absolute():
         raise ConfigError(f"--experiment '{args.experiment}' is not in --output '{args.output}': name a folder there")
     name = args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{safe_model_name(args.model)}'
-    folder = Path(args.output) / name
+    folder = world.broadcast(Path(args.output) / name)
     return kind(
-        args, world, world.share(folder), model, trainable, task, optimizer, scheduler, scaler, ema, config, *loaders,
+        args, world, folder, model, trainable, task, optimizer, scheduler, scaler, ema, config, *loaders,
         num_epochs,
     )  # fmt: skip
-
-
-def share_batch_norm(args: Namespace, model: nn.Module, world: World) -> nn.Module:
-    """Convert the model's BatchNorms to SyncBatchNorm if `args.sync_bn` is set.
-
-    Raises:
-        ConfigError: If several processes train on CPUs.
-    """
-    if not args.sync_bn or world.size == 1:
-        return model
-    if world.device.type == 'cpu':
-        raise ConfigError('--sync-bn works on GPUs only: give --no-sync-bn')
-    return convert_sync_batchnorm(model)
-
-
-def set_up_device(args: Namespace, world: World) -> None:
-    """Select deterministic or the fastest kernels; on a CPU, keep freed memory, which is faster."""
-    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    if world.device.type == 'cpu':
-        keep_memory()
-    if world.device.type == 'cuda':
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-        torch.backends.cudnn.benchmark = not args.deterministic
-        torch.backends.cuda.matmul.allow_tf32 = True
 
 
 def find_resume(args: Namespace, world: World) -> Tuple[Namespace, Optional[Path]]:
@@ -217,7 +169,7 @@ def find_resume(args: Namespace, world: World) -> Tuple[Namespace, Optional[Path
     damage = find_damage(path) if is_checkpoint else None
     if damage is not None:
         raise ConfigError(f"'{path}' is no whole checkpoint ({damage}): give the run's folder for its newest one")
-    checkpoint = world.share(path if is_checkpoint else newest_checkpoint(path, diverged_epoch(path)))
+    checkpoint = world.broadcast(path if is_checkpoint else newest_checkpoint(path, diverged_epoch(path)))
     if checkpoint is None and args.resume != 'auto':
         instead = "give a run's folder"
         if found := read_timm_run(args.resume):
@@ -316,7 +268,7 @@ def rejoin(run: Run, is_changed: bool) -> None:
         and (replaced := set_aside(run.folder, run.epoch, run.step))
     ):
         _logger.warning('the checkpoints after %s are in %s now', folder.name, replaced)
-    if not run.world.share(folder.is_dir()):  # another batch size has moved the position
+    if not run.world.broadcast(folder.is_dir()):  # another batch size has moved the position
         run.save()
     elif run.world.is_primary:
         run.publish(folder.name, run.history)

@@ -15,15 +15,15 @@ from timm_depla.layers import Depla
 
 from .insertion import BlockWithDepla
 
-__all__ = ['TrunkReport', 'find_weights', 'load_trunk']
+__all__ = ['LoadReport', 'find_weights', 'load_backbone']
 
 Source = Union[str, os.PathLike, nn.Module, Dict[str, torch.Tensor]]
 _COUNTER = '.num_batches_tracked'  # a frozen BatchNorm lacks it, and nothing reads it
 
 
 @dataclass
-class TrunkReport:
-    """Result of `load_trunk`, as names of tensors in the model's state dict.
+class LoadReport:
+    """Result of `load_backbone`, as names of tensors in the model's state dict.
 
     Attributes:
         loaded: Tensors taken from the source.
@@ -40,12 +40,12 @@ class TrunkReport:
         return text + (f', head left as it was ({", ".join(self.skipped)})' if self.skipped else '')
 
 
-def load_trunk(model: nn.Module, source: Source, heads: Optional[Sequence[str]] = None) -> TrunkReport:
+def load_backbone(model: nn.Module, source: Source, heads: Optional[Sequence[str]] = None) -> LoadReport:
     """Load the weights of the original network, or of the whole DEPLA model, and report what was and was not loaded.
 
     Example:
         model = timm.create_model('resnet50_depla', num_classes=10)
-        print(load_trunk(model, 'resnet50.a1_in1k'))
+        print(load_backbone(model, 'resnet50.a1_in1k'))
 
     Args:
         model: A DEPLA model of this package.
@@ -56,8 +56,8 @@ def load_trunk(model: nn.Module, source: Source, heads: Optional[Sequence[str]] 
 
     Raises:
         FileNotFoundError: If the source is neither a timm model nor a file, or a folder without weights.
-        ValueError: If the source does not fit: tensors of the trunk are missing, unknown or of another shape. The model
-            is left as it was.
+        ValueError: If the source does not fit: tensors are missing, unknown or of another shape. The model is left as
+            it was.
     """
     state = _read(source, model)
     own = model.state_dict()
@@ -83,7 +83,7 @@ def load_trunk(model: nn.Module, source: Source, heads: Optional[Sequence[str]] 
             'Create the model that they belong to, with the same in_chans and depla arguments'
         )
     model.load_state_dict(state, strict=False)
-    return TrunkReport(loaded=[k for k in state if k in own], new=new, skipped=skipped)
+    return LoadReport(loaded=[k for k in state if k in own], new=new, skipped=skipped)
 
 
 def find_weights(folder: Path) -> Path:

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from timm_depla.layers import Depla
-from timm_depla.models import load_trunk
+from timm_depla.models import load_backbone
 
 
 @pytest.fixture
@@ -15,34 +15,22 @@ def model():
 
 
 @pytest.fixture
-def trunk():
+def plain():
     torch.manual_seed(1)
     return timm.create_model('resnet18', num_classes=10)
 
 
-def test_trunk_fills_all_but_depla(model, trunk):
-    report = load_trunk(model, trunk.state_dict())
-    assert set(report.loaded) == set(trunk.state_dict())
+def test_backbone_fills_all_but_depla(model, plain):
+    report = load_backbone(model, plain.state_dict())
+    assert set(report.loaded) == set(plain.state_dict())
     assert set(report.new) == {k for k in model.state_dict() if '.depla.' in k}
     assert report.skipped == []
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in trunk.state_dict().items())
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in plain.state_dict().items())
     assert str(report) == f'{len(report.loaded)} tensors loaded, {len(report.new)} of DEPLA new'
 
 
-@pytest.mark.parametrize('prefix', ['', 'module.'])
-def test_file(model, trunk, prefix, tmp_path):
-    torch.save({'state_dict': {prefix + k: v for k, v in trunk.state_dict().items()}}, tmp_path / 'trunk.pth')
-    save_file(trunk.state_dict(), tmp_path / 'trunk.safetensors')
-    for name in ('trunk.pth', 'trunk.safetensors'):
-        assert len(load_trunk(model, tmp_path / name).loaded) == len(trunk.state_dict())
-
-
-def test_whole_model(model):
-    assert load_trunk(timm.create_model('resnet18_depla', num_classes=10), model.state_dict()).new == []
-
-
 def test_classifier_for_other_classes_is_skipped(model):
-    report = load_trunk(model, timm.create_model('resnet18', num_classes=1000).state_dict())
+    report = load_backbone(model, timm.create_model('resnet18', num_classes=1000).state_dict())
     assert report.skipped == ['fc.weight', 'fc.bias']
     assert 'fc.weight' in str(report)
 
@@ -52,18 +40,20 @@ def test_other_architecture_names_both_lists_and_leaves_the_model_alone(model):
     with pytest.raises(
         ValueError, match=r'of another architecture.* 0 missing; \d+ unexpected \(.*layer1.2.conv1.weight'
     ):
-        load_trunk(model, timm.create_model('resnet34', num_classes=10).state_dict())
+        load_backbone(model, timm.create_model('resnet34', num_classes=10).state_dict())
     with pytest.raises(ValueError, match=r'\d+ of another shape \(.*\(64, 64, 1, 1\) for \(64, 64, 3, 3\)'):
-        load_trunk(model, timm.create_model('resnet50', num_classes=10).state_dict())
+        load_backbone(model, timm.create_model('resnet50', num_classes=10).state_dict())
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 
 
 def test_missing_source(model):
     with pytest.raises(FileNotFoundError, match=r"'nowhere\.pth' is neither a checkpoint file nor a model of timm"):
-        load_trunk(model, 'nowhere.pth')
+        load_backbone(model, 'nowhere.pth')
 
 
-@pytest.mark.parametrize('name', ['resnet50', 'seresnet50', 'resnext50_32x4d', 'fishnet150'])
+@pytest.mark.parametrize(
+    'name', ['resnet18', 'resnet50', 'seresnet50', 'resnext50_32x4d', 'regnety_008', 'regnetx_008', 'fishnet150']
+)
 @pytest.mark.parametrize('bfn', ['plain', 'adaptive'])
 def test_kept_candidate_starts_from_the_plain_network(name, bfn):
     """The same logits, and a gradient for what makes the refinement differ from zero."""
@@ -73,7 +63,7 @@ def test_kept_candidate_starts_from_the_plain_network(name, bfn):
     x = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         plain.train()(x)  # running statistics of its own
-        assert load_trunk(model, plain.state_dict()).new
+        assert load_backbone(model, plain.state_dict()).new
         expected = plain.eval()(x)
         assert (model.eval()(x) - expected).abs().max() <= 1e-6 * expected.abs().max()
     model.train()(x).square().mean().backward()
@@ -81,24 +71,21 @@ def test_kept_candidate_starts_from_the_plain_network(name, bfn):
     assert blocks and all(block.norm.weight.grad.abs().max() > 0 for block in blocks)
 
 
-def test_kept_candidate_in_the_basic_block(model):
-    trunk = timm.create_model('resnet18', num_classes=10, zero_init_last=False)
-    kept = timm.create_model('resnet18_depla', num_classes=10, depla=dict(keep_candidate=True)).eval()
-    x = torch.randn(2, 3, 64, 64)
-    for network in (model, kept):
-        load_trunk(network, trunk.state_dict())
-    with torch.no_grad():
-        assert torch.equal(kept(x), trunk.eval()(x)) and not torch.allclose(model.eval()(x), trunk(x))
-
-
-def test_source_can_be_a_network_or_a_folder(model, trunk, tmp_path):
-    load_trunk(model, trunk)
-    assert torch.equal(model.conv1.weight, trunk.conv1.weight)
+def test_sources(model, plain, tmp_path):
+    """A network, files with and without the prefix of nn.DataParallel, the whole model, and folders with it."""
     (tmp_path / 'best').mkdir()
     save_file(model.state_dict(), tmp_path / 'best' / 'model.safetensors')
-    for folder in (tmp_path, tmp_path / 'best'):
-        again = timm.create_model('resnet18_depla', num_classes=10)
-        assert load_trunk(again, folder).new == []
-        assert torch.equal(again.layer3[0].conv1.weight, model.layer3[0].conv1.weight)
+    save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    for prefix in ('', 'module.'):
+        state = {prefix + name: tensor for name, tensor in plain.state_dict().items()}
+        torch.save({'state_dict': state}, tmp_path / f'{prefix}plain.pth')
+    for source in (plain, *(tmp_path / name for name in ('plain.safetensors', 'plain.pth', 'module.plain.pth'))):
+        filled = timm.create_model('resnet18_depla', num_classes=10)
+        assert load_backbone(filled, source).new
+        assert torch.equal(filled.layer3[0].conv1.weight, plain.layer3[0].conv1.weight)
+    for source in (model.state_dict(), tmp_path, tmp_path / 'best'):
+        filled = timm.create_model('resnet18_depla', num_classes=10)
+        assert load_backbone(filled, source).new == []
+        assert torch.equal(filled.layer3[0].conv1.weight, model.layer3[0].conv1.weight)
     with pytest.raises(FileNotFoundError, match=r'has no model.safetensors, in it or in its folder best'):
-        load_trunk(model, tmp_path.parent)
+        load_backbone(model, tmp_path.parent)
