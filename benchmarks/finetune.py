@@ -2,7 +2,7 @@
 
 timm's `test_convnext` is trained on the embedded digits 0 to 4 and fine-tuned on all ten, alone and with DEPLA. Each
 seed has its own pretrained weights. Scores are of the weight average in the last epoch. The difference is the
-mean over the pairs, with Student's 95% interval. DEPLA adds weights that train at the full rate, where the network alone
+mean over the pairs, with Student's 95% interval. DEPLA adds weights that train at the full rate; the network alone
 has only its classifier. There is no control with as many parameters, so a gain may be due to them.
 """
 
