@@ -17,9 +17,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_depla.engine.distributed import keep_memory
+from timm_depla.engine.device import keep_memory
 from timm_depla.layers import Depla
-from timm_depla.models.cost import count_macs
 
 from .flags import add_flags
 from .pairs import median_text, peak_memory, ratio_text, time_rounds

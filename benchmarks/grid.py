@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 
-from timm_depla.engine.distributed import keep_memory
+from timm_depla.engine.device import keep_memory
 
 from .deploy import onnxruntime
 from .flags import add_flags

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from timm_depla.detection import create_detector
-from timm_depla.engine.distributed import keep_memory
+from timm_depla.engine.device import keep_memory
 
 from .flags import add_flags
 from .pairs import median_text, peak_memory, ratio_text, time_rounds

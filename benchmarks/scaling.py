@@ -14,7 +14,7 @@ import timm
 import torch
 from timm.layers import NonLocalAttn
 
-from timm_depla.engine.distributed import keep_memory
+from timm_depla.engine.device import keep_memory
 from timm_depla.layers import Depla
 
 from .flags import add_flags

@@ -15,7 +15,7 @@ import timm
 import torch
 from timm.utils import reparameterize_model
 
-from timm_depla.engine.distributed import keep_memory
+from timm_depla.engine.device import keep_memory
 from timm_depla.layers import set_fused_depla
 
 from .flags import add_flags

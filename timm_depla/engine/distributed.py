@@ -1,6 +1,5 @@
 """The processes that train together, and the signals that interrupt them."""
 
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -17,10 +16,9 @@ from timm.utils.distributed import init_distributed_device_so
 
 from timm_depla.errors import ConfigError, TrainingError, UserError
 
-__all__ = ['Interrupt', 'Interrupted', 'World', 'explain_lost_peers', 'keep_memory', 'setup_world', 'shield_worker']
+__all__ = ['Interrupt', 'Interrupted', 'World', 'explain_lost_peers', 'setup_world', 'shield_worker']
 
 ANSWER_SECONDS = 5.0  # for another rank that still runs
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _WARNINGS = [getattr(signal, name) for name in ('SIGUSR1', 'SIGUSR2') if hasattr(signal, name)]  # of Slurm
 
 
@@ -127,19 +125,6 @@ def setup_world(device: str) -> World:
     if not world.is_primary:
         logging.getLogger().setLevel(logging.WARNING)
     return world
-
-
-def keep_memory() -> None:
-    """Make glibc keep freed memory, which makes training on a CPU faster; other C libraries are left alone.
-
-    Otherwise glibc requests large blocks from the system at every step, and the system has to clear their pages.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class Interrupted(Exception):
