@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Iterator, List, Optional, Sequence
+from typing import Any, Iterator, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -44,20 +44,12 @@ class World:
     def is_primary(self) -> bool:
         return self.rank == 0
 
-    def _all_reduce(self, values: Sequence[float], operation: Any) -> List[float]:
-        if self.size == 1:
-            return list(values)
+    def all_reduce(self, *values: float, op: str = 'SUM') -> List[float]:
+        """Each value's sum, or maximum by 'MAX', over all processes, in double precision."""
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, operation, group=self.control)
+        if self.size > 1:
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, op), group=self.control)
         return tensor.tolist()
-
-    def all_reduce_max(self, *values: float) -> List[float]:
-        """Each value's maximum over all processes."""
-        return self._all_reduce(values, dist.ReduceOp.MAX)
-
-    def all_reduce_sum(self, *values: float) -> List[float]:
-        """Each value's sum over all processes, in double precision."""
-        return self._all_reduce(values, dist.ReduceOp.SUM)
 
     def gather(self, value: Any) -> Optional[List[Any]]:
         """All processes' values by rank, in the primary process; None in the others."""
@@ -152,7 +144,7 @@ class Interrupt:
         Raises:
             Interrupted: In every process, if one received a signal.
         """
-        number, due = self.world.all_reduce_max(self.signal, bool(is_due))
+        number, due = self.world.all_reduce(self.signal, bool(is_due), op='MAX')
         if number:
             raise Interrupted(int(number))
         return bool(due)

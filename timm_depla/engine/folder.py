@@ -116,15 +116,10 @@ class RunFolder:
         self.wait()
         self._written = self._writer.submit(write)
 
-    def poll(self) -> None:
-        """Raise the error of a checkpoint that could not be written."""
-        if self._written is not None and self._written.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Wait for the checkpoint that is being written; raise its error."""
-        written, self._written = self._written, None
-        if written is not None:
+    def wait(self, is_blocking: bool = True) -> None:
+        """Wait for the checkpoint that is being written, and raise its error."""
+        if self._written is not None and (is_blocking or self._written.done()):
+            written, self._written = self._written, None
             written.result()
 
     def publish(self, name: str, history: List[Dict[str, Any]]) -> None:

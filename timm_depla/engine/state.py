@@ -70,11 +70,15 @@ class TrainState:
 
     def state_dict(self) -> Dict[str, Any]:
         """The state that all processes have alike; timm's names for the weights, `state_dict` and `state_dict_ema`."""
+        schedule = getattr(self.scheduler, 'lr_scheduler', None)  # timm's other schedules depend on the position alone
+        items = schedule.state_dict().items() if schedule is not None else ()
+        plateau = {key: value for key, value in items if isinstance(value, (bool, float, int, list, str, type(None)))}
         return {
             **self.task.get_checkpoint_state(),
             **self.task.get_checkpoint_state(ema=True),
             'optimizer': self.optimizer.state_dict(),
-            'scheduler': _scheduler_state(self.scheduler),
+            'plateau': plateau,
+            'restore_lr': getattr(self.scheduler, 'restore_lr', None),
             'scaler': self.scaler.state_dict(),
             'position': (self.epoch, self.step),
             'rate': self.rate,
@@ -94,9 +98,9 @@ class TrainState:
                 group.update({key: tuple(group[key]) for key in keys})  # they are lists in a checkpoint
             if state_dict['scaler']:
                 self.scaler.load_state_dict(state_dict['scaler'])
-        if plateau := state_dict['scheduler']:
-            self.scheduler.lr_scheduler.load_state_dict(plateau['lr_scheduler'])
-            self.scheduler.restore_lr = plateau['restore_lr']
+        if state_dict['plateau'] and hasattr(self.scheduler, 'lr_scheduler'):
+            self.scheduler.lr_scheduler.load_state_dict(state_dict['plateau'])
+            self.scheduler.restore_lr = state_dict['restore_lr']
         self.epoch, self.step = state_dict['position']
         self.rate, self.seconds, self.history = (state_dict[name] for name in ('rate', 'seconds', 'history'))
 
@@ -112,12 +116,3 @@ class TrainState:
         for network, buffers in zip(self.networks, state_dict['buffers'], strict=True):
             for name, buffer in network.named_buffers():
                 buffer.copy_(buffers[name])
-
-
-def _scheduler_state(scheduler: Any) -> Dict[str, Any]:
-    """State of the plateau schedule; timm's other schedules depend on the position alone."""
-    if not hasattr(scheduler, 'lr_scheduler'):
-        return {}
-    plain = (bool, float, int, list, str, type(None))
-    state = {k: v for k, v in scheduler.lr_scheduler.state_dict().items() if isinstance(v, plain)}
-    return {'lr_scheduler': state, 'restore_lr': scheduler.restore_lr}
