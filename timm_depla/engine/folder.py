@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Sequence, Tuple
 
-import safetensors.torch
 import torch
 import yaml
 from filelock import FileLock, Timeout
@@ -102,7 +101,7 @@ class RunFolder:
         (epoch, step), history = state['position'], list(state['history'])
         record = {**(history or [{}])[-1], 'epoch': epoch, 'step': step}
         contents = {
-            'model.safetensors': safetensors.torch.save(weights, metadata={'format': 'pt'}),
+            'model.safetensors': weights,
             'config.json': config,
             'record.json': (json.dumps(record, indent=2) + '\n').encode(),
             **checkpoint.pack_state(state),
