@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import ROOT, fit, run
+from helpers import ROOT, change_arguments, fit, run
 from hub_server import serve
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -370,13 +370,12 @@ def test_nothing_of_the_machine_is_published(runs, tmp_path):
     """Paths in any argument, and the name of the user."""
     copy = tmp_path / 'run'
     shutil.copytree(runs / 'classifier', copy, symlinks=True)
-    trained = yaml.safe_load((copy / 'args.yaml').read_text())
     data = tmp_path / 'secret'
     shutil.copytree(digits_folder(), data / 'digits')
     (data / 'classes.txt').write_text('\n'.join(map(str, range(10))))
-    trained.update(data_dir=str(data / 'digits'), val_split=str(data / 'digits' / 'validation'))
-    trained.update(class_map=str(data / 'classes.txt'), aa=f'see {data}/notes', opt_kwargs={'x': f'~{tmp_path}'})
-    (copy / 'args.yaml').write_text(yaml.safe_dump(trained))
+    planted = dict(data_dir=str(data / 'digits'), val_split=str(data / 'digits' / 'validation'))
+    planted.update(class_map=str(data / 'classes.txt'), aa=f'see {data}/notes', opt_kwargs={'x': f'~{tmp_path}'})
+    change_arguments(copy, **planted)
     write(copy, tmp_path / 'out', dataset_name='digits')
     for name in set(FILES) - {'model.safetensors'}:
         text = (tmp_path / 'out' / name).read_text()

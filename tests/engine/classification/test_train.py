@@ -209,8 +209,7 @@ def test_last_resort(monkeypatch, capfd):
 
     with pytest.raises(SystemExit) as caught:
         run_command('train.py', main)
-    found = re.fullmatch(
-        r'train.py: unexpected ZeroDivisionError: of something \(the traceback is in (.*)\)', caught.value.code
-    )
+    message = r'train.py: unexpected ZeroDivisionError: of something \(the traceback is in (.*)\)'
+    found = re.fullmatch(message, caught.value.code)
     assert "raise ZeroDivisionError('of something')" in Path(found[1]).read_text()
     Path(found[1]).unlink()
