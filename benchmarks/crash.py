@@ -125,7 +125,7 @@ def kill(process: subprocess.Popen, count: int, run: Path, seed: int) -> str:
         code = process.wait(timeout=120)
         if code == 0:
             return ''
-        if 'go on with: python' not in log.read_text():
+        if 'resume with: python' not in log.read_text():
             raise RuntimeError(f'SIGUSR1 was not answered: {log.read_text()}')
     else:
         time.sleep(0.2)  # what a surviving rank does meanwhile
@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
                 log = (output / f'{name}.log').read_text()
                 if not (hit or ended):
                     raise RuntimeError(log)
-                found = re.search(r'going on from .*: epoch (\d+), step (\d+)', log)
+                found = re.search(r'resuming from .*: epoch (\d+), step (\d+)', log)
                 positions.append(f'{found[1]}:{found[2]}' if found else 'start')
                 print(f'{kills:3} kills  {name} from {positions[-1]}  {hit or "ended"}', flush=True)
             runs += 1

@@ -142,14 +142,14 @@ def serve_ours(train_args: argparse.Namespace, pipe: Any) -> None:
     set_up_device(train_args, world)
     ours = build(train_args, world)
     ours.model.register_forward_pre_hook(lambda model, x: images.append(len(x[0]) if model.training else 0))
-    ours.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]['lr']))
-    (ours.folder / 'checkpoints').mkdir(parents=True)
+    ours.state.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]['lr']))
+    (ours.folder.path / 'checkpoints').mkdir(parents=True)
     report = TimedReport(ours)
     while pipe.recv() is not None:
         with Interrupt(world) as interrupt:
             run_epoch(ours, interrupt, report)
-        ours.writer.wait()
-        pipe.send((report.training_seconds[-1], ours.history[-1]['eval_top1']))
+        ours.folder.wait()
+        pipe.send((report.training_seconds[-1], ours.state.history[-1]['eval_top1']))
     pipe.send((sum(images), rates))
 
 

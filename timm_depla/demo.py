@@ -21,8 +21,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla import schema
 from timm_depla.capture import BlockCapture, capturing, find_blocks, measure, strength, without_refinement
+from timm_depla.commands import run_command
 from timm_depla.data import digits_folder, find_images
-from timm_depla.engine.distributed import run_command
 from timm_depla.errors import ConfigError, require
 from timm_depla.files import open_image
 from timm_depla.predict import label_names

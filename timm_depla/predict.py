@@ -15,9 +15,9 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torchvision.transforms.v2.functional import resize, to_pil_image
 
 from timm_depla import schema
+from timm_depla.commands import run_command
 from timm_depla.data import find_images
 from timm_depla.detection.predict import draw_detections, predict, read_image
-from timm_depla.engine.distributed import run_command
 from timm_depla.engine.progress import progress
 from timm_depla.errors import ConfigError
 from timm_depla.files import check_writable, escape, format_json, open_image, write_file

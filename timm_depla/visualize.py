@@ -16,10 +16,10 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from timm_depla.capture import BlockCapture, capture, capturing, find_blocks, measure, strength
+from timm_depla.commands import run_command
 from timm_depla.data import find_images
 from timm_depla.detection import from_pretrained, is_detector
 from timm_depla.detection.predict import read_image
-from timm_depla.engine.distributed import run_command
 from timm_depla.errors import ConfigError, require
 from timm_depla.files import check_writable
 from timm_depla.layers.linear import match_size

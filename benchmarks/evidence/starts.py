@@ -79,7 +79,7 @@ def measure(variant: Variant, seed: int) -> None:
         backbone.body.register_forward_hook(watch('features', 0))
         backbone.fpn.register_forward_pre_hook(scale)
         backbone.fpn.register_forward_hook(watch('pyramid', '0'))
-        run.task.register_forward_hook(add)
+        run.state.task.register_forward_hook(add)
         return run
 
     flags = ['--recipe', 'scenes', '--model', variant.model, '--seed', str(seed), '--lr', str(RATE), '--device', 'cpu']

@@ -27,25 +27,16 @@ from huggingface_hub import HfApi
 
 import timm_depla
 from timm_depla import detection
+from timm_depla.commands import run_command
 from timm_depla.data import digits_folder
 from timm_depla.engine.checkpoint import LINKS, find_damage, read_state
 from timm_depla.engine.classification import validate as classification
 from timm_depla.engine.classification.flags import create_train_parser, create_validate_parser
 from timm_depla.engine.config import parse_args, updated
-from timm_depla.engine.distributed import run_command
 from timm_depla.engine.plan import count_cost
 from timm_depla.engine.run import CHANGE_NOTHING
 from timm_depla.errors import ConfigError, require
-from timm_depla.files import (
-    SUMS,
-    check_own,
-    check_writable,
-    format_json,
-    list_sums,
-    read_mapping,
-    read_tensors,
-    write_file,
-)
+from timm_depla.files import SUMS, check_own, check_writable, format_json, list_sums, read_mapping, write_file
 from timm_depla.loading import load_model, run_arguments
 
 from .card import create_card
@@ -151,12 +142,12 @@ def evaluate(folder: Path, is_detector: bool) -> Dict[str, Any]:
 
 def candidates(checkpoint: Path, scratch: Path, uses_average: bool) -> Dict[str, Path]:
     """Write folders that can be validated; returns them by the kind of their weights."""
-    state, kept = read_state(checkpoint), read_tensors(checkpoint / 'model.safetensors')
+    state = read_state(checkpoint)
     kinds = ['average of the weights', 'weights without averaging'] if uses_average else ['weights']
-    if 'average' in state:  # the plain weights were better in training
+    if 'state_dict_ema' in state:  # the plain weights were better in training
         kinds.reverse()
-    other = state.get('average', state.get('trainable', {}))
-    found = {kind: scratch / kind.split()[0] for kind in kinds[: 1 + (other.keys() == kept.keys())]}
+    other = state.get('state_dict_ema', state.get('state_dict', {}))
+    found = {kind: scratch / kind.split()[0] for kind in kinds[: 1 + bool(other)]}
     for folder in found.values():
         folder.mkdir()
         shutil.copy(checkpoint / 'config.json', folder)

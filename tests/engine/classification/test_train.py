@@ -13,9 +13,9 @@ from helpers import ROOT, run
 from PIL import Image
 from safetensors.torch import load_file
 
+from timm_depla.commands import run_command
 from timm_depla.data import digits_folder, scenes
 from timm_depla.engine.checkpoint import list_checkpoints
-from timm_depla.engine.distributed import run_command
 
 FAST = ['--img-size', 32, '--epochs', 1, '--workers', 1]
 

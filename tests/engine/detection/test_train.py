@@ -13,7 +13,7 @@ import torch
 import yaml
 from helpers import ROOT, TORCHRUN, run
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from benchmarks.differences import differences
@@ -21,13 +21,13 @@ from timm_depla.data import find_annotations, scenes
 from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import METRICS, CocoDetection, evaluate_coco
 from timm_depla.detection.predict import draw_detections, predict, read_image
-from timm_depla.engine import run as run_module
-from timm_depla.engine.checkpoint import list_checkpoints
+from timm_depla.engine.checkpoint import list_checkpoints, read_state
 from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.detection.flags import create_detection_parser, create_detection_validate_parser
 from timm_depla.engine.detection.train import build, train
 from timm_depla.engine.detection.validate import validate
 from timm_depla.engine.distributed import World
+from timm_depla.engine.folder import RunFolder
 from timm_depla.engine.plan import learning_rates
 from timm_depla.errors import ConfigError, TrainingError
 from timm_depla.loading import load_model
@@ -93,7 +93,7 @@ def trained(folder, recipe, tmp_path_factory):
     """A run whose checkpoints all stay."""
     output = tmp_path_factory.mktemp('output')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, 'prune', lambda *_: None)
+        patch.setattr(RunFolder, 'prune', lambda *_: None)
         assert fit(folder, '-c', recipe, '--output', output, '--experiment', 'run') == 0
     return output / 'run'
 
@@ -334,3 +334,10 @@ def test_schedule_of_coco(recipe, epochs, milestones):
     expected = [0.02, 0.02, 0.02, 0.002, 0.002, 0.0002]
     assert learning_rates(args, 7329, points) == pytest.approx(expected, rel=1e-4)
     assert learning_rates(args, 7329, [0]) == pytest.approx([2e-5])
+
+
+def test_weights_of_a_checkpoint_are_those_of_the_average(trained):
+    weights = load_file(trained / 'last' / 'model.safetensors')
+    state = read_state(trained / 'last')
+    assert weights.keys() == state['state_dict'].keys()
+    assert any(not torch.equal(weights[name], state['state_dict'][name]) for name in weights)

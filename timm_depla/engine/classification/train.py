@@ -17,10 +17,8 @@ from timm_depla.loading import create_model, load_model, load_weights, model_con
 
 from .. import training
 from ..config import parse_training_args, updated
-from ..device import check_compile, share_batch_norm
 from ..distributed import Interrupt, World
 from ..metrics import Metric
-from ..optimizer import assemble
 from ..plan import count_cost
 from ..run import Run
 from .datasets import check_images, class_names, count_classes, file_names, open_splits, split_name
@@ -153,17 +151,9 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Classificatio
     model, data_config = build_model(args, world, is_fresh)
     classes = [str(name) for name in class_names(train_set)]
     config = model_config(model, rebuild_args(args), classes)
-    model = share_batch_norm(args, model, world)
     loaders = TrainLoader(args, train_set, data_config, world), create_val_loader(args, val_set, data_config, world)
-    task = create_task(args, model, world)
-    compiled = check_compile(args)
-    if compiled:
-        task.compile(**compiled)
-    run = assemble(ClassificationRun, args, world, task, model, config, loaders)
-    run.data = dict(classes=classes, files=list_digest(file_names(train_set)))
-    if compiled:
-        run.eval_model = torch.compile(run.evaluated, **compiled)
-    return run
+    data = dict(classes=classes, files=list_digest(file_names(train_set)))
+    return ClassificationRun(args, world, create_task(args, model, world), config, loaders, data)
 
 
 def train(args: Namespace) -> int:

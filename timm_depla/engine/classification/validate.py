@@ -53,7 +53,7 @@ def evaluate(
         loader: From `create_val_loader`: batches of images (B, C, H, W) and targets (B,); -1 leaves an image out.
         args: Arguments: `device`, `amp`, `amp_dtype`, `channels_last`.
         world: The processes that share the images.
-        interrupt: Ends the evaluation early, with the metrics of the images so far.
+        interrupt: Ends the evaluation early.
         observe: Maps each batch's logits to those to be scored.
         confusion: int64 (classes, classes), to count this process's images by class and prediction.
 
@@ -61,6 +61,7 @@ def evaluate(
         `loss`, `top1`, `top5`, and `count`, the number of images.
 
     Raises:
+        Interrupted: By `interrupt`.
         TrainingError: If more images are missing than `max_unreadable`.
     """
     model.eval()
@@ -80,14 +81,15 @@ def evaluate(
         loader.unreadable.collect()
         if interrupt is not None and interrupt.signal:
             break
+    if interrupt is not None:
+        interrupt.check()
     loss, top1, top5, count = world.all_reduce_sum(*sums.tolist())
-    expected, is_whole = loader.unreadable.num_images, interrupt is None or not interrupt.signal
-    if is_whole and (expected - count > max_unreadable(expected) or not count):
+    expected = loader.unreadable.num_images
+    if expected - count > max_unreadable(expected) or not count:
         raise TrainingError(
             f'validation got {count:.0f} images with a class that can be read, of {expected}: check the split'
         )
-    number = max(count, 1.0)
-    return {'loss': loss / number, 'top1': 100 * top1 / number, 'top5': 100 * top5 / number, 'count': count}
+    return {'loss': loss / count, 'top1': 100 * top1 / count, 'top5': 100 * top5 / count, 'count': count}
 
 
 def is_data(target: str) -> bool:

@@ -23,10 +23,8 @@ from timm_depla.loading import create_model, load_weights, pretrained_file
 
 from .. import training
 from ..config import parse_training_args, updated
-from ..device import share_batch_norm
 from ..distributed import Interrupt, World
 from ..metrics import Metric
-from ..optimizer import assemble
 from ..plan import count_cost
 from ..run import Run
 from .flags import create_detection_parser
@@ -78,7 +76,7 @@ class DetectionRun(Run):
 
     def evaluate(self, model: nn.Module, interrupt: Interrupt) -> Dict[str, float]:
         scores = evaluate(model, self.val_loader, self.args, self.world, interrupt).scores
-        return {metric.name: scores[metric.name] for metric in self.metrics} if scores else {}
+        return {metric.name: scores[metric.name] for metric in self.metrics}
 
     def subject(self) -> Dict[str, str]:
         args, transform = self.args, self.model.transform
@@ -154,13 +152,11 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> DetectionRun:
         raise ConfigError(f"'{args.model}' learns masks, which the annotations have not: give --model {boxes}")
     rebuild = dict(args.model_kwargs, backbone_norm=args.backbone_norm)
     config = detector_config(args.model, train_set.class_names, train_set.category_ids, rebuild)
-    model = share_batch_norm(args, model, world)
     loaders = DetectionLoader(args, train_set, world), ValidationLoader(args, val_set, world)
     task = DetectionTask(model, device=world.device, verbose=False)
-    run = assemble(DetectionRun, args, world, task, model, config, loaders)
     files = (f'{train_set.image_ids[i]} {Path(train_set.filename(i)).name}' for i in range(len(train_set)))
-    run.data = dict(classes=list(train_set.class_names), files=list_digest(files))
-    return run
+    data = dict(classes=list(train_set.class_names), files=list_digest(files))
+    return DetectionRun(args, world, task, config, loaders, data)
 
 
 def train(args: Namespace) -> int:

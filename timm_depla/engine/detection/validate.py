@@ -34,8 +34,7 @@ class Evaluation:
     """Result of an evaluation.
 
     Attributes:
-        scores: COCO's metrics of boxes, 'AP' to 'AR_L', and of masks, 'mask_AP' to 'mask_AR_L', from 0 to 1; empty if
-            it was interrupted.
+        scores: COCO's metrics of boxes, 'AP' to 'AR_L', and of masks, 'mask_AP' to 'mask_AR_L', from 0 to 1.
         tables: COCO's tables, by kind: 'bbox' and 'segm'. In the primary process only.
         results: The detections in COCO's format. In the primary process only.
         images: Number of validated images.
@@ -58,7 +57,10 @@ def evaluate(
         loader: The images.
         args: Arguments: `device`, `amp`, `amp_dtype`, `evaluator`.
         world: The processes that share the images.
-        interrupt: Ends the evaluation early, without scores.
+        interrupt: Ends the evaluation early.
+
+    Raises:
+        Interrupted: By `interrupt`.
     """
     model.eval()
     found: List[Dict[str, Any]] = []
@@ -69,8 +71,8 @@ def evaluate(
             found += to_results(target['image_id'], detection, loader.category_ids)
         if interrupt is not None and interrupt.signal:
             break
-    if world.all_reduce_max(interrupt.signal if interrupt is not None else 0):
-        return Evaluation()
+    if interrupt is not None:
+        interrupt.check()
     shares = world.gather(found)
     evaluation = Evaluation(images=len(loader.dataset))
     if world.is_primary:
