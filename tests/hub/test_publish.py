@@ -201,6 +201,7 @@ def test_card(name, published):
     results = record['results']
     assert card.data.license == 'mit'
     assert card.data.library_name == {'classifier': 'timm', 'detector': 'timm_depla'}[name]
+    assert len(card.data.eval_results) == 2
     for result in card.data.eval_results:
         key = {'top-1 accuracy (%)': 'top1', 'top-5 accuracy (%)': 'top5'}.get(result.metric_name)
         key = key or result.metric_name.replace('box ', '').replace('mask ', 'mask_')
