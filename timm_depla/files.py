@@ -62,15 +62,15 @@ def _read(path: Path, limit: int) -> bytes:
         return file.read(size)
 
 
-def format_json(value: Any, indent: str = '') -> str:
-    """JSON with a line for each key, or for each item of a whole list; what fits in 100 characters is one line."""
+def format_json(value: Any, width: int = 100, indent: str = '') -> str:
+    """JSON with a line for each key, and for each mapping of a list; what fits in the width is one line."""
     text, deeper = json.dumps(value), f'{indent} '
-    if len(indent + text) <= 100:
+    if len(indent + text) <= width:
         return text
     if isinstance(value, dict):
-        lines = [f'{json.dumps(str(key))}: {format_json(item, deeper)}' for key, item in value.items()]
-    elif isinstance(value, list) and not indent:
-        lines = [json.dumps(item) for item in value]
+        lines = [f'{json.dumps(str(key))}: {format_json(item, width, deeper)}' for key, item in value.items()]
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        lines = [format_json(item, width, deeper) for item in value]
     else:
         return text
     return text[0] + f'\n{deeper}' + f',\n{deeper}'.join(lines) + f'\n{indent}{text[-1]}'
