@@ -302,22 +302,6 @@ def test_changes_of_a_published_model(published):
     assert torch.equal(features.layer3[0].conv1.weight, original.layer3[0].conv1.weight)
 
 
-def test_pretrained_tag_that_names_a_repository(published, tmp_path):
-    """As a cfg of ours will, once there are weights."""
-    with serve() as hub:
-        hub.commit('user/name', {name: (published / 'classifier' / name).read_bytes() for name in FILES})
-        script = """
-overlay = dict(hf_hub_id='user/name', num_classes=10)
-model = timm.create_model('test_resnet_depla', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10)
-torch.save(model.state_dict(), sys.argv[1] + '/weights')
-"""
-        run_script(script, tmp_path, HF_ENDPOINT=hub.url)
-    weights = torch.load(tmp_path / 'weights')
-    expected = load_file(published / 'classifier' / 'model.safetensors')
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-
-
 def test_transformers_loads_a_published_folder(published):
     transformers = pytest.importorskip('transformers')
     folder = published / 'classifier'

@@ -46,7 +46,7 @@ def check_source(source: str) -> None:
         raise ConfigError(f"'{source}' is not read: an address has letters, digits and ./:{{}}%,~@+=- alone")
 
 
-def _check_source(args: Namespace, kind: str, split: str) -> None:
+def _check_data(args: Namespace, kind: str, split: str) -> None:
     """Refuse data that is not there, or that cannot or must not be read."""
     if kind == 'tfds':
         raise ConfigError('tfds/ reads by TensorFlow, whose order cannot be restored: convert to WebDataset')
@@ -100,7 +100,7 @@ def open_split(args: Namespace, split: str, is_training: bool = False, epoch: in
         ConfigError: If it cannot be opened, or its source is not allowed.
     """
     kind = args.dataset.partition('/')[0].lower()
-    _check_source(args, kind, split)
+    _check_data(args, kind, split)
     options: Dict[str, Any] = {} if kind == 'torch' else {'input_img_mode': image_mode(args)}
     if args.class_map:
         options['class_map'] = args.class_map
