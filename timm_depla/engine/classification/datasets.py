@@ -6,6 +6,7 @@ import re
 import tarfile
 from argparse import Namespace
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -218,11 +219,8 @@ def check_images(args: Namespace, world: World, *datasets: Any) -> None:
         if args.dataset or len(samples) > MAX_CHECKED or not isinstance(samples[0][0], str):
             continue
         files = [file for file, _ in samples][world.rank :: world.size]
-        found = world.broadcast(
-            [pair for part in world.gather(inspect_images(files, args.workers)) or [] for pair in part]
-        )
-        by_kind = defaultdict(list)
-        for file, kind, text in found:
+        shares, by_kind = world.broadcast(world.gather(inspect_images(files, args.workers))), defaultdict(list)
+        for file, kind, text in chain(*shares):
             by_kind[kind].append(f'{os.path.relpath(file, dataset.reader.root)}{text}')
         for kind, names in sorted(by_kind.items(), key=lambda item: item[0] == UNREADABLE):
             text = f"{len(names)} of the {len(samples)} images of the split '{split}' {kind}"
