@@ -51,8 +51,10 @@ def test_backbone_is_unchanged_and_every_weight_of_depla_can_learn(backbone):
 
 
 def test_modules_by_name():
-    model = timm_depla.insert_depla(create('resnet18'), dict(modules=['layer2.1', 'layer4.1'], bfn='adaptive'))
+    model = create('resnet18').train()
+    timm_depla.insert_depla(model, dict(modules=['layer2.1', 'layer4.1'], bfn='adaptive'))
     assert inserted(model) == ['layer2.1', 'layer4.1']
+    assert all(module.training and not module._forward_hooks for module in model.modules())
     assert all(hasattr(module.bfn, 'query') for module in model.modules() if isinstance(module, Depla))
     with pytest.raises(ValueError, match=r'^layer2.1 and 1 more of ResNet has DEPLA'):
         timm_depla.insert_depla(model, dict(modules=inserted(model)))
