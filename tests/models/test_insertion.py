@@ -142,5 +142,5 @@ def test_backbone_learns_at_its_own_rate():
         rate = 0.01 if '.depla.' in name or name.startswith('head.fc') else 0.001
         decay = 0.05 if parameter.ndim > 1 and not name.endswith('.bias') else 0
         assert groups[id(parameter)] == [pytest.approx(rate), decay], name
-    with pytest.raises(ConfigError, match='--trunk-lr-scale and --layer-decay both scale the rate'):
+    with pytest.raises(ConfigError, match='--backbone-lr-scale and --layer-decay both scale the rate'):
         create_optimizer(updated(args, layer_decay=0.7), model, 10)
