@@ -1,12 +1,10 @@
 """Training that is killed repeatedly ends bit for bit like uninterrupted training.
 
-The runs use a shortened recipe with everything that is random or has state: for classification, the digits with
-AutoAugment, random erasing, mixup, cutmix, stochastic depth and a weight average; for detection, digits in scenes with
-flips, random image sizes and a weight average. The moments take turns: any, while a checkpoint is being written, and in
-validation, each by SIGKILL; and any moment by SIGUSR1, after which training must save and exit by itself. Every fifth
-kill hits `hub.publish` instead. A killed run is resumed with `--resume auto` and another number of workers until it
-ends. Then its weights, optimizer state, all other state and summary are compared with those of an uninterrupted run. A
-killed publication is repeated, and its weights, configuration and recipe are compared with an uninterrupted one.
+The runs have everything that is random or has state: augmentation, erasing, mixup, cutmix, stochastic depth and an
+average of the weights; in detection, flips, random sizes and an average. The moments take turns: while a checkpoint is
+written, at any moment, in validation, each by SIGKILL, and by SIGUSR1, after which training must save and exit by
+itself. Every fifth kill hits `hub.publish`. A killed run is resumed with another number of workers until it ends. Its
+weights, states and summary are compared with those of an uninterrupted run, as is what was published.
 """
 
 import argparse
@@ -18,16 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 from timm_depla.data import digits_folder
 from timm_depla.data.scenes import scenes_folder
 from timm_depla.files import find_change
 
 from .differences import differences
-from .record import table
+from .flags import add_flags
 
 ROOT = Path(__file__).parent.parent
 COMMON = ' --recovery-interval 3 --model-ema --model-ema-decay 0.9 --log-interval 1 --resume auto'
@@ -44,11 +43,10 @@ PUBLISHED = ('model.safetensors', 'config.json', 'recipe.yaml')  # record.json h
 
 def add_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--task', default='classification', choices=list(FLAGS), help='what to train')
-    parser.add_argument('--epochs', type=int, default=4, help='epochs of a run')
     parser.add_argument('--kills', type=int, default=30, help='kills in all')
     parser.add_argument('--processes', type=int, default=1, help='processes that train together, by torchrun')
     parser.add_argument('--max-workers', type=int, default=4, help='runs take 0 to this many loading processes in turn')
-    parser.add_argument('--seed', type=int, default=0, help='seed of the first kill; the next ones count on')
+    add_flags(parser, epochs=4, seed=0)  # the seed of the first kill; the next ones count on
 
 
 def launch(command: List[Any], log: Path) -> subprocess.Popen:
@@ -156,10 +154,9 @@ def kill_publishing(run: Path, output: Path, expected: Path, seconds: float, see
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     """Count the kills by what they hit, the runs, and those that ended differently."""
-    hits: Dict[str, int] = {}
-    positions: List[str] = []
+    hits: Counter = Counter()
     different: List[str] = []
-    runs, kills, published = 0, 0, 0
+    runs = 0
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch)
         reference, expected = output / 'reference', output / 'published'
@@ -169,46 +166,44 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         if args.kills >= 5 and publish(reference, expected).wait():  # with fewer, none hits publishing
             raise RuntimeError((output / 'published.log').read_text())
         seconds = time.monotonic() - began
-        while kills < args.kills:
+        while hits.total() < args.kills:
             name, ended = f'run{runs}', False
             while not ended:
-                seed = args.seed + kills
+                seed = args.seed + hits.total()
                 process = start(args, output, name, seed % (args.max_workers + 1))
-                hit = kill(process, args.processes, output / name, seed) if kills < args.kills else ''
-                if hit:
-                    kills += 1
-                    hits[hit] = hits.get(hit, 0) + 1
+                hit = kill(process, args.processes, output / name, seed) if hits.total() < args.kills else ''
+                hits.update([hit] if hit else [])
                 ended = process.wait() == 0
-                log = (output / f'{name}.log').read_text()
                 if not (hit or ended):
-                    raise RuntimeError(log)
-                found = re.search(r'going on from .*: epoch (\d+), step (\d+)', log)
-                positions.append(f'{found[1]}:{found[2]}' if found else 'start')
-                print(f'{kills:3} kills  {name} from {positions[-1]}  {hit or "ended"}', flush=True)
+                    raise RuntimeError((output / f'{name}.log').read_text())
+                print(f'{hits.total():3} kills  {name} {hit or "ended"}', flush=True)
             runs += 1
             wrong = differences(output / name, reference)
-            while not wrong and published < kills // 5 and kills < args.kills:
-                kills, published = kills + 1, published + 1
-                folder = output / f'published{published}'
-                wrong += kill_publishing(output / name, folder, expected, seconds, args.seed + kills)
+            while not wrong and hits['publishing'] < hits.total() // 5 and hits.total() < args.kills:
+                hits['publishing'] += 1
+                folder, seed = output / f'published{hits["publishing"]}', args.seed + hits.total()
+                wrong += kill_publishing(output / name, folder, expected, seconds, seed)
                 wrong += differences(output / name, reference)
-                print(f'{kills:3} kills  {name} in publishing', flush=True)
+                print(f'{hits.total():3} kills  {name} in publishing', flush=True)
             different += [f'{name}: {", ".join(wrong)}'] if wrong else []
-    if published:
-        hits['publishing'] = published
-    return dict(
-        task=args.task, processes=args.processes,
-        kills=kills, hits=hits, runs=runs, starts=positions, identical=runs - len(different),
-        different=different,
-    )  # fmt: skip
+    counts = dict(kills=hits.total(), hits=dict(+hits), runs=runs, identical=runs - len(different))
+    return dict(task=args.task, processes=args.processes, **counts, different=different)
+
+
+def _task(results: Dict[str, Any]) -> str:
+    count = results['processes']
+    return f'{results.get("task", "classification")}, {count} process{"es" if count > 1 else ""}'
 
 
 def render(results: Dict[str, Any]) -> str:
-    rows = [[name, count] for name, count in sorted(results['hits'].items())]
-    task = results.get('task', 'classification').capitalize()
+    hits = ', '.join(f'{name} {count}' for name, count in sorted(results['hits'].items()))
+    more = ''.join(f'; {text}' for text in results['different'])
     return (
-        f'{task}: {results["kills"]} kills of {results["processes"]} process{"es" if results["processes"] > 1 else ""} '
-        f'over {results["runs"]} runs: {results["identical"]} of {results["runs"]} runs ended bit for bit like the '
-        f'uninterrupted one{"".join(f"; {text}" for text in results["different"])}.\n\n'
-        + table(['killed', 'times'], rows)
+        f'In {_task(results)}: {results["kills"]} kills over {results["runs"]} runs ({hits}). {results["identical"]} '
+        f'of {results["runs"]} ended bit for bit like the uninterrupted one{more}.'
     )
+
+
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    ended, on = f'{results["identical"]} of {results["runs"]}', f'{results["kills"]} kills, {_task(results)}'
+    return [('killed runs that ended bit for bit', ended, on)]

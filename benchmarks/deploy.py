@@ -1,14 +1,15 @@
 """Deployment on a CPU: each runtime's accuracy on the digits, and its time over the plain network.
 
-`test_resnet_depla` with its shipped weights, and its base without DEPLA, untrained, both through the same runtime, in
-turn on the same batches. Calibration takes training images.
+`test_resnet_depla` with its shipped weights, and its base without DEPLA, untrained, take turns in the same runtime on
+the same batches. Calibration takes training images.
 """
 
 import argparse
 import copy
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
 import timm
@@ -19,16 +20,13 @@ from torch._inductor import config as inductor_config
 
 from timm_depla.data import digits_folder
 
+from .flags import add_flags
 from .pairs import ratio_text, time_rounds
 from .record import table
 
 WEIGHTS = Path(__file__).parent.parent / 'hub' / 'weights' / 'test_resnet_depla.digits'
 BASE = dict(layers=(1, 1, 4, 1), stem_width=8, channels=(16, 32, 48, 64))  # what DEPLA was added to
 Call = Callable[[Tensor], Any]
-
-
-def _eager(model: nn.Module, batches: List[Tensor]) -> Call:
-    return model
 
 
 def _export(model: nn.Module, batches: List[Tensor], path: Path) -> str:
@@ -104,38 +102,32 @@ def pt2e_int8(model: nn.Module, batches: List[Tensor]) -> Call:
     return compiled
 
 
-def torchao_int8(model: nn.Module, batches: List[Tensor]) -> Call:
-    """`torchao.quantization.quantize_(model, Int8WeightOnlyConfig())`"""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+def _torchao(config: str) -> Callable[[nn.Module, List[Tensor]], Call]:
+    def quantize(model: nn.Module, batches: List[Tensor]) -> Call:
+        from torchao import quantization
 
-    quantize_(model, Int8WeightOnlyConfig())
-    return model
+        quantization.quantize_(model, getattr(quantization, config)())
+        return model
 
-
-def torchao_int8_dynamic(model: nn.Module, batches: List[Tensor]) -> Call:
-    """`torchao.quantization.quantize_(model, Int8DynamicActivationInt8WeightConfig())`"""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return model
+    quantize.__doc__ = f'`torchao.quantization.quantize_(model, {config}())`'
+    return quantize
 
 
 RUNTIMES: Dict[str, Callable[[nn.Module, List[Tensor]], Call]] = {
-    'PyTorch': _eager,
+    'PyTorch': lambda model, batches: model,
     'ONNX Runtime': onnxruntime,
     'ONNX Runtime, int8': onnxruntime_int8,
     'OpenVINO': openvino,
     'OpenVINO, int8': openvino_int8,
     'PT2E, int8': pt2e_int8,
-    'torchao, int8 weights': torchao_int8,
-    'torchao, int8': torchao_int8_dynamic,
+    'torchao, int8 weights': _torchao('Int8WeightOnlyConfig'),
+    'torchao, int8': _torchao('Int8DynamicActivationInt8WeightConfig'),
 }
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--runtime', nargs='+', choices=RUNTIMES, default=list(RUNTIMES), metavar='NAME')
-    parser.add_argument('--batch-size', type=int, default=8)
-    parser.add_argument('--rounds', type=int, default=60, help='of each pair of timings')
+    add_flags(parser, batch_size=8, pairs=60)
 
 
 def read_batches(model: nn.Module, split: str, size: int) -> List[Tensor]:
@@ -165,7 +157,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         with torch.inference_mode(False), torch.no_grad():
             calls = [RUNTIMES[name](copy.deepcopy(network), calibration) for network in (model, plain)]
         top1 = accuracy(calls[0], images)
-        pairs = time_rounds([lambda call=call: call(images[0]) for call in calls], args.rounds)
+        pairs = time_rounds([partial(call, images[0]) for call in calls], args.pairs)
         results[name] = {'top1': top1, 'seconds': pairs}
         print(name, top1, flush=True)
     return results
@@ -173,14 +165,19 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 def render(results: Dict[str, Any]) -> str:
     rows = [
-        [
-            name,
-            (RUNTIMES[name].__doc__ or '').strip(),
-            f'{row["top1"]:.2f}',
-            ratio_text([a / b for a, b in row['seconds']]),
-        ]
+        [name, (RUNTIMES[name].__doc__ or '').strip(), f'{row["top1"]:.2f}', ratio_text(row['seconds'])]
         for name, row in results.items()
         if name != 'batch_size'
     ]
-    header = ['runtime', 'how', 'top-1 of the digits', 'time over the plain network: median (95% interval)']
-    return table(header, rows) + f'\n\nBatches of {results["batch_size"]} images of 128 x 128 pixels.'
+    return f'Batches of {results["batch_size"]} images of 128 x 128 pixels.\n\n' + table(
+        ['runtime', 'how', 'top-1', 'time over the plain network: median (95% interval)'], rows
+    )
+
+
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    """The most that a runtime loses."""
+    found = {name: row['top1'] for name, row in results.items() if name != 'batch_size'}
+    if 'PyTorch' not in found:
+        return []
+    loss = f'{min(found.values()) - found["PyTorch"]:+.2f}'
+    return [(f'top-1 of the worst of {len(found) - 1} runtimes, difference in points', loss, 'PyTorch, the digits')]
