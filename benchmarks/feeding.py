@@ -21,12 +21,12 @@ import torch
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
-from timm_depla.data import read_image
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import build
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.distributed import setup_world
 from timm_depla.engine.run import Run
+from timm_depla.files import open_image
 
 from .flags import add_flags
 from .pairs import ratio_text
@@ -83,7 +83,7 @@ def create_run(data: Path, batch_size: int, backend: str) -> Run:
 def load_by_timm(data: Path, batch_size: int) -> Callable[[List[bytes]], Seconds]:
     loader = PlainLoop(create_run(data, batch_size, 'pil')).loader
     transforms = loader.dataset.transform.transforms
-    return in_steps(lambda data: read_image(io.BytesIO(data), 'RGB'), transforms, loader.loader.collate_fn)
+    return in_steps(lambda data: open_image(io.BytesIO(data), 'RGB'), transforms, loader.loader.collate_fn)
 
 
 def load_by_ours(data: Path, batch_size: int, backend: str) -> Callable[[List[bytes]], Seconds]:

@@ -129,15 +129,15 @@ def serve_ours(args: argparse.Namespace, pipe: Any) -> None:
     set_up_device(args, world)
     ours = build(args, world)
     ours.model.register_forward_pre_hook(lambda model, x: images.append(len(x[0]) if model.training else 0))
-    ours.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]['lr']))
-    (ours.folder / 'checkpoints').mkdir(parents=True)
+    ours.state.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]['lr']))
+    (ours.folder.path / 'checkpoints').mkdir(parents=True)
     report = Report(ours)
 
     def epoch(_: int) -> Tuple[float, float]:
         with Interrupt(world) as interrupt:
             run_epoch(ours, interrupt, report)
-        ours.writer.wait()
-        return ours.history[-1]['seconds'], ours.history[-1]['eval_top1']
+        ours.folder.wait()
+        return ours.state.history[-1]['seconds'], ours.state.history[-1]['eval_top1']
 
     serve(pipe, epoch, lambda: (sum(images), rates))
 

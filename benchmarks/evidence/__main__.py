@@ -6,7 +6,7 @@ from typing import Optional
 
 import torch
 
-from timm_depla.engine.distributed import run_command
+from timm_depla.commands import run_command
 
 from . import paper, report, study
 from .proxies import DATA

@@ -6,13 +6,12 @@ from typing import Any, Dict
 
 import torch
 import torch.nn as nn
-from timm.layers import convert_sync_batchnorm
 
 from timm_depla.errors import ConfigError
 
 from .distributed import World, keep_memory
 
-__all__ = ['autocast', 'check_compile', 'set_up_device', 'share_batch_norm']
+__all__ = ['autocast', 'check_compile', 'set_up_device']
 
 
 def set_up_device(args: Namespace, world: World) -> None:
@@ -33,12 +32,8 @@ def autocast(args: Namespace) -> torch.autocast:
 
 
 def check_compile(args: Namespace) -> Dict[str, Any]:
-    """Arguments of `torch.compile`; empty if nothing is compiled.
-
-    Raises:
-        ConfigError: If torch has no such backend or mode.
-    """
-    if not args.torchcompile:
+    """Arguments of `torch.compile`, which torch must know; empty if nothing is compiled."""
+    if not getattr(args, 'torchcompile', None):  # detectors are not compiled
         return {}
     kwargs = dict(backend=args.torchcompile, mode=args.torchcompile_mode)
     try:
@@ -46,16 +41,3 @@ def check_compile(args: Namespace) -> Dict[str, Any]:
     except RuntimeError as error:
         raise ConfigError(f"--torchcompile '{args.torchcompile}': {str(error).splitlines()[0]}") from error
     return kwargs
-
-
-def share_batch_norm(args: Namespace, model: nn.Module, world: World) -> nn.Module:
-    """Convert the model's BatchNorms to SyncBatchNorm if `args.sync_bn` is set.
-
-    Raises:
-        ConfigError: If several processes train on CPUs.
-    """
-    if not args.sync_bn or world.size == 1:
-        return model
-    if world.device.type == 'cpu':
-        raise ConfigError('--sync-bn works on GPUs only: give --no-sync-bn')
-    return convert_sync_batchnorm(model)
