@@ -1,6 +1,7 @@
 """`python -m benchmarks NAME` runs a benchmark, saves its record and writes docs/benchmarks.md."""
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -11,6 +12,7 @@ from typing import Any, Dict, List
 from timm.utils import setup_default_logging
 
 from . import record
+from .pairs import KEEP_MEMORY
 
 LAYERS, MODELS, DETECTION = 'timm_depla/layers', 'timm_depla/models', 'timm_depla/detection'
 MEASURED = {  # what of the package each measures, beside its own file; in the order of the page
@@ -121,4 +123,6 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    if not KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, '-m', 'benchmarks', *sys.argv[1:]], {**os.environ, **KEEP_MEMORY})
     main()

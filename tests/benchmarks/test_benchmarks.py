@@ -17,7 +17,7 @@ def test_docs_are_generated_from_the_records():
     """After a change of measured code, `python -m benchmarks docs` marks the records."""
     assert benchmarks.DOCS.read_text() == benchmarks.render_docs()
     for name in record.names():
-        assert (record.FOLDER / f'{name}.json').read_text() == record.format_json(record.load(name)) + '\n'
+        assert (record.FOLDER / f'{name}.json').read_text() == record.format_record(record.load(name)) + '\n'
 
 
 @pytest.mark.parametrize(
