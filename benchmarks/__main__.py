@@ -82,8 +82,8 @@ def render_docs() -> str:
     """The text of docs/benchmarks.md: a summary, and a section for each benchmark."""
     parts = [
         '# Benchmarks',
-        'Models take turns with their base in one process, so ratios hold where times do not. On a CPU, glibc [keeps freed '
-        'memory](training.md). In brackets are 95% intervals. The figures come from the records in '
+        'Models take turns with their base in one process, so ratios hold where times do not; on a CPU, glibc [keeps '
+        'freed memory](training.md). In brackets are 95% intervals. The figures come from the records in '
         '`benchmarks/records/`, which hold more than the tables. Below each table stands what of the measured code has '
         f'changed since; {OLDER} marks such records here.',
         render_summary(),
