@@ -13,19 +13,21 @@ ALLOWED = {
     'schema': set(),
     'version': set(),
     'capture': {'layers'},
+    'compile': {'layers', 'models'},
     'data': {'files'},
     'models': {'files', 'layers', 'schema'},
     'detection': {'files', 'layers', 'schema'},
     'timm_runs': {'errors', 'files', 'schema'},
     'loading': {'detection', 'errors', 'files', 'models', 'timm_runs'},
-    'engine': {'data', 'detection', 'errors', 'files', 'layers', 'loading', 'models', 'schema', 'timm_runs', 'version'},
+    'engine': {'data', 'errors', 'files', 'layers', 'loading', 'models', 'schema', 'timm_runs', 'version'}
+    | {'compile', 'detection'},
     'hub': {'data', 'detection', 'engine', 'errors', 'files', 'loading', 'timm_runs', 'version'},
     'visualize': {'capture', 'detection', 'engine', 'errors', 'files', 'layers', 'loading'},
     'predict': {'detection', 'engine', 'errors', 'files', 'schema', 'visualize'},
     'demo': {'capture', 'data', 'engine', 'errors', 'files', 'predict', 'schema', 'visualize'},
     'commands': {'engine', 'errors'},
     '__main__': {'commands'},
-    '__init__': {'models', 'version'},
+    '__init__': {'compile', 'models', 'version'},
 }  # what each part may import
 
 

@@ -8,11 +8,12 @@ import torch
 import torch.nn as nn
 from timm.layers import convert_sync_batchnorm
 
+from timm_depla.compile import compile_blocks
 from timm_depla.errors import ConfigError
 
 from .distributed import World, keep_memory
 
-__all__ = ['autocast', 'check_compile', 'set_up_device', 'share_batch_norm']
+__all__ = ['autocast', 'check_compile', 'compile_depla', 'set_up_device', 'share_batch_norm']
 
 
 def set_up_device(args: Namespace, world: World) -> None:
@@ -32,20 +33,38 @@ def autocast(args: Namespace) -> torch.autocast:
     return torch.autocast(torch.device(args.device).type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
 
 
-def check_compile(args: Namespace) -> Dict[str, Any]:
-    """Arguments of `torch.compile`; empty if nothing is compiled.
+def check_compile(args: Namespace, flag: str = 'torchcompile') -> Dict[str, Any]:
+    """Arguments of `torch.compile` for what the flag compiles; empty if that is nothing.
 
     Raises:
         ConfigError: If torch has no such backend or mode.
     """
-    if not args.torchcompile:
+    backend = getattr(args, flag, None)
+    if not backend:
         return {}
-    kwargs = dict(backend=args.torchcompile, mode=args.torchcompile_mode)
+    kwargs = dict(backend=backend, mode=args.torchcompile_mode)
     try:
         torch.compile(nn.Identity(), **kwargs)
     except RuntimeError as error:
-        raise ConfigError(f"--torchcompile '{args.torchcompile}': {str(error).splitlines()[0]}") from error
+        name = flag.replace('_', '-')
+        raise ConfigError(f"--{name} '{backend}': {str(error).splitlines()[0]}") from error
     return kwargs
+
+
+def compile_depla(args: Namespace, *models: nn.Module) -> None:
+    """Compile the blocks with DEPLA if `args.torchcompile_blocks` is set.
+
+    Raises:
+        ConfigError: If torch has no such backend or mode, there is no such block, or all is compiled anyway.
+    """
+    compiled = check_compile(args, 'torchcompile_blocks')
+    if compiled and check_compile(args):
+        raise ConfigError('--torchcompile compiles the blocks, too: leave out --torchcompile-blocks')
+    try:
+        for model in models if compiled else ():
+            compile_blocks(model, **compiled)
+    except ValueError as error:
+        raise ConfigError(f'--torchcompile-blocks: {error}') from error
 
 
 def share_batch_norm(args: Namespace, model: nn.Module, world: World) -> nn.Module:

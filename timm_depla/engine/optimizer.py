@@ -28,6 +28,7 @@ from timm_depla.timm_runs import read_timm_run
 
 from .checkpoint import LINKS, checkpoint_name, find_damage, newest_checkpoint, set_aside, write_file, writing
 from .config import updated
+from .device import compile_depla
 from .distributed import World
 from .run import Run
 
@@ -136,6 +137,7 @@ def assemble(
     args = updated(args, lr=learning_rate(args, world.size))
     optimizer, scheduler, num_epochs = create_optimizer(args, trainable, num_updates)
     ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+    compile_depla(args, model, *([ema.module] if ema else []))
     scaler = NativeScaler(world.device.type) if args.amp and args.amp_dtype == 'float16' else None
     if world.size > 1:
         device_ids = None if world.device.type == 'cpu' else [world.device]
