@@ -1,40 +1,94 @@
 """`python -m benchmarks NAME` runs a benchmark, saves its record, writes docs/benchmarks.md and draws its plots."""
 
 import argparse
+import re
 import shlex
 import sys
+from html import escape
 from importlib import import_module
-from pathlib import Path
+from typing import Any, Dict, List
 
 from timm.utils import setup_default_logging
 
 from . import record
 
-NAMES = (
-    'attack', 'block', 'bound', 'cost', 'crash', 'deploy', 'feeding', 'finetune', 'grid', 'init', 'insertion', 'maps',
-    'neck', 'pipeline', 'scaling', 'speed', 'throughput', 'versus',
-)  # fmt: skip
-BENCHMARKS = {name: import_module(f'benchmarks.{name}') for name in NAMES}
-DOCS = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
+LAYERS, MODELS, DETECTION = 'timm_depla/layers', 'timm_depla/models', 'timm_depla/detection'
+MEASURED = {  # what of the package each measures, beside its own file; in the order of the page
+    'grid': (LAYERS, MODELS),
+    'neck': (LAYERS, DETECTION),
+    'speed': (LAYERS, MODELS),
+    'cost': (LAYERS, MODELS),
+    'bound': (LAYERS, MODELS),
+    'block': (LAYERS,),
+    'scaling': (LAYERS, MODELS),
+    'insertion': (LAYERS, MODELS),
+    'finetune': (LAYERS, MODELS),
+    'init': (LAYERS, MODELS),
+    'maps': (LAYERS, MODELS),
+    'deploy': (LAYERS, MODELS),
+    'throughput': ('timm_depla/engine', 'timm_depla/data'),
+    'versus': ('timm_depla/engine', 'timm_depla/data'),
+    'pipeline': ('timm_depla/engine', 'timm_depla/data'),
+    'feeding': ('timm_depla/data',),
+    'crash': ('timm_depla',),
+    'attack': ('timm_depla',),
+}
+BENCHMARKS = {name: import_module(f'benchmarks.{name}') for name in MEASURED}
+DOCS = record.ROOT / 'docs' / 'benchmarks.md'
+PLOTTED = ('grid', 'speed-rivals')  # records whose plot adds to their table
+OLDER = '\\*'
 
 
-PLOTTED = ('grid', 'scaling', 'speed-rivals')  # records whose plot adds to their table
+def sources(benchmark: str) -> List[str]:
+    return [*MEASURED[benchmark], f'benchmarks/{benchmark}.py']
+
+
+def records() -> Dict[str, Dict[str, Dict[str, Any]]]:
+    """By benchmark its records by name, in the order of the page."""
+    found: Dict[str, Dict[str, Dict[str, Any]]] = {benchmark: {} for benchmark in BENCHMARKS}
+    for name in record.names():
+        found[name.split('-')[0]][name] = record.load(name)
+    return {benchmark: entries for benchmark, entries in found.items() if entries}
+
+
+def render_summary() -> str:
+    rows = []
+    for benchmark, entries in records().items():
+        for name, entry in entries.items():
+            mark = '' if record.changes(entry) == [] else OLDER
+            for row in getattr(BENCHMARKS[benchmark], 'summary', lambda _: [])(entry['results']):
+                rows.append([*row, f'[{name}](#{name}){mark}'])
+    return record.table(['', '', 'over, or on', 'section'], rows)
+
+
+def render_origin(entry: Dict[str, Any]) -> str:
+    """Where a record comes from: what has changed since, and folded its command and versions."""
+    found = record.changes(entry)
+    since = 'unknown' if found is None else ', '.join(f'<code>{escape(source)}</code>' for source in found)
+    versions = ', '.join(f'{package} {version}' for package, version in entry['versions'].items())
+    return (
+        f'<details><summary>Commit {entry["commit"][:7]}, {entry["hardware"]}'
+        f'{"; changed since: " if since else ""}{since}</summary><code>{escape(entry["command"])}</code>; {versions}.'
+        '</details>'
+    )
 
 
 def render_docs() -> str:
-    """The text of docs/benchmarks.md: a section for each record."""
-    parts = ['# Benchmarks', 'Each table comes from a record in `benchmarks/records/`, by the command below it.']
-    for name in record.names():
-        entry = record.load(name)
-        module = BENCHMARKS[name.split('-')[0]]
-        versions = ', '.join(f'{package} {version}' for package, version in entry['versions'].items())
-        parts += [
-            f'## {name}',
-            module.__doc__.strip(),
-            module.render(entry['results']),
-            *([f'![{name}, drawn](plots/{name}.svg)'] if name in PLOTTED else []),
-            f'`{entry["command"]}` at commit {entry["commit"][:12]}; {versions}; {entry["hardware"]}.',
-        ]
+    """The text of docs/benchmarks.md: a summary, and a section for each benchmark."""
+    parts = [
+        '# Benchmarks',
+        'Models take turns with their base in one process, so ratios hold where times do not. In brackets are 95% '
+        'intervals. The figures come from the records in `benchmarks/records/`, which hold more than the tables. Below '
+        f'each table stands what of the measured code has changed since; {OLDER} marks such records here.',
+        render_summary(),
+    ]
+    for benchmark, entries in records().items():
+        parts += [f'## {benchmark}', BENCHMARKS[benchmark].__doc__.strip().replace('\n\n', '\n')]
+        for name, entry in entries.items():
+            parts += [f'### {name}'] if name != benchmark else []
+            parts += [BENCHMARKS[benchmark].render(entry['results'])]
+            parts += [f'![{name}, drawn](plots/{name}.svg)'] if name in PLOTTED else []
+            parts += [render_origin(entry)]
     return '\n\n'.join(parts) + '\n'
 
 
@@ -42,25 +96,28 @@ def draw_plots() -> None:
     """Draw the plots of docs/benchmarks.md from the records; the same records give the same bytes."""
     folder = DOCS.parent / 'plots'
     folder.mkdir(exist_ok=True)
-    for name in set(PLOTTED) & set(record.names()):
-        module = BENCHMARKS[name.split('-')[0]]
-        record.save_plot(module.plot(record.load(name)['results']), folder / f'{name}.svg')
+    for benchmark, entries in records().items():
+        for name in set(PLOTTED) & set(entries):
+            record.save_plot(BENCHMARKS[benchmark].plot(entries[name]['results']), folder / f'{name}.svg')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__)
     commands = parser.add_subparsers(dest='name', required=True)
     for name, module in BENCHMARKS.items():
-        command = commands.add_parser(name, help=module.__doc__.strip(), description=module.__doc__)
+        command = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
         module.add_args(command)
-        command.add_argument('--record', default=name, metavar='NAME', help=f'file of the record, {name}[-SUFFIX]')
+        command.add_argument('--record', default=name, metavar='NAME', help=f'of its file, {name}[-SUFFIX]')
     commands.add_parser('docs', help='write docs/benchmarks.md and its plots from the records')
     args = parser.parse_args()
     setup_default_logging()
     if args.name != 'docs':
+        if not re.fullmatch(rf'{args.name}(-[\w-]+)?', args.record):
+            parser.error(f"--record must be '{args.name}' or '{args.name}-SUFFIX', not '{args.record}'")
         module = BENCHMARKS[args.name]
         results = module.run(args)
-        record.save(args.record, f'python -m benchmarks {shlex.join(sys.argv[1:])}', vars(args), results)
+        command = f'python -m benchmarks {shlex.join(sys.argv[1:])}'
+        record.save(args.record, command, vars(args), sources(args.name), results)
         print(module.render(results))
     DOCS.write_text(render_docs())
     draw_plots()

@@ -1,11 +1,10 @@
 """Mistakes and hostile files, drawn from seeds: each gives a message, never a traceback, a hang or silence.
 
 Command lines combine a script's flags with valid and invalid values. A run folder is damaged in one place, gets a link
-or a pipe, or an args.yaml that asks for what only a user may ask for; then it is validated, resumed or published.
-Published weights get another config.json. Each case has its own process and a time limit, and runs what the command
-runs. "Silent" counts invalid numbers that a flag accepted, and damaged checkpoints that were used. In every case it is
-checked whether something was executed, a host was looked up that the user did not name, or a file outside of the case's
-folder changed.
+or a pipe, or an args.yaml that asks for what only a user may ask for. Published weights get another config.json. Each
+case runs what the command runs, in its own process, with a time limit. "Silent" counts invalid numbers that a flag
+accepted, and damaged checkpoints that were used. "Executed", "fetched" and "written outside" count cases where a
+command ran, a host was looked up that the user did not name, or a file outside of the case's folder changed.
 """
 
 import argparse
@@ -23,7 +22,7 @@ import tempfile
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 
@@ -32,6 +31,7 @@ from timm_depla.data.scenes import scenes_folder
 from timm_depla.errors import UserError
 
 from .attack_cases import CASES, attack_command, train, train_detection
+from .flags import add_flags
 from .record import table
 
 SECONDS = 120  # time limit of a case
@@ -40,7 +40,7 @@ SECONDS = 120  # time limit of a case
 def add_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--kinds', nargs='+', choices=CASES, default=list(CASES), metavar='KIND', help='all by default')
     parser.add_argument('--share', type=float, default=1.0, metavar='X', help='of the cases of each kind')
-    parser.add_argument('--seed', type=int, default=0, help='seed of the first case; the next ones count on')
+    add_flags(parser, seed=0)  # of the first case; the next ones count on
 
 
 def _record_lookups() -> List[str]:
@@ -147,7 +147,25 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def render(results: Dict[str, Any]) -> str:
-    columns = ['cases', 'refused', 'accepted', 'traceback', 'unexpected', 'hang', 'silent', 'executed', 'fetched',
-               'written outside']  # fmt: skip
-    rows = [[name, *(found.get(key, 0) for key in columns)] for name, found in results.items()]
-    return table(['', *columns], rows)
+    kinds = (
+        'refused',
+        'accepted',
+        'traceback',
+        'unexpected',
+        'hang',
+        'silent',
+        'executed',
+        'fetched',
+        'written outside',
+    )
+    rows = [[kind, *(found.get(kind, 0) for found in results.values())] for kind in kinds]
+    never = ', '.join(kind for kind, *counts in rows if not any(counts))
+    return f'{table(["", *results], [row for row in rows if any(row[1:])])}\n\nNo case: {never or "none"}.'
+
+
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    cases = sum(found['cases'] for found in results.values())
+    wrong = sum(len(found['wrong']) for found in results.values())
+    return [
+        ('mistakes and attacks that got no message', f'{wrong} of {cases:,}', 'command lines, hostile files and others')
+    ]

@@ -19,6 +19,7 @@ import timm
 import yaml
 from PIL import Image
 
+from timm_depla.commands import run_command
 from timm_depla.detection.coco import CocoDetection
 from timm_depla.engine.classification import flags as classification_flags
 from timm_depla.engine.classification import train as train_module
@@ -27,7 +28,6 @@ from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection import flags as detection_flags
 from timm_depla.engine.detection import train as detection_train
 from timm_depla.engine.detection import validate as detection_validate
-from timm_depla.engine.distributed import run_command
 from timm_depla.errors import UserError
 from timm_depla.files import SUMS, list_sums, open_image
 from timm_depla.hub.publish import create_publish_parser, publish

@@ -1,30 +1,27 @@
-"""The block alone against its floor: the time to copy its bytes, plus its multiply-adds as one matrix product.
+"""The block alone against its floor: the time to copy its bytes and to multiply its matrices.
 
 Forward reads X and Y and writes the output. Backward reads X, Y and the output's gradient, writes two gradients, and
-has twice the multiply-adds. The floor is the time of these bytes at the copy bandwidth (read and written) plus that of
-the multiply-adds at the rate of a large matrix product, both measured alternately with the block. Each timing repeats
-the call until the block has 5 G multiply-adds, at most 20 times. A training step, forward and backward, is compared
-with the plain form of the same block. The profile is
-that of PyTorch's profiler, whose own time is in the small operations. It shows what is above the floor: convolutions to
-64 channels and products of 16 or 17 terms are slower than the large product; the sum with X and that of its two
-gradients write a map each; the rest are small operations.
+has twice the multiply-adds. The floor is the time of these bytes at the copy bandwidth (read and written) and of the
+multiply-adds at the rate of a large matrix product, both measured in turn with the block. A timing repeats the call
+until the block has 5 G multiply-adds, at most 20 times. The shares of a training step are those of PyTorch's profiler,
+whose own time is in the small operations.
 """
 
 import argparse
 import copy
 import statistics
 from functools import partial
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_depla.engine.distributed import keep_memory
-from timm_depla.engine.plan import count_macs
 from timm_depla.layers import Depla
 
-from .pairs import peak_memory, ratio_text, seconds_text, time_rounds
+from .flags import add_flags
+from .pairs import median_text, peak_memory, ratio_text, time_rounds
 from .record import table
 from .speed import along
 
@@ -44,67 +41,12 @@ KINDS = {
 
 def add_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--shape', nargs='+', default=SHAPES, metavar='BxCxHxW', help='identity and candidate')
-    parser.add_argument('--pairs', type=int, default=40, help='timings of each')
+    add_flags(parser, pairs=40)
 
 
 def _infer(block: Depla, x: torch.Tensor, y: torch.Tensor) -> None:
     with torch.inference_mode():
         block(x, y)
-
-
-def _measure(bfn: str, shape: List[int], memory_format: torch.memory_format, rounds: int) -> Dict[str, Any]:
-    block = Depla(shape[1], bfn=bfn)
-    macs = shape[0] * count_macs(_Pair(block).to('meta').eval(), shape[1:])
-    block = Depla(shape[1], bfn=bfn).train().to(memory_format=memory_format)
-    x, y = (torch.randn(shape).to(memory_format=memory_format).requires_grad_() for _ in range(2))
-    gradient = torch.randn(shape).to(memory_format=memory_format)
-    plain = copy.deepcopy(block)
-    out = block(x, y)
-    inputs = [x, y, *block.parameters()]
-    steps = [along(form, partial(_step, module, x, y, gradient)) for form, module in (('', block), ('+plain', plain))]
-    infer = copy.deepcopy(block).eval()
-    source, a, b = torch.randn(COPIED), *torch.randn(2, SIDE, SIDE)
-    target, product = torch.empty_like(source), torch.empty_like(a)
-    calls = [
-        partial(_infer, infer, x.detach(), y.detach()),
-        partial(torch.autograd.grad, out, inputs, gradient, retain_graph=True),
-        partial(target.copy_, source),
-        partial(torch.mm, a, b, out=product),
-        *steps,
-    ]
-    times = min(max(1, TIMED // macs), 20)
-    samples = time_rounds([partial(_repeat, call, times) for call in calls], rounds)
-    samples = [[seconds / times for seconds in sample] for sample in samples]
-    memory = [peak_memory(step) for step in steps]
-    return dict(
-        macs=macs, bytes=x.nbytes, samples=samples, memory=memory, profile=_profile(block, x, y, gradient, times)
-    )
-
-
-def _profile(
-    block: Depla, x: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor, times: int
-) -> Dict[str, Dict[str, float]]:
-    """Operations, seconds and multiply-adds of a step by kind of operation."""
-
-    def step() -> None:
-        for tensor in (x, y, *block.parameters()):
-            tensor.grad = None
-        block(x, y).backward(gradient)
-
-    with FlopCounterMode(display=False) as counter:
-        step()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        _repeat(step, times)
-    kind_of = {name: kind for kind, names in KINDS.items() for name in names}
-    found = {kind: dict(operations=0.0, seconds=0.0, macs=0.0) for kind in (*KINDS, 'other')}
-    for event in profiler.key_averages():
-        entry = found[kind_of.get(event.key.removeprefix('aten::'), 'other')]
-        entry['operations'] += event.count / times
-        entry['seconds'] += event.self_cpu_time_total / 1e6 / times
-    for operation, flops in counter.get_flop_counts()['Global'].items():
-        is_conv = 'conv' in str(operation)
-        found['convolutions' if is_conv else 'matrix products']['macs'] += flops / 2
-    return found
 
 
 def _step(block: Depla, x: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -116,15 +58,52 @@ def _repeat(call: Callable[[], Any], times: int) -> None:
         call()
 
 
-class _Pair(torch.nn.Module):
-    """The block as a function of one tensor, for counting."""
+def _macs(call: Callable[[], Any]) -> Dict[str, float]:
+    """Multiply-adds of convolutions and of matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    found = dict.fromkeys(('convolutions', 'matrix products'), 0.0)
+    for operation, flops in counter.get_flop_counts()['Global'].items():
+        found['convolutions' if 'conv' in str(operation) else 'matrix products'] += flops / 2
+    return found
 
-    def __init__(self, block: Depla) -> None:
-        super().__init__()
-        self.block = block
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block(x, x)
+def _measure(bfn: str, shape: List[int], memory_format: torch.memory_format, rounds: int) -> Dict[str, Any]:
+    block = Depla(shape[1], bfn=bfn).train().to(memory_format=memory_format)
+    x, y = (torch.randn(shape).to(memory_format=memory_format).requires_grad_() for _ in range(2))
+    gradient = torch.randn(shape).to(memory_format=memory_format)
+    infer = partial(_infer, copy.deepcopy(block).eval(), x.detach(), y.detach())
+    steps = [along(form, partial(_step, copy.deepcopy(block), x, y, gradient)) for form in ('', '+plain')]
+    out, macs = block(x, y), int(sum(_macs(along('+plain', infer)).values()))
+    source, a, b = torch.randn(COPIED), *torch.randn(2, SIDE, SIDE)
+    calls = [
+        infer,
+        partial(torch.autograd.grad, out, [x, y, *block.parameters()], gradient, retain_graph=True),
+        partial(torch.empty_like(source).copy_, source),
+        partial(torch.mm, a, b, out=torch.empty_like(a)),
+        *steps,
+    ]
+    times = min(max(1, TIMED // macs), 20)
+    samples = time_rounds([partial(_repeat, call, times) for call in calls], rounds)
+    return dict(
+        macs=macs, bytes=x.nbytes, samples=[[seconds / times for seconds in sample] for sample in samples],
+        memory=[peak_memory(step) for step in steps], profile=_profile(steps[0], times),
+    )  # fmt: skip
+
+
+def _profile(step: Callable[[], Any], times: int) -> Dict[str, Dict[str, float]]:
+    """Operations, seconds and multiply-adds of a step by kind of operation."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        _repeat(step, times)
+    kind_of = {name: kind for kind, names in KINDS.items() for name in names}
+    found = {kind: dict(operations=0.0, seconds=0.0, macs=0.0) for kind in (*KINDS, 'other')}
+    for event in profiler.key_averages():
+        entry = found[kind_of.get(event.key.removeprefix('aten::'), 'other')]
+        entry['operations'] += event.count / times
+        entry['seconds'] += event.self_cpu_time_total / 1e6 / times
+    for kind, macs in _macs(step).items():
+        found[kind]['macs'] = macs
+    return found
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
@@ -140,47 +119,36 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     }
 
 
+def _floors(result: Dict[str, Any], maps: int, times: int) -> List[Tuple[float, float]]:
+    """Seconds of the bytes and of the multiply-adds in each round."""
+    moved, macs = maps * result['bytes'], times * result['macs']
+    return [
+        (moved / (8 * COPIED) * copied, macs / SIDE**3 * product) for _, _, copied, product, *_ in result['samples']
+    ]
+
+
 def render(results: Dict[str, Any]) -> str:
     rows, steps = [], []
     for name, result in results.items():
-        for i, (kind, maps, times) in enumerate((('forward', 3, 1), ('backward', 5, 2))):
-            moved, macs = maps * result['bytes'], times * result['macs']
-            floors = [
-                (moved / (8 * COPIED) * copied, macs / SIDE**3 * product)
-                for _, _, copied, product, *_ in result['samples']
-            ]
-            parts = [statistics.median(values) for values in zip(*floors, strict=True)]
-            seconds = [sample[i] for sample in result['samples']]
-            rows.append([
-                name, kind, f'{moved / 1e6:.0f} MB', f'{macs / 1e9:.2f} G', *map(seconds_text, parts),
-                seconds_text(statistics.median(seconds)),
-                ratio_text([second / sum(floor) for second, floor in zip(seconds, floors, strict=True)]),
-            ])  # fmt: skip
-        times = [sample[4:] for sample in result['samples']]
-        medians = [statistics.median(seconds) for seconds in zip(*times, strict=True)]
-        fast, plain = result['memory']
-        steps.append([
-            name, *map(seconds_text, medians), ratio_text([fast / plain for fast, plain in times]),
-            f'{fast / 2**20:.1f} MiB', f'{plain / 2**20:.1f} MiB', f'{fast / plain:.3f}',
-        ])  # fmt: skip
+        samples, row = result['samples'], [name]
+        for i, (maps, times) in enumerate(((3, 1), (5, 2))):
+            floors = _floors(result, maps, times)
+            over = [(sample[i], sum(floor)) for sample, floor in zip(samples, floors, strict=True)]
+            share = statistics.median(floor[0] / sum(floor) for floor in floors)
+            row += [median_text(samples, i), ratio_text(over), f'{share:.0%}']
+        rows.append(row)
+        total = sum(entry['seconds'] for entry in result['profile'].values())
+        shares = [f'{entry["seconds"] / total:.0%}' for entry in result['profile'].values()]
+        (fast, plain), times = result['memory'], [sample[4:] for sample in samples]
+        steps.append([name, median_text(times, 0), ratio_text(times), f'{fast / plain:.3f}', *shares])
     samples = [sample for result in results.values() for sample in result['samples']]
-    rate = statistics.median(SIDE**3 / product for _, _, _, product, *_ in samples)
-    profiles = [
-        [
-            name if kind == 'convolutions' else '', kind, '' if kind == 'other' else f'{entry["operations"]:.0f}',
-            seconds_text(entry['macs'] / rate) if entry['macs'] else '', seconds_text(entry['seconds']),
-            f'{entry["seconds"] / sum(other["seconds"] for other in result["profile"].values()):.0%}',
-        ]
-        for name, result in results.items()
-        for kind, entry in result['profile'].items()
-    ]  # fmt: skip
-    bandwidth = statistics.median(8 * COPIED / copied for _, _, copied, *_ in samples)
-    return (
-        f'Copy bandwidth {bandwidth / 1e9:.1f} GB/s, matrix product {rate / 1e9:.0f} G multiply-adds a second. Times '
-        'are medians, the ratio is that to the sum of the two floors, round by round: median (95% interval).\n\n'
-        + table(['block', '', 'moved', 'multiply-adds', 'floor, bytes', 'floor, multiply-adds', 'time', 'ratio'], rows)
-        + '\n\n'
-        + table(['training step', 'fused', 'plain form', 'ratio', 'peak memory', 'plain form', 'ratio'], steps)
-        + '\n\n'
-        + table(['training step', 'operation', 'number', 'floor, multiply-adds', 'time', 'share'], profiles)
+    bandwidth, rate = (
+        statistics.median(amount / sample[i] / 1e9 for sample in samples)
+        for i, amount in ((2, 8 * COPIED), (3, SIDE**3))
     )
+    header = ['block', 'forward', 'over its floor', 'of it bytes', 'backward', 'over its floor', 'of it bytes']
+    return '\n\n'.join([
+        f'Copy bandwidth {bandwidth:.1f} GB/s, matrix product {rate:.0f} G multiply-adds a second; times are medians.',
+        table(header, rows),
+        table(['training step', 'time', 'over the plain form', 'memory', *KINDS, 'other'], steps),
+    ])  # fmt: skip

@@ -1,20 +1,17 @@
-"""What a model costs a GPU at least, counted without one: kernels, bytes and multiply-adds.
+"""What a model costs a GPU at least, counted without one.
 
-The model runs on fake tensors, which have sizes and types but no data, in channels-last format under autocast to
-bfloat16. Each operation that PyTorch dispatches counts as one kernel, unless it only makes a view or allocates; the
-backward pass of a convolution counts as one for each gradient. A kernel reads its inputs and writes its outputs once:
-its time is at least that of these bytes at the GPU's bandwidth, and that of its multiply-adds at the GPU's matrix rate;
-a model's device time is the sum over its kernels. Eager execution takes at least as long as launching them all takes.
-The form of the block is that on a GPU. The numbers of the GPU are its maker's (H100 SXM: 3.35 TB/s, 989
-TFLOPS dense in bfloat16); a launch is taken as 5 us. None of this is a measurement, and the operations are those of a
-CPU's autocast, whose list of types differs a little.
-`speed --device cuda --amp` measures.
+The model runs on fake tensors, which have no data, in channels-last format under autocast to bfloat16, in the form that
+it has on a GPU. Each operation that PyTorch dispatches is a kernel, unless it only makes a view or allocates; a
+convolution's backward pass has one for each gradient. A kernel takes at least the time of its inputs and outputs at the
+GPU's bandwidth, and of its multiply-adds at its matrix rate; device time is the sum. Eager execution takes at least the
+time to launch all kernels. The GPU is an H100 SXM by its maker's numbers (3.35 TB/s, 989 TFLOPS dense in bfloat16), and
+a launch takes 5 us. The operations are those of a CPU's autocast, whose types differ a little.
 """
 
 import argparse
 from collections import Counter
 from functools import partial
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 from unittest.mock import patch
 
 import torch
@@ -25,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from timm_depla.layers import Depla
 
+from .flags import add_flags
 from .record import table
 from .speed import KINDS, along, create_model, train_step
 
@@ -66,26 +64,20 @@ class KernelCounter(TorchDispatchMode):
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--model', nargs='+', default=['resnet50_depla', 'resnet50_depla_adaptive', 'seresnet50_depla'])
-    parser.add_argument('--base', default='resnet50', help='model to compare them with')
-    parser.add_argument('--batch-size', type=int, default=256, help='images')
-    parser.add_argument('--img-size', type=int, default=224, help='pixels')
+    models = ['resnet50_depla', 'resnet50_depla_adaptive', 'seresnet50_depla']
+    add_flags(parser, model=models, base='resnet50', batch_size=256, img_size=224)
 
 
 def _count(call: Any) -> Dict[str, Any]:
     with KernelCounter() as counter:
         call()
-    return dict(
-        kernels=sum(counter.kernels.values()), bytes=counter.bytes, macs=counter.macs, seconds=counter.seconds,
-        most=dict(counter.kernels.most_common(8)),
-    )  # fmt: skip
+    kernels = sum(counter.kernels.values())
+    return dict(kernels=kernels, bytes=counter.bytes, macs=counter.macs, seconds=counter.seconds)
 
 
 def _infer(model: torch.nn.Module, x: torch.Tensor) -> None:
-    with (
-        torch.autocast(x.device.type, torch.bfloat16),
-        torch.no_grad(),
-    ):  # in inference mode, what is composed counts as one
+    """Not in inference mode, where PyTorch dispatches several operations as one."""
+    with torch.autocast(x.device.type, torch.bfloat16), torch.no_grad():
         model(x)
 
 
@@ -96,29 +88,33 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
             model = create_model(name, args.img_size)
             x = torch.randn(args.batch_size, 3, args.img_size, args.img_size)
             x = x.contiguous(memory_format=torch.channels_last)
-            results[name] = {}
+            results[name] = dict(blocks=sum(isinstance(module, Depla) for module in model.modules()))
             for kind, call in zip(KINDS, (partial(_infer, model, x), partial(train_step, model, x, True)), strict=True):
-                model.train(kind != 'inference')
+                model.train(kind == 'training step')
                 results[name][kind] = _count(along(name, call))
-            results[name]['blocks'] = sum(isinstance(module, Depla) for module in model.modules())
     return results
 
 
 def render(results: Dict[str, Any]) -> str:
-    *names, base = results['names']
-    rows: List[List[Any]] = []
-    for kind in KINDS:
-        plain = results[base][kind]
-        for name in (*names, base):
-            found, blocks = results[name][kind], results[name]['blocks']
-            more = f'{(found["kernels"] - plain["kernels"]) / blocks:.1f}' if blocks else ''
-            rows.append([
-                f'`{name}`', kind, f'{found["macs"] / 1e9:.0f} G', f'{found["bytes"] / 1e9:.1f} GB',
+    base, rows = results[results['names'][-1]], []
+    for name in results['names']:
+        row: List[Any] = [f'`{name}`']
+        for kind in KINDS:
+            found, plain, blocks = results[name][kind], base[kind], results[name]['blocks']
+            row += [
                 f'{found["bytes"] / plain["bytes"]:.3f}', f'{found["seconds"] * 1000:.1f} ms',
-                f'{found["seconds"] / plain["seconds"]:.3f}', found['kernels'], more,
+                f'{found["seconds"] / plain["seconds"]:.3f}', found['kernels'],
+                f'{(found["kernels"] - plain["kernels"]) / blocks:.1f}' if blocks else '',
                 f'{found["kernels"] * LAUNCH * 1000:.1f} ms',
-            ])  # fmt: skip
-    header = ['', '', 'multiply-adds', 'bytes', 'ratio', 'device time, at least', 'ratio', 'kernels']
-    header += ['more for each block', 'launches']
-    about = f'Batch {results["batch_size"]} at {results["img_size"]} pixels. Ratios are to `{base}`.'
-    return f'{about}\n\n{table(header, rows)}'
+            ]  # fmt: skip
+        rows.append(row)
+    header = ['bytes', 'device time', 'ratio', 'kernels', 'more for each block', 'launches']
+    about = f'Batch {results["batch_size"]} at {results["img_size"]} pixels. Ratios are to `{results["names"][-1]}`.'
+    return f'{about}\n\n{table(["", *(f"{kind}: {name}" for kind in KINDS for name in header)], rows)}'
+
+
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    name, base = results['names'][0], results['names'][-1]
+    found, plain = (results[model][KINDS[1]]['seconds'] for model in (name, base))
+    on = f'`{base}`, batch {results["batch_size"]}, H100, counted'
+    return [(f'least device time of a step of `{name}`', f'{found / plain:.3f}', on)]

@@ -1,25 +1,26 @@
-"""Cost of each model: parameters, multiply-adds and activations, beside the multiply-adds that the paper prints.
+"""Parameters, multiply-adds and activations of each model, beside the multiply-adds that the paper prints.
 
-Multiply-adds are those of convolutions and matrix products, activations the output elements of convolutions and linear
-layers, both with every layer of the model counted. "Fused" counts those after timm's `reparameterize_model`: a residual
-block that does not make its candidate skips its last convolution.
+Multiply-adds are those of convolutions and matrix products. Activations are the output elements of convolutions and
+linear layers. All layers count. "Fused" is after timm's `reparameterize_model`: a residual block that does not make its
+candidate skips its last convolution. The table has the networks of the paper, the record all.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List, Tuple
 
 import timm
 from timm.utils import reparameterize_model
 
 from timm_depla.engine.plan import count_cost, count_macs
 
+from .flags import add_flags
 from .record import table
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--model', nargs='+', default=['*_depla*'], help='models, with wildcards')
+    add_flags(parser, model=['*_depla*'])
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
@@ -42,15 +43,21 @@ def _printed() -> Dict[str, float]:
 
 
 def render(results: Dict[str, Any]) -> str:
-    printed = _printed()
-    rows = [
-        [
-            f'`{name}`',
-            r['size'],
-            *(f'{r[key] / 1e9:.2f}' for key in ('macs', 'fused')),
-            printed.get(name, ''),
-            *(f'{r[key] / 1e6:.1f}' for key in ('activations', 'parameters')),
-        ]
-        for name, r in results.items()
+    printed, rows = _printed(), []
+    for name, found in results.items():
+        base = name.split('_depla')[0]
+        if '_depla' in name and base in results and base in printed:
+            row = [f'`{name}`']
+            for key, scale in (('macs', 1e9), ('activations', 1e6), ('parameters', 1e6)):
+                row += [f'{found[key] / scale:.2f}', f'{found[key] / results[base][key]:.3f}']
+            rows.append([*row, f'{found["fused"] / 1e9:.2f}', printed.get(name, '')])
+    header = ['', 'G multiply-adds', 'over the base', 'M activations', 'over the base', 'M parameters', 'over the base']
+    return table([*header, 'G multiply-adds, fused', "the paper's"], rows)
+
+
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    return [
+        (f'multiply-adds of `{name}`', f'{results[name]["macs"] / results[base]["macs"]:.3f}', f'`{base}`, 224 pixels')
+        for name, base in (('resnet50_depla', 'resnet50'),)
+        if name in results
     ]
-    return table(['model', 'pixels', 'G multiply-adds', 'fused', 'in the paper', 'M activations', 'M parameters'], rows)

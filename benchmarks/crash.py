@@ -1,12 +1,11 @@
 """Training that is killed repeatedly ends bit for bit like uninterrupted training.
 
-The runs use a shortened recipe with everything that is random or has state: for classification, the digits with
-AutoAugment, random erasing, mixup, cutmix, stochastic depth and a weight average; for detection, digits in scenes with
-flips, random image sizes and a weight average. The moments take turns: any, while a checkpoint is being written, and in
-validation, each by SIGKILL; and any moment by SIGUSR1, after which training must save and exit by itself. Every fifth
-kill hits `hub.publish` instead. A killed run is resumed with `--resume auto` and another number of workers until it
-ends. Then its weights, optimizer state, all other state and summary are compared with those of an uninterrupted run. A
-killed publication is repeated, and its weights, configuration and recipe are compared with an uninterrupted one.
+The runs have everything that is random or has state: the digits with AutoAugment, random erasing, mixup, cutmix,
+stochastic depth and a weight average; in detection, digits in scenes with flips, random sizes and a weight average. The
+moments take turns: while a checkpoint is written, at any moment, in validation, each by SIGKILL, and by SIGUSR1, after
+which training must save and exit by itself. Every fifth kill hits `hub.publish`. A killed run is resumed with another
+number of workers until it ends. Its weights, optimizer state, all other state and its summary are then compared with
+those of an uninterrupted run. A killed publication is repeated, and its weights, configuration and recipe are compared.
 """
 
 import argparse
@@ -20,14 +19,14 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 from timm_depla.data import digits_folder
 from timm_depla.data.scenes import scenes_folder
 from timm_depla.files import find_change
 
 from .differences import differences
-from .record import table
+from .flags import add_flags
 
 ROOT = Path(__file__).parent.parent
 COMMON = ' --recovery-interval 3 --model-ema --model-ema-decay 0.9 --log-interval 1 --resume auto'
@@ -44,11 +43,10 @@ PUBLISHED = ('model.safetensors', 'config.json', 'recipe.yaml')  # record.json h
 
 def add_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--task', default='classification', choices=list(FLAGS), help='what to train')
-    parser.add_argument('--epochs', type=int, default=4, help='epochs of a run')
     parser.add_argument('--kills', type=int, default=30, help='kills in all')
     parser.add_argument('--processes', type=int, default=1, help='processes that train together, by torchrun')
     parser.add_argument('--max-workers', type=int, default=4, help='runs take 0 to this many loading processes in turn')
-    parser.add_argument('--seed', type=int, default=0, help='seed of the first kill; the next ones count on')
+    add_flags(parser, epochs=4, seed=0)  # the seed of the first kill; the next ones count on
 
 
 def launch(command: List[Any], log: Path) -> subprocess.Popen:
@@ -125,7 +123,7 @@ def kill(process: subprocess.Popen, count: int, run: Path, seed: int) -> str:
         code = process.wait(timeout=120)
         if code == 0:
             return ''
-        if 'go on with: python' not in log.read_text():
+        if 'resume with: python' not in log.read_text():
             raise RuntimeError(f'SIGUSR1 was not answered: {log.read_text()}')
     else:
         time.sleep(0.2)  # what a surviving rank does meanwhile
@@ -182,7 +180,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
                 log = (output / f'{name}.log').read_text()
                 if not (hit or ended):
                     raise RuntimeError(log)
-                found = re.search(r'going on from .*: epoch (\d+), step (\d+)', log)
+                found = re.search(r'resuming from .*: epoch (\d+), step (\d+)', log)
                 positions.append(f'{found[1]}:{found[2]}' if found else 'start')
                 print(f'{kills:3} kills  {name} from {positions[-1]}  {hit or "ended"}', flush=True)
             runs += 1
@@ -204,11 +202,17 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def render(results: Dict[str, Any]) -> str:
-    rows = [[name, count] for name, count in sorted(results['hits'].items())]
     task = results.get('task', 'classification').capitalize()
+    hits = ', '.join(f'{count} {name}' for name, count in sorted(results['hits'].items()))
+    more = ''.join(f'; {text}' for text in results['different'])
     return (
-        f'{task}: {results["kills"]} kills of {results["processes"]} process{"es" if results["processes"] > 1 else ""} '
-        f'over {results["runs"]} runs: {results["identical"]} of {results["runs"]} runs ended bit for bit like the '
-        f'uninterrupted one{"".join(f"; {text}" for text in results["different"])}.\n\n'
-        + table(['killed', 'times'], rows)
+        f'{task}, {results["processes"]} process{"es" if results["processes"] > 1 else ""}: {results["kills"]} kills '
+        f'({hits}) over {results["runs"]} runs. {results["identical"]} of {results["runs"]} ended bit for bit like the '
+        f'uninterrupted one{more}.'
     )
+
+
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    processes = f', {results["processes"]} processes' if results['processes'] > 1 else ''
+    on = f'{results["kills"]} kills, {results.get("task", "classification")}{processes}'
+    return [('killed runs that end bit for bit', f'{results["identical"]} of {results["runs"]}', on)]

@@ -1,14 +1,15 @@
 """Deployment on a CPU: each runtime's accuracy on the digits, and its time over the plain network.
 
-`test_resnet_depla` with its shipped weights, and its base without DEPLA, untrained, both through the same runtime, in
-turn on the same batches. Calibration takes training images.
+`test_resnet_depla` with its shipped weights, and its base without DEPLA, untrained, take turns in the same runtime on
+the same batches. Calibration takes training images.
 """
 
 import argparse
 import copy
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
 import timm
@@ -19,6 +20,7 @@ from torch._inductor import config as inductor_config
 
 from timm_depla.data import digits_folder
 
+from .flags import add_flags
 from .pairs import ratio_text, time_rounds
 from .record import table
 
@@ -134,8 +136,7 @@ RUNTIMES: Dict[str, Callable[[nn.Module, List[Tensor]], Call]] = {
 
 def add_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--runtime', nargs='+', choices=RUNTIMES, default=list(RUNTIMES), metavar='NAME')
-    parser.add_argument('--batch-size', type=int, default=8)
-    parser.add_argument('--rounds', type=int, default=60, help='of each pair of timings')
+    add_flags(parser, batch_size=8, pairs=60)
 
 
 def read_batches(model: nn.Module, split: str, size: int) -> List[Tensor]:
@@ -165,7 +166,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         with torch.inference_mode(False), torch.no_grad():
             calls = [RUNTIMES[name](copy.deepcopy(network), calibration) for network in (model, plain)]
         top1 = accuracy(calls[0], images)
-        pairs = time_rounds([lambda call=call: call(images[0]) for call in calls], args.rounds)
+        pairs = time_rounds([partial(call, images[0]) for call in calls], args.pairs)
         results[name] = {'top1': top1, 'seconds': pairs}
         print(name, top1, flush=True)
     return results
@@ -173,14 +174,19 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 def render(results: Dict[str, Any]) -> str:
     rows = [
-        [
-            name,
-            (RUNTIMES[name].__doc__ or '').strip(),
-            f'{row["top1"]:.2f}',
-            ratio_text([a / b for a, b in row['seconds']]),
-        ]
+        [name, (RUNTIMES[name].__doc__ or '').strip(), f'{row["top1"]:.2f}', ratio_text(row['seconds'])]
         for name, row in results.items()
         if name != 'batch_size'
     ]
-    header = ['runtime', 'how', 'top-1 of the digits', 'time over the plain network: median (95% interval)']
-    return table(header, rows) + f'\n\nBatches of {results["batch_size"]} images of 128 x 128 pixels.'
+    return f'Batches of {results["batch_size"]} images of 128 x 128 pixels.\n\n' + table(
+        ['runtime', 'how', 'top-1', 'time over the plain network: median (95% interval)'], rows
+    )
+
+
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    """The most that a runtime loses."""
+    found = {name: row['top1'] for name, row in results.items() if name != 'batch_size'}
+    if 'PyTorch' not in found:
+        return []
+    loss = f'{min(found.values()) - found["PyTorch"]:+.2f} points'
+    return [(f'worst of {len(found) - 1} runtimes less PyTorch', loss, 'top-1 of the digits')]

@@ -1,11 +1,10 @@
 """What a training image costs to load with the recipe `better`: CPU time by step, ours and the alternatives.
 
-The JPEGs are those of the benchmark `pipeline`. All arms run in one process with one thread, batch by batch in turn, so
-that the times are those of a core. All but DALI, which takes its own files from the folder, read the same from memory.
-timm is the transforms and the collate function of its `train.py`, whose mixing happens here; ours mixes on the device.
-torchvision is its transforms v2 on tensors, decoded by TorchCodec. DALI is NVIDIA's on the CPU alone, measured where
-`pip install nvidia-dali-cuda120` has been run. Both have their own AutoAugment with the ImageNet policy, bilinear
-interpolation alone, and no mixing.
+The JPEGs are those of the benchmark `pipeline`. All loaders take turns in one process with one thread, batch by batch,
+so the times are those of a core. All but DALI, which takes its own files, read the same from memory. timm is the
+transforms and the collate function of its `train.py`, whose mixing happens here; ours mixes on the device. torchvision
+is its transforms v2 on tensors, decoded by TorchCodec. DALI is NVIDIA's on the CPU alone, where `pip install
+nvidia-dali-cuda120` has been run. Both have their own AutoAugment, bilinear interpolation alone, and no mixing.
 """
 
 import argparse
@@ -23,15 +22,16 @@ import torch
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
-from timm_depla.data import read_image
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import build
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.distributed import setup_world
 from timm_depla.engine.run import Run
+from timm_depla.files import open_image
 
+from .flags import add_flags
 from .pairs import ratio_text
-from .pipeline import write_images
+from .pipeline import OURS_TORCH, write_images
 from .record import table
 from .throughput import PlainLoop
 
@@ -41,8 +41,7 @@ Seconds = Dict[str, float]  # by step
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--rounds', type=int, default=40, help='batches of each, after three to warm up')
-    parser.add_argument('--batch-size', type=int, default=64, help='images')
+    add_flags(parser, pairs=40, batch_size=64)
 
 
 def _step(transform: Callable) -> str:
@@ -85,7 +84,7 @@ def create_run(data: Path, batch_size: int, backend: str) -> Run:
 def load_by_timm(data: Path, batch_size: int) -> Callable[[List[bytes]], Seconds]:
     loader = PlainLoop(create_run(data, batch_size, 'pil')).loader
     transforms = loader.dataset.transform.transforms
-    return in_steps(lambda data: read_image(io.BytesIO(data), 'RGB'), transforms, loader.loader.collate_fn)
+    return in_steps(lambda data: open_image(io.BytesIO(data), 'RGB'), transforms, loader.loader.collate_fn)
 
 
 def load_by_ours(data: Path, batch_size: int, backend: str) -> Callable[[List[bytes]], Seconds]:
@@ -137,38 +136,47 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, 'data')
         write_images(data, 640)
-        arms = {
+        loaders = {
             'timm': load_by_timm(data, args.batch_size),
             'ours': load_by_ours(data, args.batch_size, 'pil'),
-            'ours, --resize-backend torch': load_by_ours(data, args.batch_size, 'torch'),
+            OURS_TORCH: load_by_ours(data, args.batch_size, 'torch'),
             'torchvision v2': load_by_torchvision(),
         }
         if find_spec('nvidia') and find_spec('nvidia.dali'):
-            arms['DALI, on the CPU'] = load_by_dali(data, args.batch_size)
-        samples: Dict[str, List[Seconds]] = {name: [] for name in arms}
+            loaders['DALI, on the CPU'] = load_by_dali(data, args.batch_size)
+        samples: Dict[str, List[Seconds]] = {name: [] for name in loaders}
         files = batches(data, args.batch_size)
-        for number in range(-3, args.rounds):
+        for number in range(-3, args.pairs):
             batch = next(files)
-            for name in arms if number % 2 else reversed(arms):
+            for name in loaders if number % 2 else reversed(loaders):
                 random.seed(number)
                 torch.manual_seed(number)
-                seconds = arms[name](batch)
+                seconds = loaders[name](batch)
                 if number >= 0:
                     samples[name].append({step: 1000 * each / args.batch_size for step, each in seconds.items()})
     return dict(milliseconds=samples)
 
 
+def _speeds(results: Dict[str, Any]) -> Dict[str, str]:
+    """How much faster than timm each is."""
+    totals = {name: [sum(batch.values()) for batch in found] for name, found in results['milliseconds'].items()}
+    return {name: ratio_text(list(zip(totals['timm'], each, strict=True))) for name, each in totals.items()}
+
+
 def render(results: Dict[str, Any]) -> str:
-    samples = results['milliseconds']
-    totals = {name: [sum(batch.values()) for batch in found] for name, found in samples.items()}
-    rows = []
+    samples, speeds, rows = results['milliseconds'], _speeds(results), []
     for name, found in samples.items():
-        steps = [statistics.median(batch[step] for batch in found) if step in found[0] else None for step in STEPS]
-        total = statistics.median(totals[name])
-        ratios = [a / b for a, b in zip(totals['timm'], totals[name], strict=True)]
-        cells = ['' if step is None else f'{step:.2f}' for step in steps]
-        speed = '1' if name == 'timm' else ratio_text(ratios)
-        rows.append([name, *cells, f'{total:.2f}', f'{1000 / total:.0f}', speed])
+        steps = [
+            f'{statistics.median(batch[step] for batch in found):.2f}' if step in found[0] else '' for step in STEPS
+        ]
+        total = statistics.median(sum(batch.values()) for batch in found)
+        speed = '1' if name == 'timm' else speeds[name]
+        rows.append([name, *steps, f'{total:.2f}', f'{1000 / total:.0f}', speed])
     header = ['milliseconds an image', *STEPS, 'in all', 'images a second and core', 'speed to timm (95% interval)']
-    count = len(totals['timm'])
-    return f'{SIZE} pixels; medians of {count} batches.\n\n' + table(header, rows)
+    return f'{SIZE} pixels; medians of {len(samples["timm"])} batches.\n\n{table(header, rows)}'
+
+
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    speeds, on = _speeds(results), 'timm, on a core'
+    names = {'ours': 'images loaded a second', OURS_TORCH: 'with `--resize-backend torch`'}
+    return [(what, speeds[name], on) for name, what in names.items()]

@@ -1,10 +1,9 @@
-"""Fine-tuning with DEPLA inserted against fine-tuning without: the recipe `finetune` from the same weights.
+"""Fine-tuning with DEPLA inserted and without, by the recipe `finetune` from the same weights.
 
-timm's `test_convnext` is trained on the embedded digits 0 to 4 and fine-tuned on all ten, alone and with DEPLA
-inserted (`backbone_depla`); each seed has its own pretrained weights. The scores are those of the weight average in the
-last epoch. The difference is the mean over the pairs, with Student's 95 percent interval. DEPLA adds weights that
-train at the full rate, where the host alone has only its classifier: a gain here may be due to more trained parameters
-as much as to DEPLA, and there is no control with as many parameters.
+timm's `test_convnext` is trained on the embedded digits 0 to 4 and fine-tuned on all ten, alone and with DEPLA. Each
+seed has its own pretrained weights. Scores are of the weight average in the last epoch. The difference is the
+mean over the pairs, with Student's 95% interval. DEPLA adds weights that train at the full rate; the network alone
+has only its classifier. There is no control with as many parameters, so a gain may be due to them.
 """
 
 import argparse
@@ -12,37 +11,34 @@ import csv
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List
-
-from scipy.stats import ttest_1samp
+from typing import Any, Dict, List, Tuple
 
 from timm_depla.data import digits_folder
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args
 
+from .flags import add_flags
+from .pairs import mean_text
 from .record import table
 
-HOST = 'test_convnext'
+BACKBONE = 'test_convnext'
 IMAGES = ['--img-size', '64', '--crop-pct', '1', '--hflip', '0', '--color-jitter', '0', '--scale', '0.8', '1']
-BLOCKS = {'modules': ['stages.1.blocks.0', 'stages.1.blocks.1']}  # of 8 x 8 positions
-ARMS = {
-    'host': ['--model', HOST],
-    'host with DEPLA': ['--model', 'backbone_depla', '--model-kwargs', f'backbone={HOST}'],
+VARIANTS = {
+    'alone': ['--model', BACKBONE],
+    'with DEPLA': ['--model', 'backbone_depla', '--model-kwargs', f'backbone={BACKBONE}'],
 }
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--epochs', type=int, default=20, help='of fine-tuning')
-    parser.add_argument('--seed', nargs='+', type=int, default=[0, 1, 2, 3, 4], help='seeds')
+    add_flags(parser, epochs=20, seed=[0, 1, 2, 3, 4])
 
 
-def _train(output: str, name: str, *flags: str) -> List[float]:
-    """Validation top-1 of each epoch of a run."""
-    argv = [*flags, *IMAGES, '--output', output, '--experiment', name]
-    train(parse_args(create_train_parser(), argv))
-    rows = csv.DictReader((Path(output) / name / 'summary.csv').open())
-    return [round(float(row['eval_top1']), 3) for row in rows]
+def _train(output: str, name: str, *flags: str) -> float:
+    """Validation top-1 of the last epoch of a run."""
+    train(parse_args(create_train_parser(), [*flags, *IMAGES, '--output', output, '--experiment', name]))
+    *_, row = csv.DictReader((Path(output) / name / 'summary.csv').open())
+    return round(float(row['eval_top1']), 3)
 
 
 def _write_half(folder: Path) -> Path:
@@ -55,33 +51,36 @@ def _write_half(folder: Path) -> Path:
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
-    results: Dict[str, Any] = dict(epochs=args.epochs, pretrained=[], **{arm: [] for arm in ARMS})
+    results: Dict[str, Any] = dict(epochs=args.epochs, pretrained=[], **{name: [] for name in VARIANTS})
     for seed in map(str, args.seed):
         with tempfile.TemporaryDirectory() as output:
             half = str(_write_half(Path(output, 'half')))
-            recipe = ['--recipe', 'digits', '--epochs', '8', '--model', HOST, '--opt', 'adamw', '--lr', '0.004']
-            results['pretrained'].append(_train(output, 'pretrained', half, *recipe, '--seed', seed)[-1])
-            weights = ['--initial-checkpoint', f'{output}/pretrained/best/model.safetensors']
-            for arm, model in ARMS.items():
-                recipe = [str(digits_folder()), '--recipe', 'finetune', '--epochs', str(args.epochs)]
-                results[arm].append(_train(output, arm.replace(' ', ''), *recipe, *model, *weights, '--seed', seed)[-1])
-                print(arm, seed, results[arm][-1], flush=True)
+            recipe = ['--recipe', 'digits', '--epochs', '8', '--model', BACKBONE, '--opt', 'adamw', '--lr', '0.004']
+            results['pretrained'].append(_train(output, 'pretrained', half, *recipe, '--seed', seed))
+            recipe = [str(digits_folder()), '--recipe', 'finetune', '--epochs', str(args.epochs), '--seed', seed]
+            recipe += ['--initial-checkpoint', f'{output}/pretrained/best/model.safetensors']
+            for name, model in VARIANTS.items():
+                results[name].append(_train(output, name.replace(' ', ''), *recipe, *model))
+                print(name, seed, results[name][-1], flush=True)
     return results
+
+
+def _gain(results: Dict[str, Any]) -> str:
+    return mean_text([score - alone for score, alone in zip(results['with DEPLA'], results['alone'], strict=True)])
 
 
 def render(results: Dict[str, Any]) -> str:
     rows = []
-    for arm in ARMS:
-        scores = results[arm]
-        row = [arm, *(f'{score:.2f}' for score in scores), f'{statistics.mean(scores):.2f}', '']
-        if arm != 'host':
-            gains = [score - host for score, host in zip(scores, results['host'], strict=True)]
-            low, high = ttest_1samp(gains, 0).confidence_interval(0.95)
-            row[-1] = f'{statistics.mean(gains):+.2f} ({low:+.2f} to {high:+.2f})'
-        rows.append(row)
-    digits = ', '.join(f'{score:.2f}' for score in results['pretrained'])
-    seeds = [f'run {i + 1}' for i in range(len(results['host']))]
+    for name in VARIANTS:
+        scores = results[name]
+        each = ' '.join(f'{score:.2f}' for score in scores)
+        rows.append([name, each, f'{statistics.mean(scores):.2f}', '' if name == 'alone' else _gain(results)])
     return (
-        f'{results["epochs"]} epochs of fine-tuning, validation top-1 in percent; on the five digits the hosts had '
-        f'{digits}.\n\n' + table(['', *seeds, 'mean', 'over the host'], rows)
+        f'{results["epochs"]} epochs of fine-tuning; top-1 in percent. On the five digits, the networks had '
+        f'{statistics.mean(results["pretrained"]):.2f}.\n\n' + table(['', 'each seed', 'mean', 'gain'], rows)
     )
+
+
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    seeds = len(results['alone'])
+    return [('fine-tuning with DEPLA less without', f'{_gain(results)} points', f'top-1 of the digits, {seeds} seeds')]

@@ -1,4 +1,8 @@
-"""The block at initialisation: does its output vary over positions, and does every weight receive a gradient?"""
+"""The block at initialisation: does its output vary over positions, and does every weight receive a gradient?
+
+The spatial share is the deviation over positions of what DEPLA adds to the identity, over its whole deviation. A
+gradient is its norm over that of the weight in `layer3.5`, relative to that of the block's `conv3`.
+"""
 
 import argparse
 from typing import Any, Dict
@@ -12,23 +16,19 @@ from torchvision.transforms import v2
 from timm_depla.layers import Depla
 from timm_depla.layers.depla import BFNS
 
+from .flags import add_flags
 from .record import table
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--batch-size', type=int, default=16, help='random crops of two photographs')
-    parser.add_argument('--seed', type=int, default=0, help='of the crops and the weights')
+    add_flags(parser, batch_size=16, seed=0)
 
 
 def _crops(count: int) -> torch.Tensor:
     """Random crops of the two photographs that scikit-learn ships, (B, 3, 224, 224), normalised."""
-    transform = v2.Compose(
-        [
-            v2.RandomResizedCrop(224, scale=(0.05, 0.3)),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD),
-        ]
-    )
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    normalize = v2.Normalize(timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
+    transform = v2.Compose([v2.RandomResizedCrop(224, scale=(0.05, 0.3)), to_float, normalize])
     photographs = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in load_sample_images().images]
     return torch.stack([transform(photographs[i % 2]) for i in range(count)])
 
@@ -57,21 +57,14 @@ def _measure(bfn: str, args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
-    """Measure the spatial share of the refinement's deviation, and relative gradients, in resnet50_depla."""
     return {bfn: _measure(bfn, args) for bfn in BFNS}
 
 
 def render(results: Dict[str, Any]) -> str:
-    shares = [[name, *(f'{share:.1e}' for share in r['spatial_share'])] for name, r in results.items()]
-    weights = list(dict.fromkeys(key for r in results.values() for key in r['relative_gradient']))
-    gradients = [
-        [name, *(f'{r["relative_gradient"][key]:.1e}' if key in r['relative_gradient'] else '' for key in weights)]
-        for name, r in results.items()
-    ]
-    return (
-        'Spatial share: deviation over positions of what DEPLA adds to the identity, over its whole '
-        'deviation, in the blocks of `resnet50_depla`.\n\n'
-        + table(['', 'layer3.1', 'layer3.3', 'layer3.5'], shares)
-        + "\n\nGradient norm over weight norm in layer3.5, relative to that block's `conv3`.\n\n"
-        + table(['', *(f'`{key}`' for key in weights)], gradients)
-    )
+    weights = list(dict.fromkeys(key for found in results.values() for key in found['relative_gradient']))
+    rows = []
+    for name, found in results.items():
+        gradients = found['relative_gradient']
+        shares = ' '.join(f'{share:.2f}' for share in found['spatial_share'])
+        rows.append([name, shares, *(f'{gradients[key]:.2g}' if key in gradients else '' for key in weights)])
+    return table(['', 'spatial share by block', *(f'gradient of `{key}`' for key in weights)], rows)

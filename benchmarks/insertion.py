@@ -1,27 +1,27 @@
-"""DEPLA inserted into each of timm's networks by `insert_depla`, with its default placement.
+"""DEPLA inserted into each of timm's networks by `insert_depla`, where it goes by default.
 
-Every architecture of `timm.list_models()` is created on the meta device, DEPLA is inserted, and an image of its own
-size passes through it: that tests shapes, not values, which `test_insertion.py` compares. DEPLA has no default
-place where blocks work on tokens, where no block of the stage at 1/16 takes and gives one map of one shape, or where
-timm tells no such stage; `modules` may name blocks elsewhere.
+Each architecture of `timm.list_models()` is created on the meta device, gets DEPLA, and sees an image of its own size.
+That tests shapes, not values, which `tests/models/test_insertion.py` compares. There is no default place where blocks
+work on tokens, where no block at 1/16 takes and gives one map of one shape, or where timm names no such stage.
+`modules` may name blocks elsewhere.
 """
 
 import argparse
 from collections import Counter, defaultdict
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import timm
 import torch
 
 import timm_depla
 
-from .record import table
+from .flags import add_flags
 
 FEW = 5
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--models', default='*', metavar='PATTERN', help="of timm's names")
+    add_flags(parser, model='*')
 
 
 def insert(name: str) -> Dict[str, str]:
@@ -46,39 +46,52 @@ def insert(name: str) -> Dict[str, str]:
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
-    names = [name for name in timm.list_models(args.models) if name not in timm_depla.list_models()]
-    rows = {}
-    for name in names:
-        rows[name] = insert(name)
-        print(name, rows[name], flush=True)
     families: Dict[str, List[Any]] = defaultdict(lambda: [0, defaultdict(list)])
-    for name, row in rows.items():
-        family = families[row['family']]
-        family[0] += not row['reason']
-        if row['reason']:
-            family[1][row['reason']].append(name)
+    for name in timm.list_models(args.model):
+        if name not in timm_depla.list_models():
+            row = insert(name)
+            print(name, row, flush=True)
+            family = families[row['family']]
+            family[0] += not row['reason']
+            if row['reason']:
+                family[1][row['reason']].append(name)
     return {  # how many take it, and by reason how many do not: their names where they are few
         family: [yes, {reason: names if yes and len(names) < FEW else len(names) for reason, names in no.items()}]
         for family, (yes, no) in families.items()
     }
 
 
+def _counts(no: Dict[str, Any]) -> Dict[str, int]:
+    return {reason: len(found) if isinstance(found, list) else found for reason, found in no.items()}
+
+
+def _total(results: Dict[str, Any]) -> Tuple[int, Counter]:
+    """How many networks take DEPLA, and how many do not by reason."""
+    reasons: Counter = Counter()
+    for _, no in results.values():
+        reasons.update(_counts(no))
+    return sum(yes for yes, _ in results.values()), reasons
+
+
 def render(results: Dict[str, Any]) -> str:
-    rows, whole, counts = [], [], Counter()
-    for name, (yes, no) in sorted(results.items()):
-        refused = {reason: len(found) if isinstance(found, list) else found for reason, found in no.items()}
-        counts.update({'': yes, **refused})
-        if not refused:
-            whole.append(f'{name} {yes}')
-            continue
-        reasons = [
-            f'{reason}: {count}' + (f' ({", ".join(no[reason])})' if isinstance(no[reason], list) else '')
-            for reason, count in refused.items()
-        ]
-        rows.append([name, f'{yes} of {yes + sum(refused.values())}', '; '.join(reasons)])
-    reasons = ', '.join(f'{count} {reason}' for reason, count in counts.most_common() if reason)
-    return (
-        f'{counts[""]:,} of {counts.total():,} networks take DEPLA. What the others do: {reasons}.\n\n'
-        f'Families (files of timm) of which every network takes it: {", ".join(whole)}.\n\n'
-        + table(['family', 'take DEPLA', 'what the blocks of the others do'], rows)
-    )
+    taken, reasons = _total(results)
+    whole = [f'{name} {yes}' for name, (yes, no) in sorted(results.items()) if not no]
+    part = [
+        f'{name} {yes} of {yes + sum(_counts(no).values())}'
+        for name, (yes, no) in sorted(results.items())
+        if yes and no
+    ]
+    none = [f'{name} {sum(_counts(no).values())}' for name, (yes, no) in sorted(results.items()) if not yes]
+    others = ', '.join(f'{count} {reason}' for reason, count in reasons.most_common())
+    return '\n- '.join([
+        f'{taken:,} of {taken + reasons.total():,} networks take DEPLA. What the others do: {others}. By family '
+        '(file of timm):\n',
+        f'Every network takes it: {", ".join(whole)}.',
+        f'Some do: {", ".join(part)}.',
+        f'None does: {", ".join(none)}.',
+    ])  # fmt: skip
+
+
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    taken, reasons = _total(results)
+    return [('networks that take DEPLA', f'{taken:,} of {taken + reasons.total():,}', 'all of timm')]

@@ -1,19 +1,20 @@
-"""Maps of trained networks: entropy, coverage and peak of each group over the digits' validation set.
+"""Maps of the trained networks: entropy, coverage and peak of each group over the digits' validation set.
 
 The entropy is 1 for a uniform map and 0 for a single position. Coverage is the share of positions where the mean of a
-group's maps is above uniform. The peak of its ROI maps or heatmap is the maximum divided by the uniform value; a group
-with a peak of at least 1.5 places. A group is uniform above an entropy of 0.99, and dead if its strength (norm of its
-back-filled vector times contrast of its heatmap) is below a hundredth of the strongest group's.
+group's maps is above uniform. A peak is a map's maximum over the uniform value: the median over a block's groups
+in turn. A group is dead if its strength (norm of its back-filled vector times contrast of its heatmap) is below a
+hundredth of the strongest group's.
 """
 
 import argparse
+import statistics
 from pathlib import Path
 from typing import Any, Dict
 
-import torch
-
 from timm_depla.data import digits_folder
-from timm_depla.visualize import load_any, render_summary, summarize
+from timm_depla.visualize import DEAD, load_any, summarize
+
+from .record import table
 
 WEIGHTS = Path(__file__).parent.parent / 'hub' / 'weights'
 
@@ -35,8 +36,16 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def render(results: Dict[str, Any]) -> str:
-    parts = [f'{results["images"]} images.']
+    rows = []
     for name, blocks in results['models'].items():
-        totals = {b: {key: torch.tensor(value) for key, value in values.items()} for b, values in blocks.items()}
-        parts += [f'`{name}`:', render_summary(totals).strip()]
-    return '\n\n'.join(parts)
+        row = [f'`{name}`']
+        for key in ('entropy', 'coverage'):
+            values = [value for block in blocks.values() for value in block[key]]
+            row.append(f'{min(values):.3f} to {max(values):.3f}')
+        for key in ('map_peak', 'heatmap_peak'):
+            row.append(' '.join(f'{statistics.median(block[key]):.1f}' for block in blocks.values()))
+        strengths = [(value, max(block['strength'])) for block in blocks.values() for value in block['strength']]
+        dead = sum(value < DEAD * most for value, most in strengths)
+        rows.append([*row, f'{dead} of {len(strengths)}'])
+    header = ['', 'entropy of the groups', 'coverage', 'peaks of the ROI maps', 'of the heatmaps', 'dead groups']
+    return f'{results["images"]} images.\n\n{table(header, rows)}'

@@ -1,12 +1,13 @@
-"""FPN-DEPLA against FPN at the size of detection: the whole detector, and the neck alone.
+"""FPN-DEPLA over FPN at the size of detection: the whole detector, and the pyramid alone.
 
-The C library keeps freed memory, as in train_detection.py.
+One image, in turn. The untrained detectors score the same 1,000 proposals and report nothing. A training step is
+forward and backward. The C library keeps freed memory, as in train_detection.py.
 """
 
 import argparse
 from collections import OrderedDict
 from functools import partial
-from typing import Any, Dict
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 from torch import nn
@@ -14,25 +15,24 @@ from torch import nn
 from timm_depla.detection import create_detector
 from timm_depla.engine.distributed import keep_memory
 
-from .pairs import memory_row, peak_memory, render_rows, time_rounds, time_row
+from .flags import add_flags
+from .pairs import median_text, peak_memory, ratio_text, time_rounds
+from .record import table
 from .speed import along
 
-LABELS = {
+KINDS = {
     'detector': 'detector, inference',
-    'detector memory': 'detector, peak memory of inference',
-    'detector training memory': 'detector, peak memory of a training step',
-    'neck': 'neck, inference',
-    'neck training': 'neck, training step',
-    'neck memory': 'neck, peak memory of a training step',
+    'detector memory': 'detector, memory of inference',
+    'detector training memory': 'detector, memory of a training step',
+    'neck': 'pyramid, inference',
+    'neck training': 'pyramid, training step',
+    'neck memory': 'pyramid, memory of a training step',
 }
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--model', default='maskrcnn_resnet50_fpn_depla', help='detector to time')
-    parser.add_argument('--base', default='maskrcnn_resnet50_fpn', help='detector to compare it with')
-    parser.add_argument('--path', nargs='*', default=[], metavar='PATH', help='forms of the model, see `speed`')
-    parser.add_argument('--img-size', type=int, default=800, help='pixels')
-    parser.add_argument('--pairs', type=int, default=20, help='pairs of timings')
+    add_flags(parser, model='maskrcnn_resnet50_fpn_depla', base='maskrcnn_resnet50_fpn', path=[])
+    add_flags(parser, img_size=800, pairs=20)
 
 
 @torch.inference_mode()
@@ -45,7 +45,7 @@ def _train_detector(model: nn.Module, image: torch.Tensor, target: Dict[str, tor
     sum(model([image], [target]).values()).backward()
 
 
-def _train_step(neck: nn.Module, maps: Dict[str, torch.Tensor]) -> None:
+def _train_neck(neck: nn.Module, maps: Dict[str, torch.Tensor]) -> None:
     neck.zero_grad()
     sum(level.square().mean() for level in neck(maps).values()).backward()
 
@@ -53,54 +53,61 @@ def _train_step(neck: nn.Module, maps: Dict[str, torch.Tensor]) -> None:
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     torch.manual_seed(0)
     keep_memory()
-    kwargs = dict(min_size=args.img_size, max_size=args.img_size)
+    size = args.img_size
     specs = [args.model, *(f'{args.model}+{path}' for path in args.path), args.base]
-    detectors = [create_detector(spec.partition('+')[0], **kwargs).eval() for spec in specs]
-    image = torch.rand(3, args.img_size, args.img_size)
-    with torch.inference_mode():
-        features = detectors[-1].backbone.body(torch.randn(1, 3, args.img_size, args.img_size))
-    maps = OrderedDict((str(i), feature.clone()) for i, feature in enumerate(features))
+    detectors = [create_detector(spec.partition('+')[0], min_size=size, max_size=size).eval() for spec in specs]
     necks = [detector.backbone.fpn for detector in detectors]
-    results: Dict[str, Any] = dict(model=args.model, base=args.base, paths=args.path, img_size=args.img_size)
-    wrap = [partial(along, spec) for spec in specs]
-    top_left = torch.rand(1000, 2) * args.img_size / 2
-    proposals = torch.cat([top_left, top_left + torch.rand(1000, 2) * args.img_size / 2], dim=1)
-    for detector in detectors:  # untrained, they find different objects: both score the same proposals and report none
+    image = torch.rand(3, size, size)
+    with torch.inference_mode():
+        features = detectors[-1].backbone.body(torch.randn(1, 3, size, size))
+    maps = OrderedDict((str(i), feature.clone()) for i, feature in enumerate(features))
+    top_left = torch.rand(1000, 2) * size / 2
+    proposals = torch.cat([top_left, top_left + torch.rand(1000, 2) * size / 2], dim=1)
+    masks = torch.ones(10, size, size, dtype=torch.uint8)
+    target = dict(boxes=proposals[:10], labels=torch.arange(1, 11), masks=masks)
+    for detector in detectors:
         detector.rpn.register_forward_hook(lambda _, __, output: ([proposals], output[1]))
         detector.roi_heads.score_thresh = 1.0
-    results['detector'] = time_rounds(
-        [run(partial(_infer, detector, [image])) for run, detector in zip(wrap, detectors, strict=True)], args.pairs
-    )
-    results['detector memory'] = [peak_memory(partial(_infer, detector, [image])) for detector in detectors]
-    boxes = proposals[:10]
-    masks = torch.ones(10, args.img_size, args.img_size, dtype=torch.uint8)
-    target = dict(boxes=boxes, labels=torch.arange(1, 11), masks=masks)
-    steps = [
-        run(partial(_train_detector, each.train(), image, target)) for run, each in zip(wrap, detectors, strict=True)
-    ]
-    results['detector training memory'] = [peak_memory(step) for step in steps]
-    results['neck'] = time_rounds(
-        [run(partial(_infer, neck.eval(), maps)) for run, neck in zip(wrap, necks, strict=True)], args.pairs
-    )
+
+    def calls(function: Callable, modules: List[nn.Module], *inputs: Any) -> List[Callable[[], Any]]:
+        return [along(spec, partial(function, module, *inputs)) for spec, module in zip(specs, modules, strict=True)]
+
+    results: Dict[str, Any] = dict(model=args.model, base=args.base, paths=args.path, img_size=size)
+    results['detector'] = time_rounds(calls(_infer, detectors, [image]), args.pairs)
+    results['detector memory'] = list(map(peak_memory, calls(_infer, detectors, [image])))
+    steps = calls(_train_detector, [detector.train() for detector in detectors], image, target)
+    results['detector training memory'] = list(map(peak_memory, steps))
+    results['neck'] = time_rounds(calls(_infer, [neck.eval() for neck in necks], maps), args.pairs)
     maps = OrderedDict((name, level.clone().requires_grad_()) for name, level in maps.items())
-    steps = [run(partial(_train_step, neck.train(), maps)) for run, neck in zip(wrap, necks, strict=True)]
+    steps = calls(_train_neck, [neck.train() for neck in necks], maps)
     results['neck training'] = time_rounds(steps, args.pairs)
-    results['neck memory'] = [peak_memory(step) for step in steps]
+    results['neck memory'] = list(map(peak_memory, steps))
     return results
+
+
+def _ratio(results: Dict[str, Any], kind: str, column: int = 0) -> str:
+    values = results[kind]
+    return f'{values[column] / values[-1]:.3f}' if 'memory' in kind else ratio_text(values, column)
 
 
 def render(results: Dict[str, Any]) -> str:
     rows = []
-    for i, path in enumerate(['', *results.get('paths', [])]):
-        for kind, label in LABELS.items():
-            name = f'{label} +{path}' if path else label
-            values = results[kind]
-            if 'memory' in kind:
-                rows.append(memory_row(name, [values[i], values[-1]]))
-            else:
-                rows.append(time_row(name, [[sample[i], sample[-1]] for sample in values]))
-    size = results['img_size']
+    for kind, label in KINDS.items():
+        values = results[kind]
+        base, model = (
+            f'{values[column] / 2**20:.0f} MiB' if 'memory' in kind else median_text(values, column)
+            for column in (-1, 0)
+        )
+        ratios = [_ratio(results, kind, column) for column in range(1 + len(results['paths']))]
+        rows.append([label, base, model, *ratios])
+    header = ['', 'base', 'model', 'ratio: median (95% interval)', *(f'ratio, {path}' for path in results['paths'])]
     return (
-        f'`{results["model"]}` against `{results["base"]}`, one image of {size} x {size} pixels, '
-        f'{len(results["neck"])} pairs in turn.\n\n' + render_rows(rows)
+        f'`{results["model"]}` over `{results["base"]}`, {results["img_size"]} pixels, {len(results["neck"])} '
+        f'turns.\n\n' + table(header, rows)
     )
+
+
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    on = f'`{results["base"]}`, {results["img_size"]} pixels, CPU'
+    kinds = ('detector', 'detector training memory', 'neck training')
+    return [(f'FPN-DEPLA: {KINDS[kind]}', _ratio(results, kind), on) for kind in kinds]

@@ -1,4 +1,4 @@
-"""Paired measurements: calls alternate in one process, so that machine drift cancels."""
+"""Paired measurements: calls take turns in one process, so that machine drift cancels."""
 
 import json
 import math
@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, Callable, List, Sequence, Tuple
 
 import torch
+from scipy.stats import ttest_1samp
 from torch.profiler import ProfilerActivity, profile
 
-from .record import table
-
-HEADER = ['', 'base, median', 'model, median', 'ratio', 'ratio by pair: median (95% interval)']
+Samples = Sequence[Sequence[float]]  # a row for each round, a column for each call; that of the base is the last
 
 
 def _time(call: Callable[[], Any], device: str) -> float:
@@ -71,27 +70,26 @@ def median_interval(values: Sequence[float]) -> Tuple[float, float, float]:
     return statistics.median(ordered), ordered[low], ordered[count - 1 - low]
 
 
-def ratio_text(ratios: Sequence[float]) -> str:
-    middle, low, high = median_interval(ratios)
+def ratio_interval(samples: Samples, column: int = 0) -> Tuple[float, float, float]:
+    """Median and 95% interval of the ratio of a column to the base's, row by row."""
+    return median_interval([row[column] / row[-1] for row in samples])
+
+
+def ratio_text(samples: Samples, column: int = 0) -> str:
+    middle, low, high = ratio_interval(samples, column)
     return f'{middle:.3f} ({low:.3f} to {high:.3f})'
+
+
+def mean_text(values: Sequence[float]) -> str:
+    """Mean and Student's 95% interval of differences."""
+    low, high = ttest_1samp(values, 0).confidence_interval(0.95)
+    return f'{statistics.mean(values):+.2f} ({low:+.2f} to {high:+.2f})'
 
 
 def seconds_text(seconds: float) -> str:
     return f'{seconds:.3f} s' if seconds >= 0.1 else f'{seconds * 1000:.2f} ms'
 
 
-def time_row(name: str, samples: Sequence[Sequence[float]]) -> List[str]:
-    """Table row of a model's seconds and its base's."""
-    model, base = zip(*samples, strict=True)
-    medians = statistics.median(base), statistics.median(model)
-    ratios = [a / b for a, b in samples]
-    return [name, *map(seconds_text, medians), f'{medians[1] / medians[0]:.3f}', ratio_text(ratios)]
-
-
-def memory_row(name: str, sizes: Sequence[int]) -> List[str]:
-    model, base = (size / 2**20 for size in sizes)
-    return [name, f'{base:.0f} MiB', f'{model:.0f} MiB', f'{model / base:.3f}', '']
-
-
-def render_rows(rows: List[List[str]]) -> str:
-    return table(HEADER, rows)
+def median_text(samples: Samples, column: int) -> str:
+    """Median of a column of seconds."""
+    return seconds_text(statistics.median(row[column] for row in samples))

@@ -1,11 +1,10 @@
-"""Reading and augmenting images: our training against a plain loop of timm's parts, with the recipe `better`.
+"""Reading and augmenting images with the recipe `better`: ours over a plain loop of timm's parts.
 
-The images are JPEGs like ImageNet's average, 500 x 375 pixels at quality 90, cropped at random from ten photographs of
-scikit-image and scikit-learn; each photograph is a class. Loading means an epoch's batches as the loading processes
-give them, decoded, cropped and augmented by AutoAugment: what feeds a GPU, which does the rest. Input means with the
-rest on the CPU, mixed and normalised, without training. The loops are those of the benchmark `throughput`.
-`--resize-backend torch` keeps the crops, interpolations and all random numbers; TorchCodec decodes the files to the
-same pixels, and PyTorch resizes them.
+The images are JPEGs like ImageNet's average, 500 x 375 pixels at quality 90, cut at random from ten photographs of
+scikit-image and scikit-learn; each photograph is a class. Loading is an epoch's batches as the loading processes give
+them, decoded, cropped and augmented: what feeds a GPU, which does the rest. Input is with the rest on the CPU, mixed
+and normalised. Training is that of the benchmark `throughput`. With `--resize-backend torch`, TorchCodec decodes to the
+same pixels and PyTorch resizes them, with the same crops, interpolations and random numbers. Two processes load.
 """
 
 import argparse
@@ -13,34 +12,33 @@ import random
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
 from PIL import Image
 from timm.data import create_transform
 
 from timm_depla.data import TensorResizedCrop
-from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import build
-from timm_depla.engine.config import parse_args
 from timm_depla.engine.device import set_up_device
 from timm_depla.engine.distributed import setup_world
 
+from .flags import add_flags
 from .pairs import ratio_text
 from .record import table
-from .throughput import PlainLoop, race, serve_ours, serve_plain
+from .throughput import PlainLoop, plan, race, serve, serve_ours, serve_plain
 
 SIZE, QUALITY = (500, 375), 90
+PARTS = dict(loading='loading alone', input='input', loop='training')
+OURS_TORCH = 'ours, --resize-backend torch'
 FILES = ('astronaut', 'coffee', 'chelsea', 'rocket', 'retina', 'ihc', 'hubble_deep_field', 'motorcycle_left')
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--model', default='test_resnet_depla', help='model of the loops')
-    parser.add_argument('--img-size', type=int, default=224, help='image size in pixels')
+    add_flags(parser, model='test_resnet_depla', img_size=224, epochs=10, batch_size=64)
     parser.add_argument('--images', type=int, default=1280, help='training images; a quarter as many for validation')
-    parser.add_argument('--epochs', type=int, default=10, help='epochs of each')
-    parser.add_argument('--batch-size', type=int, default=64, help='images')
 
 
 def load_photographs() -> List[Image.Image]:
@@ -86,87 +84,83 @@ def pixel_changes(rounds: int = 100) -> Dict[str, float]:
     return dict(largest=largest, share=statistics.mean(different))
 
 
-def serve_plain_loading(train_args: argparse.Namespace, pipe: Any) -> None:
-    loader = PlainLoop(build(train_args, setup_world('cpu'))).loader.loader
-    _serve(pipe, lambda epoch: loader)
+def serve_plain_loader(part: str, args: argparse.Namespace, pipe: Any) -> None:
+    """Serve epochs of the plain loop's loading, or of its input."""
+    loader = PlainLoop(build(args, setup_world('cpu'))).loader
+    _serve(pipe, lambda _: loader if part == 'input' else loader.loader)
 
 
-def serve_our_loading(train_args: argparse.Namespace, pipe: Any) -> None:
-    loader = build(train_args, setup_world('cpu')).loader.ahead
-
-    def epoch(number: int) -> Any:
-        loader.seek(number, 0)
-        return loader
-
-    _serve(pipe, epoch)
-
-
-def serve_plain_input(train_args: argparse.Namespace, pipe: Any) -> None:
-    loader = PlainLoop(build(train_args, setup_world('cpu'))).loader
-    _serve(pipe, lambda epoch: loader)
-
-
-def serve_our_input(train_args: argparse.Namespace, pipe: Any) -> None:
+def serve_our_loader(part: str, args: argparse.Namespace, pipe: Any) -> None:
+    """Serve epochs of our loading, or of our input."""
     world = setup_world('cpu')
-    set_up_device(train_args, world)
-    _serve(pipe, build(train_args, world).loader.epoch)
+    set_up_device(args, world)
+    loader = build(args, world).loader
+
+    def load(number: int) -> Any:
+        loader.ahead.seek(number, 0)
+        return loader.ahead
+
+    _serve(pipe, loader.epoch if part == 'input' else load)
 
 
-def _serve(pipe: Any, epoch: Any) -> None:
-    total = 0
-    while (number := pipe.recv()) is not None:
+def _serve(pipe: Any, batches: Callable[[int], Any]) -> None:
+    counts: List[int] = []
+
+    def epoch(number: int) -> Tuple[float, float]:
         start = time.perf_counter()
-        total += sum(len(images) for images, _ in epoch(number))
-        pipe.send((time.perf_counter() - start, 0.0))
-    pipe.send((total, []))
+        counts.append(sum(len(images) for images, _ in batches(number)))
+        return time.perf_counter() - start, 0.0
+
+    serve(pipe, epoch, lambda: (sum(counts), []))
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
+    results: Dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, 'data')
         write_images(data, args.images)
-        flags = [str(data), '--recipe', 'better', '--model', args.model, '--img-size', str(args.img_size)]
-        flags += ['--num-classes', '10', '--batch-size', str(args.batch_size), '--epochs', str(args.epochs)]
-        flags += ['--warmup-epochs', '1', '--workers', '2', '--device', 'cpu']
-        results: Dict[str, Any] = {}
-        for kind, plain, ours in (
-            ('loading', serve_plain_loading, serve_our_loading),
-            ('input', serve_plain_input, serve_our_input),
-            ('loop', serve_plain, serve_ours),
-        ):
-            arms = {}
-            for name, serve, more in (
-                ('plain', plain, []),
-                ('ours', ours, []),
-                ('ours, --resize-backend torch', ours, ['--resize-backend', 'torch']),
-            ):
-                experiment = f'{kind}-{len(arms)}'
-                (output := Path(folder, experiment)).mkdir()  # where the plain loop saves
-                argv = [*flags, '--output', str(output), '--experiment', 'run', *more]
-                train_args = parse_args(create_train_parser(), argv)
-                arms[name] = (serve, train_args)
-            raced = race(arms, args.epochs)
+        flags = [data, '--recipe', 'better', '--model', args.model, '--img-size', args.img_size, '--num-classes', 10]
+        flags += ['--batch-size', args.batch_size, '--epochs', args.epochs, '--warmup-epochs', 1]
+        for part in PARTS:
+            plain, ours = serve_plain, serve_ours
+            if part != 'loop':
+                plain, ours = partial(serve_plain_loader, part), partial(serve_our_loader, part)
+            servers = {
+                name: partial(server, plan(Path(folder, f'{part}-{name}'), *flags, *more))
+                for name, server, more in (
+                    ('plain', plain, []),
+                    ('ours', ours, []),
+                    (OURS_TORCH, ours, ['--resize-backend', 'torch']),
+                )
+            }
+            raced = race(servers, args.epochs)
             images = {name: seen[0] for name, seen in raced['seen'].items()}
-            results[kind] = dict(training=raced['training'], top1=raced['top1'], images=images)
+            results[part] = dict(training=raced['training'], top1=raced['top1'], images=images)
     return dict(results, pixels=pixel_changes(), size=args.img_size, model=args.model)
 
 
+def _speed(result: Dict[str, Any], name: str) -> str:
+    times = result['training']
+    return ratio_text(list(zip(times['plain'][1:], times[name][1:], strict=True)))
+
+
 def render(results: Dict[str, Any]) -> str:
-    rows = []
-    named = dict(loading='loading alone', input='input', loop=f'training `{results["model"]}`')
-    for kind, what in named.items():
-        result = results[kind]
-        plain = result['training']['plain'][1:]
-        for name, seconds in result['training'].items():
-            rate = result['images'][name] / len(seconds) / statistics.median(seconds[1:])
-            ratio = ratio_text([a / b for a, b in zip(plain, seconds[1:], strict=True)]) if name != 'plain' else '1'
-            top1 = f'{result["top1"][name]:.2f}' if kind == 'loop' else ''
-            rows.append([what, name, f'{rate:.0f}', ratio, top1])
-    pixels = results['pixels']
-    header = ['', '', 'images a second', 'ratio to plain by epoch: median (95% interval)', 'last top-1']
+    rows, pixels = [], results['pixels']
+    for part, what in PARTS.items():
+        times, images, row = results[part]['training'], results[part]['images'], [what]
+        for name, seconds in times.items():
+            row.append(f'{images[name] / len(seconds) / statistics.median(seconds[1:]):.0f}')
+            row += [] if name == 'plain' else [_speed(results[part], name)]
+        rows.append(row)
+    header = ['images a second', 'plain', 'ours', 'ratio by epoch', OURS_TORCH, 'ratio by epoch']
+    top1 = ', '.join(f'{score:.2f} {name}' for name, score in sorted(results['loop']['top1'].items()))
     return (
-        f'{results["size"]} pixels, two loading processes, {len(plain)} epochs in turn after one to warm up.\n\n'
-        + table(header, rows)
-        + f'\n\nWith `--resize-backend torch`, {100 * pixels["share"]:.2f}% of the values of a crop change, by at most '
-        f'{pixels["largest"]} of 255.'
+        f'{results["size"]} pixels, `{results["model"]}`, {len(seconds) - 1} epochs in turn after one to warm up.\n\n'
+        f'{table(header, rows)}\n\nLast top-1: {top1}. With `--resize-backend torch`, {100 * pixels["share"]:.2f}% of '
+        f'the values of a crop change, by at most {pixels["largest"]} of 255.'
     )
+
+
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    result, on = results['loop'], f"a plain loop of timm's parts, {results['size']} pixels"
+    return [('speed of training from JPEGs', _speed(result, 'ours'), on)]

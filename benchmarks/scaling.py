@@ -1,14 +1,14 @@
 """Growth of time and memory with the image size: one block, timm's non-local block and the whole model.
 
 The block has the resolution of stage 3, a sixteenth of the image's side. A step is forward and backward. The exponent
-is the slope of the logarithm of time, or of memory, over the logarithm of the number of pixels.
+is the slope of the logarithm of time, or of memory, over that of the number of pixels.
 """
 
 import argparse
 import math
 import statistics
 from functools import partial
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import timm
 import torch
@@ -17,6 +17,7 @@ from timm.layers import NonLocalAttn
 from timm_depla.engine.distributed import keep_memory
 from timm_depla.layers import Depla
 
+from .flags import add_flags
 from .pairs import peak_memory, seconds_text, time_rounds
 from .record import table
 from .speed import train_step
@@ -25,11 +26,9 @@ CHANNELS, STRIDE = 1024, 16
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--model', default='resnet50_depla')
-    parser.add_argument('--base', default='resnet50')
-    parser.add_argument('--img-size', type=int, nargs='+', default=[224, 320, 448, 640, 896], help='pixels')
-    parser.add_argument('--batch-size', type=int, default=2, help='images')
-    parser.add_argument('--pairs', type=int, default=10, help='timings of each')
+    add_flags(
+        parser, model='resnet50_depla', base='resnet50', img_size=[224, 320, 448, 640, 896], batch_size=2, pairs=10
+    )
 
 
 def _step(block: torch.nn.Module, inputs: List[torch.Tensor]) -> None:
@@ -49,12 +48,8 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         shape = (args.batch_size, CHANNELS, size // STRIDE, size // STRIDE)
         x, y = (torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_() for _ in range(2))
         images = torch.randn(args.batch_size, 3, size, size).to(memory_format=torch.channels_last)
-        calls = [
-            partial(_step, modules[0], [x, y]),
-            partial(_step, modules[1], [x, y]),
-            partial(_step, modules[2], [x]),
-            *(partial(train_step, model, images) for model in modules[3:]),
-        ]
+        calls = [partial(_step, modules[i], [x, y][: 2 - i // 2]) for i in range(3)]  # the third takes one map
+        calls += [partial(train_step, model, images) for model in modules[3:]]
         samples = time_rounds(calls, args.pairs)
         for module in modules:
             module.zero_grad()
@@ -62,38 +57,33 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     return results
 
 
-def exponent(sizes: List[int], seconds: List[float]) -> float:
-    """Slope of log time over log pixels, by least squares."""
-    return statistics.linear_regression([2 * math.log(size) for size in sizes], list(map(math.log, seconds))).slope
+def _columns(results: Dict[str, Any], i: int) -> Tuple[List[float], List[float]]:
+    """Median seconds and MiB of a module by size."""
+    parts = list(results['sizes'].values())
+    seconds = [statistics.median(sample[i] for sample in part['samples']) for part in parts]
+    return seconds, [part['memory'][i] / 2**20 for part in parts]
+
+
+def _exponent(results: Dict[str, Any], values: List[float]) -> str:
+    """Slope of a logarithm over that of the pixels, by least squares."""
+    pixels = [2 * math.log(int(size)) for size in results['sizes']]
+    return f'{statistics.linear_regression(pixels, list(map(math.log, values))).slope:.2f}'
 
 
 def render(results: Dict[str, Any]) -> str:
-    sizes = [int(size) for size in results['sizes']]
-    parts = list(results['sizes'].values())
     rows = []
     for i, name in enumerate(results['names']):
-        seconds = [statistics.median(sample[i] for sample in part['samples']) for part in parts]
-        memory = [part['memory'][i] / 2**20 for part in parts]
+        seconds, memory = _columns(results, i)
         cells = [f'{seconds_text(s)}, {m:.0f} MiB' for s, m in zip(seconds, memory, strict=True)]
-        rows.append([name, *cells, f'{exponent(sizes, seconds):.2f}', f'{exponent(sizes, memory):.2f}'])
-    header = ['', *(f'{size} pixels' for size in sizes), 'exponent of time', 'of memory']
-    return (
-        f'A training step of {results["batch_size"]} images, channels last: median of {len(parts[0]["samples"])} in '
-        'turn, and the most memory allocated during it.\n\n' + table(header, rows)
-    )
+        rows.append([name, *cells, _exponent(results, seconds), _exponent(results, memory)])
+    header = ['', *(f'{size} pixels' for size in results['sizes']), 'exponent of time', 'of memory']
+    return f'Batch {results["batch_size"]}, channels last: medians.\n\n{table(header, rows)}'
 
 
-def plot(results: Dict[str, Any]) -> Any:
-    """Time over the image's side, on logarithmic scales."""
-    from matplotlib.figure import Figure
-
-    axes = (figure := Figure(figsize=(6, 4), layout='constrained')).subplots()
-    sizes = list(map(int, results['sizes']))
-    for i, name in enumerate(results['names']):
-        samples = [result['samples'] for result in results['sizes'].values()]
-        axes.loglog(sizes, [statistics.median(s[i] for s in sample) for sample in samples], 'o-', label=name)
-    axes.set_xticks(sizes, map(str, sizes), minor=False)
-    axes.set_xticks([], minor=True)
-    axes.set(xlabel='side of the image (pixels)', ylabel='forward and backward (s)')
-    figure.legend(loc='outside right upper')
-    return figure
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    sizes = list(results['sizes'])
+    return [
+        (f'growth of the {name}: exponent', _exponent(results, _columns(results, i)[0]),
+         f'pixels, {sizes[0]} to {sizes[-1]} a side, CPU')
+        for i, name in enumerate(results['names']) if name in ('block, plain', 'non-local block')
+    ]  # fmt: skip

@@ -1,25 +1,25 @@
-"""Time and memory of models against a base, measured alternately in one process so that machine drift cancels.
+"""Time and memory of models over a base.
 
-A training step is forward and backward, without the optimizer. Memory is the weights and buffers plus the peak that
-PyTorch allocates during a step. On a CPU, the C library keeps freed memory, as in train.py. After a colon stands one of
-timm's attention layers, which the residual blocks then use. After a plus stands a form: `plain` is with
-`set_fused_depla(False)`, `uncomposed` has a hook on every DEPLA, so that its candidate is computed, and `fused` is the
-result of timm's `reparameterize_model`, for inference. Other paths, at commits that have them, leave one path out.
+Models take turns in one process. A training step is forward and backward, without the optimizer. Memory is that of the
+weights and buffers and the most that PyTorch allocates in a step. On a CPU, the C library keeps freed memory, as in
+train.py. `MODEL:NAME` has timm's attention layer NAME in its residual blocks. `MODEL+plain` runs under
+`set_fused_depla(False)`. `MODEL+fused` is the result of timm's `reparameterize_model`, for inference alone.
 """
 
 import argparse
 import statistics
 from functools import partial
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import timm
 import torch
 from timm.utils import reparameterize_model
 
 from timm_depla.engine.distributed import keep_memory
-from timm_depla.layers import Depla, set_fused_depla
+from timm_depla.layers import set_fused_depla
 
-from .pairs import median_interval, peak_memory, ratio_text, seconds_text, time_rounds
+from .flags import add_flags
+from .pairs import median_text, peak_memory, ratio_interval, ratio_text, time_rounds
 from .record import table
 
 IMAGENET = 1_281_167  # training images
@@ -28,13 +28,7 @@ KINDS = ('inference', 'training step')
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--model', nargs='+', default=['resnet50_depla'], metavar='MODEL[:ATTENTION][+PATH]', help='models to time'
-    )
-    parser.add_argument('--base', default='resnet50', help='model to compare them with')
-    parser.add_argument('--batch-size', type=int, default=8, help='images')
-    parser.add_argument('--img-size', type=int, default=224, help='pixels')
-    parser.add_argument('--pairs', type=int, default=80, help='timings of each model, of inference and of a step')
+    add_flags(parser, model=['resnet50_depla'], base='resnet50', batch_size=8, img_size=224, pairs=80)
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--amp', action='store_true', help='under autocast to bfloat16')
     parser.add_argument('--torchcompile', action='store_true', help='compile every model')
@@ -53,10 +47,6 @@ def create_model(spec: str, img_size: int) -> torch.nn.Module:
     model = timm.create_model(name, **kwargs)
     if path == 'fused':
         model = reparameterize_model(model.eval())
-    elif path == 'uncomposed':
-        for module in model.modules():
-            if isinstance(module, Depla):
-                module.register_forward_hook(lambda *_: None)
     for parameter in model.parameters():
         if parameter.ndim == 4:  # lambda networks also have 3D convolutions
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -85,58 +75,83 @@ def train_step(model: torch.nn.Module, x: torch.Tensor, amp: bool = False) -> No
     loss.backward()
 
 
+def trained(specs: Sequence[str]) -> List[str]:
+    """Those that a training step is measured of."""
+    return [spec for spec in specs if not spec.endswith('+fused')]
+
+
+def measure(
+    specs: Sequence[str], x: torch.Tensor, time: Callable[..., List], amp: bool = False, is_compiled: bool = False
+) -> Tuple[Dict[str, List[List[float]]], List[int]]:
+    """Seconds by kind of call, a column a model, and the bytes of a step of each model that trains."""
+    models = {spec: create_model(spec, x.shape[-1]).to(x.device) for spec in specs}
+    called = {spec: torch.compile(model) if is_compiled else model for spec, model in models.items()}
+    samples, calls = {}, {}
+    for kind, function, names in zip(KINDS, (infer, train_step), (specs, trained(specs)), strict=True):
+        for name in names:
+            models[name].train(kind == 'training step')
+        calls = {name: along(name, partial(function, called[name], x, amp)) for name in names}
+        samples[kind] = time(list(calls.values()))
+    memory = []
+    for name in calls:
+        for model in models.values():
+            model.zero_grad()
+        state = sum(tensor.nbytes for tensor in models[name].state_dict().values())
+        memory.append(peak_memory(calls[name], x.device.type) + state)
+    return samples, memory
+
+
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise SystemExit('no CUDA GPU here: run this command on a machine with one, or leave out --device cuda')
     torch.manual_seed(0)
     keep_memory()
-    names = [*args.model, args.base]
-    models = [create_model(name, args.img_size).to(args.device) for name in names]
+    specs = [*args.model, args.base]
     x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
-    x = x.to(memory_format=torch.channels_last)
-    results: Dict[str, Any] = {name: [] for name in KINDS}
-    keys = ('batch_size', 'img_size', 'device', 'amp', 'torchcompile')
-    results.update(names=names, **{key: getattr(args, key) for key in keys})
+    time = partial(time_rounds, rounds=args.pairs, device=args.device)
+    samples, memory = measure(specs, x.to(memory_format=torch.channels_last), time, args.amp, args.torchcompile)
+    results = {**samples, 'names': specs, 'peak memory': memory}
+    results.update({key: getattr(args, key) for key in ('batch_size', 'img_size', 'device', 'amp', 'torchcompile')})
     if args.device == 'cuda':
         results['gpu'] = torch.cuda.get_device_name()
-    called = [torch.compile(model) if args.torchcompile else model for model in models]
-    for kind, function in zip(KINDS, (infer, train_step), strict=True):
-        for model in models:
-            model.train(kind == 'training step')
-        calls = [along(name, partial(function, model, x, args.amp)) for name, model in zip(names, called, strict=True)]
-        results[kind] = time_rounds(calls, args.pairs, args.device)
-    results['peak memory'] = []
-    for model, call in zip(models, calls, strict=True):
-        model.zero_grad()
-        state = sum(tensor.nbytes for tensor in model.state_dict().values())
-        results['peak memory'].append(peak_memory(call, args.device) + state)
-        model.zero_grad()
     return results
 
 
+def _on(results: Dict[str, Any]) -> str:
+    how = [results.get('gpu', 'CPU'), *(['compiled'] if results['torchcompile'] else [])]
+    how += ['bfloat16'] if results['amp'] else []
+    return f'batch {results["batch_size"]} at {results["img_size"]} pixels, {", ".join(how)}'
+
+
 def render(results: Dict[str, Any]) -> str:
-    *names, base = results['names']
-    rows = []
-    for i, name in enumerate([*names, base]):
+    names, rows = results['names'], []
+    for name in names:
         row = [f'`{name}`']
-        for kind in KINDS:
-            row.append(seconds_text(statistics.median(sample[i] for sample in results[kind])))
-            row.append(ratio_text([sample[i] / sample[-1] for sample in results[kind]]) if name != base else '1')
-        memory = results['peak memory']
-        row += [f'{memory[i] / 2**20:.0f} MiB', f'{memory[i] / memory[-1]:.3f}']
-        if results['device'] == 'cuda':
-            step = statistics.median(sample[i] for sample in results['training step'])
-            row.append(f'{EPOCHS * IMAGENET / results["batch_size"] * step / 3600:.0f}')
+        for kind, columns in zip(KINDS, (names, trained(names)), strict=True):
+            samples, is_there = results[kind], name in columns
+            row.append(median_text(samples, columns.index(name)) if is_there else '')
+            row.append('1' if name == names[-1] else ratio_text(samples, columns.index(name)) if is_there else '')
+        if name in columns:
+            memory, column = results['peak memory'], columns.index(name)
+            row += [f'{memory[column] / 2**20:.0f} MiB', f'{memory[column] / memory[-1]:.3f}']
+            if results['device'] == 'cuda':
+                step = statistics.median(sample[column] for sample in results['training step'])
+                row.append(f'{EPOCHS * IMAGENET / results["batch_size"] * step / 3600:.0f}')
         rows.append(row)
-    header = ['', 'inference', 'ratio', 'training step', 'ratio', 'peak memory of a step', 'ratio']
+    header = ['', 'inference', 'ratio', 'training step', 'ratio', 'memory of a step', 'ratio']
     header += [f'GPU-hours of {EPOCHS} epochs of ImageNet'] if results['device'] == 'cuda' else []
-    how = [results.get('gpu', 'CPU'), 'compiled' if results['torchcompile'] else 'eager']
-    how += ['autocast to bfloat16'] if results['amp'] else []
-    counts = ' and '.join(f'{len(results[kind])} of {kind}' for kind in KINDS)
-    return (
-        f'Batch {results["batch_size"]} at {results["img_size"]} pixels, channels last, {", ".join(how)}: {counts}, in '
-        f'turn. Medians; ratios to `{base}` by pair: median (95% interval).\n\n' + table(header, rows)
-    )
+    return f'B{_on(results)[1:]}; {len(results["inference"])} turns.\n\n{table(header, rows)}'
+
+
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    """A step of DEPLA on a GPU, and of other modules."""
+    names = results['names']
+    wanted = ['seresnet50', 'resnet50:nl', *(['resnet50_depla'] if results['device'] == 'cuda' else [])]
+    return [
+        (f'training step of `{name}`', ratio_text(results['training step'], column), f'`{names[-1]}`, {_on(results)}')
+        for column, name in enumerate(trained(names)[:-1])
+        if name in wanted
+    ]
 
 
 def plot(results: Dict[str, Any]) -> Any:
@@ -147,7 +162,7 @@ def plot(results: Dict[str, Any]) -> Any:
     axes = (figure := Figure(figsize=(6, 1.2 + 0.4 * len(names)), layout='constrained')).subplots()
     for kind, marker, shift in zip(KINDS, 'os', (-0.1, 0.1), strict=True):
         for i in range(len(names)):
-            middle, low, high = median_interval([sample[i] / sample[-1] for sample in results[kind]])
+            middle, low, high = ratio_interval(results[kind], i)
             style = dict(fmt=marker, color=f'C{KINDS.index(kind)}', capsize=2, label=None if i else kind)
             axes.errorbar([middle], [i + shift], xerr=[[middle - low], [high - middle]], **style)
     axes.axvline(1, color='0.7', linewidth=1)

@@ -1,8 +1,9 @@
 """Our training against a plain loop of timm's parts: samples, schedule, accuracy, and images per second.
 
 Both train the digits recipe from the same weights, each in its own process, and take turns epoch by epoch. An epoch is
-training, validation and the checkpoint. The plain loop is the minimum that does what timm's own train.py does: timm's
-loaders, model, optimizer, schedule, loss, accuracy and checkpoint saver, without exact resume and without checks.
+training, validation and the checkpoint. The plain loop is the least that does what timm's own train.py does: timm's
+loaders, model, optimizer, schedule, loss, accuracy and checkpoint saver, without exact resume and without checks. The
+first epoch of each does not count.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -29,14 +31,15 @@ from timm_depla.engine.progress import Report
 from timm_depla.engine.run import Run
 from timm_depla.engine.training import run_epoch
 
+from .flags import add_flags
+from .pairs import ratio_text
 from .record import table
 
-_PARTS = {'training': 'in training', 'epoch': 'with validation and checkpoint'}
+PARTS = {'training': 'training', 'epoch': 'training, validation and checkpoint'}
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--epochs', type=int, default=18, help='epochs of each')
-    parser.add_argument('--img-size', type=int, default=128, help='image size in pixels')
+    add_flags(parser, epochs=18, img_size=128)
 
 
 class PlainLoop:
@@ -47,7 +50,6 @@ class PlainLoop:
         self.model = model
         self.images = 0
         self.rates: List[float] = []
-        self.training_seconds: List[float] = []
         size, cpu = model.pretrained_cfg['input_size'], torch.device('cpu')
         kwargs = dict(batch_size=args.batch_size, num_workers=args.workers, device=cpu)
         mix = None
@@ -74,8 +76,8 @@ class PlainLoop:
         self.loss_fn = SoftTargetCrossEntropy() if mix else LabelSmoothingCrossEntropy(args.smoothing)
         self.saver = CheckpointSaver(model, self.optimizer, args=args, checkpoint_dir=args.output, max_history=10)
 
-    def run_epoch(self, epoch: int) -> float:
-        """Train, validate and save; returns the top-1 accuracy in percent."""
+    def run_epoch(self, epoch: int) -> Tuple[float, float]:
+        """Train, validate and save; returns the seconds of training and the top-1 accuracy in percent."""
         start = time.perf_counter()
         self.model.train()
         losses = AverageMeter()
@@ -88,7 +90,7 @@ class PlainLoop:
             self.optimizer.step()
             losses.update(loss.item(), len(images))
             self.scheduler.step_update(epoch * len(self.loader) + step + 1)
-        self.training_seconds.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         self.model.eval()
         losses, top1 = AverageMeter(), AverageMeter()
         with torch.no_grad():
@@ -97,90 +99,72 @@ class PlainLoop:
                 losses.update(torch.nn.functional.cross_entropy(logits, targets).item(), len(images))
                 top1.update(accuracy(logits, targets)[0].item(), len(images))
         self.saver.save_checkpoint(epoch, metric=top1.avg)
-        return top1.avg
+        return seconds, top1.avg
 
 
-class TimedReport(Report):
-    """Report that stores the training time of each epoch."""
-
-    training_seconds: List[float] = []
-
-    def stop(self) -> None:
-        super().stop()
-        self.training_seconds.append(time.perf_counter() - self.start_time)
+def plan(output: Path, *flags: Any) -> argparse.Namespace:
+    """The training arguments of a loop that saves in a new folder."""
+    output.mkdir()
+    common = ['--workers', 2, '--device', 'cpu', '--output', output, '--experiment', 'run']
+    return parse_args(create_train_parser(), list(map(str, [*flags, *common])))
 
 
-def compare(plain: List[float], ours: List[float]) -> Dict[str, Any]:
-    """Ratios of plain to our times, without the first epoch: above 1 if ours are shorter."""
-    pairs = [a / b for a, b in zip(plain[1:], ours[1:], strict=True)]
-    medians = [statistics.median(times[1:]) for times in (plain, ours)]
-    ratios = dict(by_pair=statistics.median(pairs), of_medians=medians[0] / medians[1])
-    return dict(plain=plain, ours=ours, medians=medians, **ratios)
+def serve(pipe: Any, epoch: Callable[[int], Tuple[float, float]], seen: Callable[[], Any]) -> None:
+    """Run an epoch for each number received, and send its seconds and top-1; at the end send what was seen."""
+    while (number := pipe.recv()) is not None:
+        pipe.send(epoch(number))
+    pipe.send(seen())
 
 
-def plan(args: argparse.Namespace, output: str) -> argparse.Namespace:
-    """The training arguments of both loops."""
-    flags = ['--recipe', 'digits', '--epochs', str(args.epochs), '--img-size', str(args.img_size)]
-    flags += ['--device', 'cpu', '--output', output, '--experiment', 'run']
-    return parse_args(create_train_parser(), flags)
+def serve_plain(args: argparse.Namespace, pipe: Any) -> None:
+    """Serve epochs of the plain loop; it has seen images and learning rates."""
+    plain = PlainLoop(build(args, setup_world('cpu')))
+    serve(pipe, plain.run_epoch, lambda: (plain.images, plain.rates))
 
 
-def serve_plain(train_args: argparse.Namespace, pipe: Any) -> None:
-    """Run an epoch of the plain loop for each number received; finally send its images and learning rates."""
-    plain = PlainLoop(build(train_args, setup_world('cpu')))
-    while (epoch := pipe.recv()) is not None:
-        top1 = plain.run_epoch(epoch)
-        pipe.send((plain.training_seconds[-1], top1))
-    pipe.send((plain.images, plain.rates))
-
-
-def serve_ours(train_args: argparse.Namespace, pipe: Any) -> None:
+def serve_ours(args: argparse.Namespace, pipe: Any) -> None:
     """As `serve_plain`, for our loop, set up as in train.py."""
     images: List[int] = []
     rates: List[float] = []
     world = setup_world('cpu')
-    set_up_device(train_args, world)
-    ours = build(train_args, world)
+    set_up_device(args, world)
+    ours = build(args, world)
     ours.model.register_forward_pre_hook(lambda model, x: images.append(len(x[0]) if model.training else 0))
-    ours.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]['lr']))
-    (ours.folder / 'checkpoints').mkdir(parents=True)
-    report = TimedReport(ours)
-    while pipe.recv() is not None:
+    ours.state.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]['lr']))
+    (ours.folder.path / 'checkpoints').mkdir(parents=True)
+    report = Report(ours)
+
+    def epoch(_: int) -> Tuple[float, float]:
         with Interrupt(world) as interrupt:
             run_epoch(ours, interrupt, report)
-        ours.writer.wait()
-        pipe.send((report.training_seconds[-1], ours.history[-1]['eval_top1']))
-    pipe.send((sum(images), rates))
+        ours.folder.wait()
+        return ours.state.history[-1]['seconds'], ours.state.history[-1]['eval_top1']
+
+    serve(pipe, epoch, lambda: (sum(images), rates))
 
 
-def _serve(serve: Callable, train_args: argparse.Namespace, pipe: Any) -> None:
-    """Call an arm in its process, whose loading processes are forked, as those of training are."""
+def _start(server: Callable[[Any], None], pipe: Any) -> None:
+    """Serve in a process of its own, whose loading processes are forked, as those of training are."""
     multiprocessing.set_start_method('fork', force=True)
-    serve(train_args, pipe)
+    server(pipe)
 
 
-def race(arms: Dict[str, Tuple[Callable, argparse.Namespace]], rounds: int) -> Dict[str, Any]:
-    """Run the arms, each in its own process, alternately round by round.
-
-    Args:
-        arms: By name, a function and the arguments of its run. The function gets these and a pipe. For each number
-            received, it sends seconds and top-1 accuracy; for None, its images and learning rates.
-        rounds: Number of rounds.
+def race(servers: Dict[str, Callable[[Any], None]], rounds: int) -> Dict[str, Any]:
+    """Let servers take turns, each in its own process.
 
     Returns:
-        By arm, `training`, the seconds sent in each round; `epoch`, the seconds until each answer; `top1`, the last
-        accuracy; `seen`, the images and learning rates.
+        By name, `training`, the seconds sent in each round; `epoch`, the seconds until each answer; `top1`, the last
+        accuracy; `seen`, what each sends at the end.
     """
     spawn, pipes, processes = multiprocessing.get_context('spawn'), {}, []
-    results: Dict[str, Any] = {part: {name: [] for name in arms} for part in _PARTS}
-    results['top1'] = {}
-    for name, (serve, train_args) in arms.items():
+    results: Dict[str, Any] = {part: {name: [] for name in servers} for part in (*PARTS, 'top1')}
+    for name, server in servers.items():
         pipes[name], end = spawn.Pipe()
-        processes.append(spawn.Process(target=_serve, args=(serve, train_args, end)))
+        processes.append(spawn.Process(target=_start, args=(server, end)))
         processes[-1].start()
         end.close()  # so that recv raises if the process ends
     for number in range(rounds):
-        for name in arms if number % 2 else reversed(arms):
+        for name in servers if number % 2 else reversed(servers):
             start = time.perf_counter()
             pipes[name].send(number)
             training, results['top1'][name] = pipes[name].recv()
@@ -197,34 +181,42 @@ def race(arms: Dict[str, Tuple[Callable, argparse.Namespace]], rounds: int) -> D
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     """Times of each epoch, and whether both saw as many samples at the same learning rates."""
+    flags = ['--recipe', 'digits', '--epochs', args.epochs, '--img-size', args.img_size]
     with tempfile.TemporaryDirectory() as output:
-        arms = {}
-        for name, serve in (('plain', serve_plain), ('ours', serve_ours)):
-            (Path(output) / name).mkdir()
-            arms[name] = (serve, plan(args, f'{output}/{name}'))
-        results = race(arms, args.epochs)
-    seen = results['seen']
-    return dict(
-        images={name: images for name, (images, _) in seen.items()},
-        same_rates=seen['plain'][1] == seen['ours'][1],
-        steps=len(seen['ours'][1]),
-        top1=results['top1'],
-        **{part: compare(**results[part]) for part in _PARTS},
-    )
+        servers = {
+            name: partial(server, plan(Path(output, name), *flags))
+            for name, server in (('plain', serve_plain), ('ours', serve_ours))
+        }
+        results = race(servers, args.epochs)
+    seen = results.pop('seen')
+    images, rates = ({name: found[i] for name, found in seen.items()} for i in range(2))
+    return dict(results, images=images, steps=len(rates['ours']), same_rates=rates['ours'] == rates['plain'])
+
+
+def _speed(results: Dict[str, Any], part: str) -> str:
+    """Our throughput over the plain loop's, by pairs of epochs."""
+    times = results[part]
+    return ratio_text(list(zip(times['plain'][1:], times['ours'][1:], strict=True)))
 
 
 def render(results: Dict[str, Any]) -> str:
     rows = []
-    for number, name in enumerate(('plain', 'ours')):
-        medians = [f'{results[part]["medians"][number]:.2f}' for part in _PARTS]
-        rows.append([name, results['images'][name], *medians, f'{results["top1"][name]:.2f}'])
-    same = 'the same' if results['same_rates'] else 'NOT the same'
-    ratios = [
-        f'{results[part]["by_pair"]:.3f} {text} (by pairs of epochs; of the medians {results[part]["of_medians"]:.3f})'
-        for part, text in _PARTS.items()
+    for name, images in results['images'].items():
+        medians = [f'{statistics.median(results[part][name][1:]):.2f}' for part in PARTS]
+        ratios = ['1' if name == 'plain' else _speed(results, part) for part in PARTS]
+        rows.append([name, images, medians[0], ratios[0], medians[1], ratios[1], f'{results["top1"][name]:.2f}'])
+    header = [
+        'loop',
+        'images',
+        'training, s an epoch',
+        'speed',
+        'with validation and checkpoint',
+        'speed',
+        'last top-1',
     ]
-    header = ['loop', 'training images', 'training, s an epoch', 'with validation and checkpoint', 'last top-1']
-    return (
-        table(header, rows) + f'\n\nLearning rates of the {results["steps"]} steps: {same}. '
-        f'Throughput, ours over plain: {", ".join(ratios)}. Times are medians; the first epoch of each is not counted.'
-    )
+    same = 'the same' if results['same_rates'] else 'NOT the same'
+    return f'{table(header, rows)}\n\nLearning rates of the {results["steps"]} steps: {same}.'
+
+
+def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    return [(f'speed of {what}', _speed(results, part), "a plain loop of timm's parts") for part, what in PARTS.items()]

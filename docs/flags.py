@@ -2,72 +2,73 @@
 """Write docs/flags.md from the parsers: `python docs/flags.py`."""
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Sequence
 
-from timm_depla.engine.classification.flags import (
-    LEFT_OUT,
-    LEFT_OUT_OF_VALIDATION,
-    create_train_parser,
-    create_validate_parser,
-)
-from timm_depla.engine.detection.flags import (
-    LEFT_OUT_OF_DETECTION,
-    create_detection_parser,
-    create_detection_validate_parser,
-)
+from timm_depla.engine.classification import flags as classification
+from timm_depla.engine.detection import flags as detection
 from timm_depla.engine.flags import OWN_FLAGS
 
 HEADER = """# Flags
 
 Flags have the names, meanings and defaults of timm's `train.py` and `validate.py` (1.0.29.dev0), except the defaults of
-the model and the number of loading processes. Any other flag of timm is an error that gives the reason listed below; a
-test compares these pages with timm's parsers.
-Every switch has a `--no-` form. In a recipe, write flags without dashes: `batch_size: 64`.
+the model, the device and the number of loading processes. `--help` prints the meaning of each. Every switch has a
+`--no-` form. In a recipe, write flags without dashes: `batch_size: 64`. Any other flag of timm is an error that gives
+its reason.
 
 `validate.py` takes any number of runs, checkpoints and models as arguments; timm's `--checkpoint`, `--model` and
 positional data folder also work. `train_detection.py` and `validate_detection.py` have the same flags wherever they
 mean the same.
 """
+DEFAULTS = {'--workers': 'at most 4', '--device': 'the GPU if any'}  # they depend on the machine
 
 
-def flag_rows(parser: argparse.ArgumentParser, own: bool) -> List[str]:
-    rows = []
-    for action in parser._actions:
-        is_switch = isinstance(action, argparse.BooleanOptionalAction)
-        names = action.option_strings[:1] if is_switch else action.option_strings
-        if not names or '--help' in names or bool(OWN_FLAGS & set(names)) != own:
-            continue
-        default = '' if action.default in (None, '', False, {}, []) else f'`{action.default}`'
-        if '--workers' in names:
-            default = 'at most 4'
-        elif '--device' in names:
-            default = 'the GPU, if any'
-        elif isinstance(action.default, list):
-            default = f'`{" ".join(f"{value:.4g}" for value in action.default)}`' if action.default else ''
-        rows.append(f'| {", ".join(f"`{name}`" for name in names)} | {action.help} | {default} |')
-    return rows
+def default(action: argparse.Action) -> str:
+    value = next((DEFAULTS[name] for name in action.option_strings if name in DEFAULTS), action.default)
+    if isinstance(value, list):
+        return ' '.join(f'{item:.4g}' for item in value)
+    return '' if value in (None, '', False) or value == {} else str(value)
 
 
-def section(title: str, parser: argparse.ArgumentParser, left_out: Dict[str, str]) -> str:
-    lines = [f'## {title}', '', '| flag | meaning | default |', '|---|---|---|', *flag_rows(parser, own=False), '']
-    own = flag_rows(parser, own=True)
-    if own:
-        lines += ['Flags that timm lacks:', '', '| flag | meaning | default |', '|---|---|---|', *own, '']
-    if left_out:
-        lines += ['Flags of timm that are not supported:', '', '| flag | reason |', '|---|---|']
-        lines += [f'| `{flag}` | {reason} |' for flag, reason in sorted(left_out.items())]
-    return '\n'.join(lines) + '\n'
+def names(action: argparse.Action) -> str:
+    is_switch = isinstance(action, argparse.BooleanOptionalAction)
+    return ' '.join(f'`{name}`' for name in action.option_strings[: 1 if is_switch else None])
+
+
+def table(*rows: Sequence[str]) -> List[str]:
+    head, *body = (f'| {" | ".join(row)} |' for row in rows)
+    return [head, '|' + '---|' * len(rows[0]), *body, ''] if body else []
+
+
+def section(title: str, parser: argparse.ArgumentParser, left_out: Dict[str, str]) -> List[str]:
+    groups, own, reasons = defaultdict(list), [], defaultdict(list)
+    for group in parser._action_groups[1:]:
+        for action in group._group_actions:
+            if OWN_FLAGS & set(action.option_strings):
+                own.append((names(action), action.help, default(action)))
+            elif '--help' not in action.option_strings:  # argparse's "options" has the model
+                groups[group.title.replace('options', 'model')].append(f'{names(action)} {default(action)}'.rstrip())
+    for flag, reason in sorted(left_out.items()):
+        reasons[reason].append(f'`{flag}`')
+    kept = [(group, ', '.join(flags)) for group, flags in groups.items()]
+    missing = [(' '.join(flags), reason) for reason, flags in reasons.items()]
+    return [
+        f'## {title}', '',
+        *table(('group', "timm's flags and their defaults"), *kept),
+        *table(('flag that timm lacks', 'meaning', 'default'), *own),
+        *table(('flag of timm that is not here', 'reason'), *missing),
+    ]  # fmt: skip
 
 
 def render() -> str:
     return '\n'.join(
         [
             HEADER,
-            section('train.py', create_train_parser(), LEFT_OUT),
-            section('validate.py', create_validate_parser(), LEFT_OUT_OF_VALIDATION),
-            section('train_detection.py', create_detection_parser(), LEFT_OUT_OF_DETECTION),
-            section('validate_detection.py', create_detection_validate_parser(), {}),
+            *section('train.py', classification.create_train_parser(), classification.LEFT_OUT),
+            *section('validate.py', classification.create_validate_parser(), classification.LEFT_OUT_OF_VALIDATION),
+            *section('train_detection.py', detection.create_detection_parser(), detection.LEFT_OUT_OF_DETECTION),
+            *section('validate_detection.py', detection.create_detection_validate_parser(), {}),
         ]
     )
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 TRAIN = (
-    'python train.py demo/images --val-fraction 0.2 --recipe finetune --model test_resnet_depla --trunk-lr-scale 1 '
+    'python train.py demo/images --val-fraction 0.2 --recipe finetune --model test_resnet_depla --backbone-lr-scale 1 '
     '--img-size 128 --batch-size 16 --epochs 8 --lr 0.004 --experiment first'
 )
 COMMANDS = (
@@ -27,10 +27,10 @@ COMMANDS = (
 )
 PAGE = """# A first session
 
-A terminal, from a folder of photographs without splits to a sheet of predictions: {seconds:.0f} seconds on two CPU
-cores. `python docs/session.py` runs it and writes this page. `demo/images` has crops of six photographs of scikit-image
-and scikit-learn, a folder for each; take a folder of your own instead. The network is a tiny ResNet with DEPLA, from
-random weights.
+From a folder of photographs without splits to a sheet of predictions, on a terminal: {seconds:.0f} seconds on two CPU
+cores. `python docs/session.py` runs the commands and writes this page. `demo/images` has crops of six photographs of
+scikit-image and scikit-learn, a folder for each; take a folder of your own instead. The network is a tiny ResNet with
+DEPLA, from random weights.
 
 ```console
 {transcript}
@@ -38,9 +38,9 @@ random weights.
 
 ![Six photographs, each with its most probable classes](gallery/sheet.jpg)
 
-Each whole photograph is told from the others, of whose crops some were trained on: that shows the way, not what the
-network is worth. Ctrl-C saves and ends a training, and `python train.py --resume output/first` goes on, bit for bit.
-Next: [your own images from pretrained weights](finetune.md), [what the network sees](gallery.md), [all of
+Each photograph gets its own class. Some of its crops were in the training set: this shows the steps, not the network's
+worth. Ctrl-C saves and ends a training, and `python train.py --resume output/first` resumes it, bit for bit. Next:
+[your own images from pretrained weights](finetune.md), [what the network sees](gallery.md), [all of
 training](training.md).
 """
 

@@ -1,6 +1,6 @@
 """`python -m hub.publish RUN --output DIR`, as `timm-depla publish`."""
 
-from timm_depla.engine.distributed import run_command
+from timm_depla.commands import run_command
 from timm_depla.hub.publish import main
 
 if __name__ == '__main__':

@@ -38,6 +38,18 @@ def gpu_autocast(dtype):
             torch.set_autocast_dtype('cuda', torch.float16)  # PyTorch's default
 
 
+def flip_bit(file):
+    """Damage a file in a bit near its end."""
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+
+
+def equal(a, b):
+    """Whether two lists of batches, each of images and targets, are the same."""
+    return len(a) == len(b) and all(torch.equal(s[i], t[i]) for s, t in zip(a, b, strict=True) for i in (0, 1))
+
+
 def fit(*argv):
     """Do what `train.py` does; returns the exit code."""
     return train(parse_args(create_train_parser(), [str(a) for a in argv]))

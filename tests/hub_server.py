@@ -67,6 +67,16 @@ class _Handler(BaseHTTPRequestHandler):
     def refuse(self, status: int, code: str, message: str) -> None:
         self.answer(status, {'error': message}, X_Error_Code=code, X_Error_Message=message)
 
+    def find(self, repo: str, revision: str) -> Any:
+        """A commit; (None, None) after the answer that there is none."""
+        if repo not in self.hub.repositories:
+            self.refuse(401, 'RepoNotFound', 'Repository not found')
+        elif commit := self.hub.find(repo, revision):
+            return commit
+        else:
+            self.refuse(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
+        return None, None
+
     def body(self) -> bytes:
         if self.headers.get('Transfer-Encoding') == 'chunked':
             data = b''
@@ -112,14 +122,9 @@ def resolve(self: _Handler, repo: str, revision: str, path: str) -> None:
         if self.command == 'GET' and path.endswith(ending) and codes:
             self.refuse(codes.pop(0), 'ServerError', 'out of order')
             return
-    if repo not in hub.repositories:
-        self.refuse(401, 'RepoNotFound', 'Repository not found')
+    sha, files = self.find(repo, revision)
+    if sha is None:
         return
-    commit = hub.find(repo, revision)
-    if commit is None:
-        self.refuse(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
-        return
-    sha, files = commit
     if path not in files:
         self.answer(404, {'error': 'Entry not found'}, X_Error_Code='EntryNotFound', X_Repo_Commit=sha)
         return
@@ -148,31 +153,21 @@ def resolve(self: _Handler, repo: str, revision: str, path: str) -> None:
 
 @route(rf'/api/models/{_REPO}(?:/revision/([^/]+))?', 'GET')
 def model_info(self: _Handler, repo: str, revision: Optional[str]) -> None:
-    if repo not in self.hub.repositories:
-        self.refuse(401, 'RepoNotFound', 'Repository not found')
-        return
-    commit = self.hub.find(repo, revision or 'main')
-    if commit is None:
-        self.refuse(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
-        return
-    siblings = [{'rfilename': name, 'size': len(data)} for name, data in commit[1].items()]
-    self.answer(200, {'_id': '0', 'id': repo, 'sha': commit[0], 'siblings': siblings, 'tags': [], 'private': False})
+    sha, files = self.find(repo, revision or 'main')
+    if sha is not None:
+        siblings = [{'rfilename': name, 'size': len(data)} for name, data in files.items()]
+        self.answer(200, {'_id': '0', 'id': repo, 'sha': sha, 'siblings': siblings, 'tags': [], 'private': False})
 
 
 @route(rf'/api/models/{_REPO}/tree/([^/]+)', 'GET')
 def tree(self: _Handler, repo: str, revision: str) -> None:
-    if repo not in self.hub.repositories:
-        self.refuse(401, 'RepoNotFound', 'Repository not found')
-        return
-    commit = self.hub.find(repo, revision)
-    if commit is None:
-        self.refuse(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
-        return
-    files = [
-        {'type': 'file', 'path': name, 'size': len(data), 'oid': hashlib.sha1(data).hexdigest()}
-        for name, data in commit[1].items()
-    ]
-    self.answer(200, files, X_Repo_Commit=commit[0])
+    sha, files = self.find(repo, revision)
+    if sha is not None:
+        entries = [
+            {'type': 'file', 'path': name, 'size': len(data), 'oid': hashlib.sha1(data).hexdigest()}
+            for name, data in files.items()
+        ]
+        self.answer(200, entries, X_Repo_Commit=sha)
 
 
 @route('/api/repos/create', 'POST')
@@ -202,14 +197,9 @@ def validate_yaml(self: _Handler) -> None:
 
 @route(rf'/api/models/{_REPO}/preupload/([^/]+)', 'POST')
 def preupload(self: _Handler, _: str, __: str) -> None:
-    files = [
-        {
-            'path': file['path'],
-            'uploadMode': 'lfs' if file['path'].endswith('.safetensors') else 'regular',
-            'shouldIgnore': False,
-        }
-        for file in json.loads(self.body())['files']
-    ]
+    paths = [file['path'] for file in json.loads(self.body())['files']]
+    modes = {path: 'lfs' if path.endswith('.safetensors') else 'regular' for path in paths}
+    files = [{'path': path, 'uploadMode': mode, 'shouldIgnore': False} for path, mode in modes.items()]
     self.answer(200, {'files': files})
 
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -19,7 +20,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla.data import digits_folder
-from timm_depla.demo import MAX_BYTES, WEIGHTS, find_models, look, open_model, pixels_of, read_upload
+from timm_depla.demo import MAX_BYTES, WEIGHTS, examples, find_models, look, open_model, pixels_of, read_upload
 from timm_depla.errors import ConfigError
 from timm_depla.visualize import capture, find_blocks, load_any, prepare
 
@@ -29,7 +30,7 @@ CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shuti
 
 @pytest.fixture(scope='module')
 def digit():
-    return sorted((digits_folder() / 'validation' / '4').iterdir())[0]
+    return min((digits_folder() / 'validation' / '4').iterdir())
 
 
 def test_temperature_is_set_for_the_look_alone(digit):
@@ -66,15 +67,30 @@ def test_models_that_the_page_does_not_take(tmp_path, monkeypatch):
         find_models([])
 
 
+def test_examples(digit, tmp_path):
+    folder = digits_folder() / 'validation'
+    assert len(examples(str(folder))) <= 20 and len(examples(str(digit.parent))) > 10
+    assert [Path(file).parent for file in examples()] == [folder / str(label) for label in range(10)]
+    with pytest.raises(ConfigError, match='no images in'):
+        examples(str(tmp_path))
+
+
 @pytest.fixture(scope='module')
-def address():
+def uploads(tmp_path_factory):
+    """The page's folder of uploads."""
+    return tmp_path_factory.mktemp('uploads')
+
+
+@pytest.fixture(scope='module')
+def address(uploads):
     """The page, served as the command does."""
     pytest.importorskip('gradio')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     command = [sys.executable, '-m', 'timm_depla.demo', '--port', str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    options = dict(cwd=ROOT, env={**os.environ, 'GRADIO_TEMP_DIR': str(uploads)}, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -136,7 +152,7 @@ def test_page_shows_what_is_asked(page):
     first = wait_for(lambda: numbers(page))  # an example is computed at once, for the strongest group
     assert prediction(page) == '4' and 'number 1 of 16 by how much it changes' in first
     before = pictures(page)
-    page.set_input_files('input[type=file] >> nth=0', str(sorted((digits_folder() / 'validation/7').iterdir())[0]))
+    page.set_input_files('input[type=file] >> nth=0', str(min((digits_folder() / 'validation/7').iterdir())))
     wait_for(lambda: prediction(page) == '7')
     wait_for(lambda: pictures(page) != before)
     text = wait_for(lambda: 'number 1 of 16' in numbers(page) and numbers(page))
@@ -218,18 +234,27 @@ def ask(address, image=None, drawing=None, source='image'):
     raise AssertionError('no answer')
 
 
-def test_page_opens_its_uploads_alone(address, digit, tmp_path):
+def test_page_opens_its_uploads_alone(address, digit, uploads, tmp_path):
     """Files of the machine, there or not, are all refused alike; a pipe does not block."""
-    image = tmp_path / 'secret.png'
-    Image.new('RGB', (8, 8)).save(image)
+    Image.new('RGB', (8, 8)).save(tmp_path / 'secret.png')
+    Image.new('L', (5000, 5000)).save(uploads / 'large.png')
     os.mkfifo(tmp_path / 'pipe')
-    answers = []
-    for path in (image, tmp_path / 'pipe', tmp_path / 'nowhere.png', '/etc/passwd', f'/tmp/gradio/../{image}'):
-        part = {'path': str(path)}
-        answers.append(ask(address, part))
-        answers.append(ask(address, None, dict(background=None, layers=[part], composite=part), 'drawing'))
-    assert not any(answer['success'] for answer in answers)
-    assert {answer['output']['error'] for answer in answers} == {'this is no image that was uploaded here'}
+    meta = {'meta': {'_type': 'gradio.FileData'}}  # by which gradio itself knows a file
+
+    def draw(path):
+        part = {'path': path, **meta}
+        return ask(address, None, dict(background=None, layers=[part], composite=part), 'drawing')
+
+    said = []
+    for send in (lambda path: ask(address, {'path': path}), lambda path: ask(address, {'path': path, **meta}), draw):
+        paths = [tmp_path / name for name in ('secret.png', 'pipe', 'nowhere.png')]
+        answers = [send(str(path)) for path in (*paths, '/etc/passwd', f'{uploads}/../{paths[0]}')]
+        assert not any(answer['success'] for answer in answers)
+        (error,) = {answer['output']['error'] for answer in answers}
+        said.append(error)
+    assert said[0] == 'this is no image that was uploaded here'
+    for answer in (ask(address, {'path': str(uploads / 'large.png'), **meta}), draw(str(uploads / 'large.png'))):
+        assert 'more than 16,777,216' in answer['output']['error']
     assert ask(address, {'path': str(digit)})['success']  # one of the examples
 
 

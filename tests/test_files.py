@@ -31,7 +31,7 @@ PIXELS = zlib.compress(bytes(5 * 4))
         (png((b'IHDR', HEADER), (b'zTXt', b'a\0\0' + zlib.compress(bytes(2**26))), (b'IEND', b'')), 'it is damaged: '),
         (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EOF\n', 'cannot identify image'),
         (b'', 'cannot identify image'),
-        (png((b'IHDR', HEADER), (b'IDAT', PIXELS[:5]), (b'IEND', b'')), ''),
+        (png((b'IHDR', HEADER), (b'IDAT', PIXELS[:5]), (b'IEND', b'')), 'truncated|damaged|broken'),
     ],
 )
 def test_bad_image_is_one_error(data, message, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import fit, run, validate
+from helpers import fit, flip_bit, run, validate
 from safetensors.torch import load_file, save_file
 
 from timm_depla.data import digits_folder
@@ -194,9 +194,7 @@ def test_config_json_has_values_that_a_network_has(values, message, published):
 def test_changed_weights_are_named_to_a_caller_of_timm(published):
     folder = published()
     timm.create_model(f'local-dir:{folder}', pretrained=True)
-    data = bytearray((folder / 'model.safetensors').read_bytes())
-    data[-9] ^= 1
-    (folder / 'model.safetensors').write_bytes(data)
+    flip_bit(folder / 'model.safetensors')
     with pytest.raises(ValueError, match=r"published' is damaged: model.safetensors was changed"):
         timm.create_model(f'local-dir:{folder}', pretrained=True)
 
@@ -269,10 +267,9 @@ def test_pretrained_path_of_a_backbone(tmp_path, caplog):
 
 def test_control_characters_are_shown(tmp_path):
     """In what a command logs and in the error that ends it."""
-    for split in ('train', 'validation'):
-        for label in 'ab':
-            (tmp_path / 'data' / split / label).mkdir(parents=True)
-            shutil.copy(next((digits_folder() / split / '1').iterdir()), tmp_path / 'data' / split / label)
+    for place in (tmp_path / 'data' / split / label for split in ('train', 'validation') for label in 'ab'):
+        place.mkdir(parents=True)
+        shutil.copy(next((digits_folder() / 'train' / '1').iterdir()), place)
     (tmp_path / 'data' / 'train' / 'a' / 'x\n\x1b[31m.png').write_bytes(b'no image')
     argv = [tmp_path / 'data', '--recipe', 'digits', '--batch-size', 2, '--epochs', 1, '--warmup-epochs', 0]
     result = run('train.py', *argv, '--output', tmp_path / 'out')
@@ -281,9 +278,8 @@ def test_control_characters_are_shown(tmp_path):
 
 
 def test_batch_of_one_position(tmp_path):
-    argv = ['--recipe', 'digits', '--img-size', 32, '--batch-size', 1, '--workers', 0, '--output', tmp_path]
     with pytest.raises(TrainingError, match='a norm sees one value per channel in a batch: raise --batch-size'):
-        fit(*argv)
+        fit('--recipe', 'digits', '--img-size', 32, '--batch-size', 1, '--workers', 0, '--output', tmp_path)
 
 
 def test_long_path_is_a_message():

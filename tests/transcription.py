@@ -27,21 +27,13 @@ def upsample(x, height, width):
         low = min(int(position), size - 1)
         return low, min(low + 1, size - 1), position - low
 
-    h, w = len(x[0]), len(x[0][0])
-    out = []
-    for channel in x:
-        rows = []
-        for i in range(height):
-            i0, i1, a = taps(h, i, height)
-            row = []
-            for j in range(width):
-                j0, j1, b = taps(w, j, width)
-                top = (1 - b) * channel[i0][j0] + b * channel[i0][j1]
-                bottom = (1 - b) * channel[i1][j0] + b * channel[i1][j1]
-                row.append((1 - a) * top + a * bottom)
-            rows.append(row)
-        out.append(rows)
-    return out
+    def value(channel, i, j):
+        i0, i1, a = taps(len(channel), i, height)
+        j0, j1, b = taps(len(channel[0]), j, width)
+        top = (1 - b) * channel[i0][j0] + b * channel[i0][j1]
+        return (1 - a) * top + a * ((1 - b) * channel[i1][j0] + b * channel[i1][j1])
+
+    return [[[value(channel, i, j) for j in range(width)] for i in range(height)] for channel in x]
 
 
 def softmax(values):

@@ -14,8 +14,8 @@ __all__ = ['compile_blocks']
 def compile_blocks(model: nn.Module, **kwargs: Any) -> nn.Module:
     """Compile each block with DEPLA in place, with `nn.Module.compile`; names and state dict stay as they are.
 
-    A block is a `Depla`, or the bottleneck of a ResNet around it, since the fused form reaches out of `Depla`. Blocks of
-    the same shape share a graph. By default the first other size of an image makes a second graph, for all sizes;
+    A block is a `Depla`, or the bottleneck of a ResNet around it, since the fused form reaches out of `Depla`. Blocks
+    of the same shape share a graph. By default the first other size of an image makes a second graph, for all sizes;
     `dynamic=True` makes one for all from the start.
 
     Args:

@@ -21,12 +21,12 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from timm_depla import schema
 from timm_depla.capture import BlockCapture, capturing, find_blocks, measure, strength, without_refinement
-from timm_depla.data import digits_folder
-from timm_depla.engine.distributed import run_command
+from timm_depla.commands import run_command
+from timm_depla.data import digits_folder, find_images
 from timm_depla.errors import ConfigError, require
 from timm_depla.files import open_image
 from timm_depla.predict import label_names
-from timm_depla.visualize import add_scale, find_images, find_limit, load_any, prepare, show_map
+from timm_depla.visualize import add_scale, find_limit, load_any, prepare, show_map
 
 __all__ = ['create_app', 'launch', 'look']
 
@@ -159,7 +159,7 @@ def examples(images: Optional[str] = None) -> List[str]:
         return files[:: math.ceil(len(files) / 20)]
     try:
         folder = digits_folder() / 'validation'
-    except (ModuleNotFoundError, OSError, RuntimeError):
+    except ConfigError:
         return []
     return [str(sorted(path.glob('*.png'))[0]) for path in sorted(folder.iterdir())]
 

@@ -15,8 +15,9 @@ import yaml
 from PIL import Image
 
 __all__ = [
-    'FORMATS', 'SUMS', 'check_own', 'check_writable', 'escape', 'find_change', 'is_unvalidated', 'list_digest',
-    'list_sums', 'open_image', 'open_to_append', 'read_mapping', 'read_tensors', 'write_bytes', 'write_file',
+    'FORMATS', 'SUMS', 'check_own', 'check_writable', 'escape', 'find_change', 'format_json', 'is_unvalidated',
+    'list_digest', 'list_sums', 'open_image', 'open_to_append', 'read_mapping', 'read_tensors', 'write_bytes',
+    'write_file',
 ]  # fmt: skip
 
 SUMS = 'checksums.json'
@@ -61,10 +62,24 @@ def _read(path: Path, limit: int) -> bytes:
         return file.read(size)
 
 
+def format_json(value: Any, width: int = 100, indent: str = '') -> str:
+    """JSON with a line for each key, and for each mapping of a list; what fits in the width is one line."""
+    text, deeper = json.dumps(value), f'{indent} '
+    if len(indent + text) <= width:
+        return text
+    if isinstance(value, dict):
+        lines = [f'{json.dumps(str(key))}: {format_json(item, width, deeper)}' for key, item in value.items()]
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        lines = [format_json(item, width, deeper) for item in value]
+    else:
+        return text
+    return text[0] + f'\n{deeper}' + f',\n{deeper}'.join(lines) + f'\n{indent}{text[-1]}'
+
+
 def list_sums(files: Dict[str, bytes]) -> bytes:
     """The content of checksums.json for these files."""
     sums = {name: {'bytes': len(data), 'sha256': hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    return (json.dumps(sums, indent=2) + '\n').encode()
+    return f'{format_json(sums)}\n'.encode()
 
 
 def find_change(folder: Path, names: Sequence[str] = ()) -> Optional[str]:
@@ -106,10 +121,9 @@ def _load_yaml(data: bytes) -> Any:
     depth = 0
     for event in yaml.parse(data, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
-            what = (
-                f'an alias, *{event.anchor}' if isinstance(event, yaml.AliasEvent) else f'more than {MAX_DEPTH} levels'
-            )
+        is_alias = isinstance(event, yaml.AliasEvent)
+        if is_alias or depth > MAX_DEPTH:
+            what = f'an alias, *{event.anchor}' if is_alias else f'more than {MAX_DEPTH} levels'
             raise ValueError(f'it has {what}: write the values out, a line for each')
     return yaml.safe_load(data)
 

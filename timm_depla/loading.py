@@ -15,20 +15,23 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.models._hub import save_config_for_hf
 
+from timm_depla.data import digits_folder
+from timm_depla.data.scenes import scenes_folder
 from timm_depla.detection import is_detector
 from timm_depla.errors import ConfigError, closest, command_for
-from timm_depla.files import find_change, is_unvalidated, read_mapping
+from timm_depla.files import find_change, format_json, is_unvalidated, read_mapping
 from timm_depla.models import check_published, find_weights, load_backbone
 from timm_depla.timm_runs import read_timm_run, with_data_dir
 
 __all__ = [
     'create_model', 'load_model', 'load_weights', 'model_config', 'pretrained_file', 'resumed_recipe', 'run_arguments',
-    'trained_data', 'trained_on',
+    'trained_data',
 ]  # fmt: skip
 
 DATA = (
     'dataset', 'data_dir', 'class_map', 'input_key', 'target_key', 'input_img_mode', 'in_chans', 'val_fraction',
 )  # arguments that identify the data  # fmt: skip
+_EMBEDDED = {'digits': digits_folder, 'digits-in-scenes': scenes_folder}  # by the id in a card's record
 _SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # timm's prefixes of a model's name
 
 
@@ -46,7 +49,7 @@ def model_config(model: nn.Module, model_args: Dict[str, Any], label_names: Sequ
         save_config_for_hf(model, path, model_config=labels, model_args=model_args)
         config = json.loads(path.read_text())
     config.get('model_args', {}).pop('num_classes', None)  # a top-level key already; transformers wants it only there
-    return (json.dumps(config, indent=2) + '\n').encode()
+    return f'{format_json(config)}\n'.encode()
 
 
 def create_model(name: str, **kwargs) -> nn.Module:
@@ -59,7 +62,7 @@ def create_model(name: str, **kwargs) -> nn.Module:
         raise ConfigError(f"no model '{name}'{closest(name, timm.list_models())}")
     if kwargs.get('pretrained') and not name.startswith('local-dir:'):
         look_offline()
-    elsewhere = kwargs.keys() & {'backbone', 'pretrained_cfg_overlay'}  # that tell where the weights come from
+    elsewhere = kwargs.keys() & {'backbone', 'pretrained_cfg_overlay'}  # the source of the weights
     if kwargs.get('pretrained') and timm.is_model(name) and not elsewhere:
         check_pretrained(name)
     try:
@@ -228,7 +231,7 @@ def resumed_recipe(args: Namespace) -> Optional[str]:
 
 
 def trained_data(target: str, data_dir: Optional[str] = None) -> Dict[str, str]:
-    """The data of the target's run, as arguments; empty for other targets.
+    """The data of the target's run, or the embedded data that a published folder was trained on, as arguments.
 
     A run can come from an untrusted source, so its data must be a local folder: nothing is downloaded.
 
@@ -237,12 +240,14 @@ def trained_data(target: str, data_dir: Optional[str] = None) -> Dict[str, str]:
         data_dir: The folder to read instead of the run's.
 
     Raises:
-        ConfigError: If the run's data is no local folder, or the folder does not exist.
+        ConfigError: If the target's data is unknown, or no local folder.
     """
     found = run_arguments(target)
     found = {key: found[key] for key in DATA if found.get(key)}
+    if not found and (embedded := _EMBEDDED.get(_data_id(target))):
+        return {'data_dir': str(embedded())}
     if not found:
-        return {}
+        raise ConfigError(f"'{target}' is no run folder, so its data is unknown: check the path, or give --data-dir")
     kind, folder = str(found.get('dataset', '')), str(data_dir or found.get('data_dir', ''))
     if kind.partition('/')[0].lower() not in ('', 'torch', 'wds') or not Path(folder).is_dir():
         raise ConfigError(
@@ -252,10 +257,9 @@ def trained_data(target: str, data_dir: Optional[str] = None) -> Dict[str, str]:
     return found
 
 
-def trained_on(target: str, dataset: str) -> bool:
-    """Whether a published folder says that it was trained on an embedded data set, by its id in the card."""
-    record = Path(target.removeprefix('local-dir:'), 'record.json')
+def _data_id(target: str) -> str:
+    """The id of the data that a published folder was trained on, by its record; empty for other targets."""
     try:
-        return record.is_file() and read_mapping(record)['dataset']['id'] == dataset
+        return str(read_mapping(Path(target.removeprefix('local-dir:'), 'record.json'))['dataset']['id'])
     except (KeyError, TypeError, ValueError):
-        return False
+        return ''

@@ -3,7 +3,6 @@
 import argparse
 import csv
 import io
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -16,12 +15,12 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torchvision.transforms.v2.functional import resize, to_pil_image
 
 from timm_depla import schema
+from timm_depla.commands import run_command
+from timm_depla.data import find_images
 from timm_depla.detection.predict import draw_detections, predict, read_image
-from timm_depla.engine.classification.datasets import is_image
-from timm_depla.engine.distributed import run_command
 from timm_depla.engine.progress import progress
 from timm_depla.errors import ConfigError
-from timm_depla.files import check_writable, escape, open_image, write_file
+from timm_depla.files import check_writable, escape, format_json, open_image, write_file
 from timm_depla.visualize import load_any
 
 __all__ = ['classify', 'detect', 'draw_sheet', 'label_names', 'main']
@@ -114,7 +113,7 @@ def render(suffix: str, names: Sequence[str], results: Sequence[Tuple[Prediction
     """The results as a file of a kind: .csv has a row for each prediction."""
     if suffix == '.json':
         rows = [dict(image=name, predictions=found) for name, (found, _) in zip(names, results, strict=True)]
-        return (json.dumps(rows, indent=2) + '\n').encode()
+        return f'{format_json(rows)}\n'.encode()
     if suffix == '.csv':
         text = io.StringIO()
         writer = csv.writer(text, lineterminator='\n')
@@ -150,10 +149,7 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f'--output: {error}') from error
     files: List[Path] = []
     for path in map(Path, args.images):
-        inside = sorted(file for file in path.rglob('*') if is_image(file)) if path.is_dir() else [path]
-        if not inside:
-            raise ConfigError(f"no images in '{path}'")
-        files += inside
+        files += find_images(path) if path.is_dir() else [path]
     model = load_any(args.source)
     is_classifier = hasattr(model, 'pretrained_cfg')
     read = partial(classify, top=args.top) if is_classifier else partial(detect, threshold=args.threshold)
@@ -186,7 +182,7 @@ def main() -> None:
     parser.add_argument(
         '--output', metavar='FILE', nargs='+', default=[], help=f'files to write: {", ".join(SUFFIXES)}'
     )
-    parser.add_argument('--top', type=schema.count, metavar='N', default=5, help='classes to tell')
+    parser.add_argument('--top', type=schema.count, metavar='N', default=5, help='classes to show')
     parser.add_argument('--threshold', type=schema.share, metavar='X', default=0.5, help='lowest score of an object')
     run(parser.parse_args())
 

@@ -37,7 +37,7 @@ class TimmRun(NamedTuple):
     Attributes:
         file: The checkpoint.
         name: Its model.
-        args: The arguments of its training; empty where neither it nor an args.yaml beside it tells them.
+        args: The arguments of its training; empty where neither it nor an args.yaml beside it has them.
         epochs: Epochs of its training so far.
     """
 
@@ -51,7 +51,7 @@ class TimmRun(NamedTuple):
         """Arguments that rebuild the model.
 
         Raises:
-            ConfigError: If they tell where weights come from.
+            ConfigError: If they would load weights from elsewhere.
         """
         kwargs = dict(self.args.get('model_kwargs') or {})
         try:

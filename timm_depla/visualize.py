@@ -16,10 +16,10 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from timm_depla.capture import BlockCapture, capture, capturing, find_blocks, measure, strength
+from timm_depla.commands import run_command
+from timm_depla.data import find_images
 from timm_depla.detection import from_pretrained, is_detector
 from timm_depla.detection.predict import read_image
-from timm_depla.engine.classification.datasets import is_image
-from timm_depla.engine.distributed import run_command
 from timm_depla.errors import ConfigError, require
 from timm_depla.files import check_writable
 from timm_depla.layers.linear import match_size
@@ -156,18 +156,6 @@ def read_input(model: nn.Module, file: Path) -> Tuple[Tensor, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read '{file}' as an image: {error}") from error
     return prepare(model, pixels, f"'{file}'")
-
-
-def find_images(folder: str) -> List[Path]:
-    """The images in a folder and its subfolders.
-
-    Raises:
-        ConfigError: If there are none.
-    """
-    files = sorted(file for file in Path(folder).rglob('*') if is_image(file))
-    if not files:
-        raise ConfigError(f"no images in '{folder}'")
-    return files
 
 
 def summarize(model: nn.Module, files: Sequence[Path]) -> Dict[str, Dict[str, Tensor]]:

@@ -4,7 +4,6 @@ Training images are made of the training images of their source alone. Each imag
 split and number seed, and the object's height evenly on a logarithmic scale.
 """
 
-import argparse
 import hashlib
 import tempfile
 from dataclasses import dataclass
@@ -51,11 +50,6 @@ SETS = {
     'digits': Scatter(_digits, 64, (10, 48), 4, {'train': 6000, 'validation': 4000}),
     'garments': Scatter(garments, 48, (12, 40), 8, {'train': 100000, 'validation': 10000}, is_lit=True),
 }
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('folder', metavar='DIR', type=Path, help='folder to write')
-    parser.add_argument('--set', default='digits', choices=SETS)
 
 
 def cached(name: str) -> Path:

@@ -55,4 +55,4 @@ def test_a_table_from_start_to_end(tmp_path):
     assert [row.split(' | ')[0] for row in rows] == ['| resnet50', '| resnet50_depla', '| resnet50_depla_adaptive']
     assert all(re.search(r'\| 7\d\.\d \| \d+\.\d \(epoch 1\) \|$', row) for row in rows)
     again = run(*COMMAND, *table, '--submit', *flags)
-    assert again.stdout.count('1 epochs done, ') == 3 and 'going on from' in again.stderr
+    assert again.stdout.count('1 epochs done, ') == 3 and 'resuming from' in again.stderr

@@ -37,8 +37,7 @@ def test_split_is_stratified(folder):
 
 
 def test_reused_as_it_is_and_written_again_when_damaged(folder, caplog):
-    image = folder / 'train' / '3'
-    image = sorted(image.iterdir())[0]
+    image = sorted((folder / 'train' / '3').iterdir())[0]
     before = image.stat().st_mtime_ns
     assert digits_folder(folder) == folder
     assert image.stat().st_mtime_ns == before
@@ -47,12 +46,6 @@ def test_reused_as_it_is_and_written_again_when_damaged(folder, caplog):
         digits_folder(folder)
         assert Image.open(image).size == (8, 8)
     assert caplog.text.count('is incomplete or was changed; writing it again') == 2
-
-
-def test_without_scikit_learn(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "timm-depla\[digits\]", or give a data folder'):
-        digits_folder(tmp_path / 'digits')
 
 
 def test_first_starts_at_once(tmp_path):

@@ -34,13 +34,11 @@ def photos(tmp_path):
 def splits(folder, *argv):
     """The file names of both splits."""
     args = parse_args(create_train_parser(), [str(a) for a in [folder, *SPLIT, *argv]])
-    return [set(dataset.filenames()) for dataset in open_splits(args)]
+    return [set(dataset.filenames()) for dataset in open_splits(args)[1:]]
 
 
 def test_a_folder_without_splits_is_divided_by_class_and_stays_so(photos):
-    with pytest.raises(
-        ConfigError, match=r"no folder or tar file 'train' in .*: divide '.*photos' by --val-fraction 0.2"
-    ):
+    with pytest.raises(ConfigError, match=r"no folder or tar file 'train' in .*: divide '.*photos' by --val-fraction"):
         fit(photos, *FAST)
     train, val = splits(photos)
     assert len(train | val) == 40 and not train & val
@@ -144,9 +142,7 @@ def test_every_file_is_used_or_named(photos, tmp_path, caplog):
     assert '\n  red/animated.png\n  red/animated.webp\n  red/moving.gif' in caplog.text
     assert "1 of the 52 images of the split 'train' are turned by EXIF alone, which is not applied" in caplog.text
     assert "not used: files of other kinds (1 .txt, 1 .heic): 'red/notes.txt', 'red/raw.heic'; " in caplog.text
-    assert (
-        "images in no folder of a class (1): 'loose.png'; folders of classes without images (1): 'green'" in caplog.text
-    )
+    assert "images in no folder of a class (1): 'loose.png'; folders of classes without images (1): 'g" in caplog.text
     for name in ('empty.jpg', 'cut.jpg'):
         (photos / 'red' / name).unlink()
     assert fit(*argv, '--experiment', 'one') == 0  # unreadable is less than the floor
@@ -158,9 +154,7 @@ def test_classes_of_one_split_alone(photos, tmp_path):
     for name, only in (('train', 'cat'), ('val', 'dog')):
         shutil.copytree(photos, tmp_path / 'data' / name)
         (tmp_path / 'data' / name / 'red').rename(tmp_path / 'data' / name / only)
-    with pytest.raises(
-        ConfigError, match=r"'cat' in 'train' alone; 'dog' in 'validation' alone: add images .*--class-map"
-    ):
+    with pytest.raises(ConfigError, match=r"'cat' in 'train' alone; 'dog' in 'validation' alone: add .*--class-map"):
         splits(tmp_path / 'data', '--val-fraction', 0)
     (tmp_path / 'map.txt').write_text('blue\ncat\ndog\n')
     assert len(splits(tmp_path / 'data', '--val-fraction', 0, '--class-map', tmp_path / 'map.txt')[0]) == 40
@@ -182,17 +176,14 @@ def test_dry_run_tries_what_training_needs(photos, tmp_path, caplog, capsys):
     argv = [photos, *SPLIT, *FAST, '--dry-run', '--output', tmp_path / 'out']
     assert fit(*argv, '--recipe', 'digits', '--lr', 100) == 0
     assert '(1,000 times the recipe)' in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"cannot load 'nowhere\.pth'"):
-        fit(*argv, '--initial-checkpoint', 'nowhere.pth')
-    with pytest.raises(ConfigError, match=r'cannot load .*test_resnet_depla.digits'):
-        fit(*argv, '--initial-checkpoint', 'hub/weights/test_resnet_depla.digits')
-    with pytest.raises(ConfigError, match=r'teacher .* has 10 classes, not 2'):
-        fit(*argv, '--kd-model-name', 'hub/weights/test_resnet_depla.digits')
-    for flag, value, hint in (
-        ('--aa', 'orignal', 'original'),
-        ('--opt', 'adamv', 'adam'),
-        ('--sched', 'cosin', 'cosine'),
+    for flag, value, message in (
+        ('--initial-checkpoint', 'nowhere.pth', r"cannot load 'nowhere\.pth'"),
+        ('--initial-checkpoint', 'hub/weights/test_resnet_depla.digits', r'cannot load .*test_resnet_depla.digits'),
+        ('--kd-model-name', 'hub/weights/test_resnet_depla.digits', r'teacher .* has 10 classes, not 2'),
+        ('--aa', 'orignal', "'orignal'.*did you mean 'original"),
+        ('--opt', 'adamv', "'adamv'.*did you mean 'adam"),
+        ('--sched', 'cosin', "'cosin'.*did you mean 'cosine"),
     ):
-        with pytest.raises(ConfigError, match=f"'{value}'.*did you mean '{hint}"):
+        with pytest.raises(ConfigError, match=message):
             fit(*argv, flag, value)
     assert not (tmp_path / 'out').exists()

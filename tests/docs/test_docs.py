@@ -1,11 +1,15 @@
-"""The pages of the documentation name what is there, and their code runs."""
+"""The pages name what is there, their commands parse, their code runs, and the README has the numbers of records."""
 
+import argparse
+import json
 import os
 import re
 import runpy
 import shlex
+import statistics
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,19 +17,21 @@ import timm
 import torch
 from helpers import ROOT
 
+from timm_depla.commands import VERBS
 from timm_depla.engine.classification.flags import create_train_parser, create_validate_parser
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection.flags import create_detection_parser, create_detection_validate_parser
-from timm_depla.hub.publish import create_publish_parser
 from timm_depla.predict import label_names
 
-PARSERS = {
+SCRIPTS = {
     'train.py': create_train_parser,
     'train_detection.py': create_detection_parser,
     'validate.py': create_validate_parser,
     'validate_detection.py': create_detection_validate_parser,
-    'hub.publish': create_publish_parser,
 }
+MODULES = {f'timm-depla {verb}': module for verb, (module, _) in VERBS.items()}
+MODULES |= {'-m hub.publish': MODULES['timm-depla publish'], '-m benchmarks': 'benchmarks.__main__'}
+MODULES['-m benchmarks.evidence'] = 'benchmarks.evidence.__main__'
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
 
@@ -35,15 +41,48 @@ def anchors(page):
     return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-def test_links(page):
-    for link in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
-        path, _, anchor = link.partition('#')
-        if link.startswith(('http://', 'https://')):
-            continue
-        target = page.parent / path if path else page
-        assert target.exists(), link
-        assert not anchor or anchor in anchors(target), link
+def test_links():
+    for page in PAGES:
+        for link in re.findall(r'\]\((?!https?://)([^)\s]+)\)', page.read_text()):
+            path, _, anchor = link.partition('#')
+            target = page.parent / path if path else page
+            assert target.exists(), f'{page.name}: {link}'
+            assert not anchor or anchor in anchors(target), f'{page.name}: {link}'
+
+
+def ratio(samples):
+    """Time or memory of a model over its base's, the first and the last of each sample."""
+    return f'{statistics.median(sample[0] / sample[-1] for sample in samples):.2f}'
+
+
+def test_numbers_of_the_readme():
+    """Cost, results and differences are those of the records, of the paper and of the evidence."""
+    text, benchmarks = (ROOT / 'README.md').read_text(), ROOT / 'benchmarks'
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if line.startswith('| ')]
+    names = 'grid', 'neck', 'cost'
+    grid, neck, cost = (json.loads((benchmarks / f'records/{name}.json').read_text())['results'] for name in names)
+    for name, macs, parameters, *times, memory, _, _ in (row for row in rows if len(row) == 12):
+        model, _, form = name.strip('`').partition('`, ')
+        if model in cost:
+            kinds = ('inference',) if form else ('inference', 'training step')
+            cells = {batch: grid['cells'][f'{model}+{form}'.rstrip('+') + f'/{batch}'] for batch in (1, 8, 32)}
+            assert times[: 3 * len(kinds)] == [ratio(cell[kind]) for kind in kinds for cell in cells.values()], name
+            assert macs == f'{cost[model]["fused" if form else "macs"] / 1e9:.2f}', name
+            counts = [f'{cost[model]["parameters"] / 1e6:.1f}', ratio([cells[32]['memory']])]
+            assert [parameters, memory] == ([''] * 2 if form else counts), name
+        elif name.startswith('FPN-DEPLA'):
+            wanted = [ratio(neck['neck']), ratio(neck['neck training']), ratio([neck['neck memory']])]
+            assert [times[0], times[3], memory] == wanted
+        elif name:
+            assert [times[0], memory] == [ratio(neck['detector']), ratio([neck['detector training memory']])]
+    paper = json.loads((benchmarks / 'paper_results.json').read_text()).values()
+    tables = {str(part['table']): str(part['rows']) for part in paper if 'table' in part}
+    for name, *cells in rows:
+        if table := re.search(r'\(Table (\d)\)', name):
+            assert all(value in tables[table[1]] for value in cells[1:3]), name
+    pages = ''.join((ROOT / 'docs' / page).read_text() for page in ('evidence.md', 'benchmarks.md'))
+    for difference in re.findall(r'[+-]\d\S+ (?:± [\d.]+|\([+-].*? to .*?\))', text):
+        assert difference in pages
 
 
 def test_promises_are_tests():
@@ -64,15 +103,54 @@ def blocks(language):
             yield pytest.param(block, id=f'{page.name}-{number}')
 
 
+class Parsed(Exception):
+    """Raised with a parser and what it parsed, before the command runs."""
+
+
+def stop(parser):
+    raise Parsed(parser, parser.parse_known_args()[0])
+
+
+def parse(words, monkeypatch):
+    """The words after a command of ours, their parser and what it parsed; None for any other command."""
+    for i, word in enumerate(words):
+        if word in SCRIPTS:
+            parser = SCRIPTS[word]()
+            return words[i + 1 :], parser, parse_args(parser, words[i + 1 :])
+        if name := MODULES.get(' '.join(words[i : i + 2])):
+            with monkeypatch.context() as patch, pytest.raises(Parsed) as parsed:
+                patch.setattr(argparse.ArgumentParser, 'parse_args', stop)
+                patch.setattr(sys, 'argv', words[i + 1 :])
+                import_module(name).main()
+            return words[i + 2 :], *parsed.value.args
+    return None
+
+
+def texts(values):
+    """Values as the words of a command line, numbers as numbers."""
+    if isinstance(values, dict):
+        values = [f'{key}={value}' for key, value in values.items()]
+    values = values if isinstance(values, list) else [] if isinstance(values, bool) else [values]
+    words = [str(value).replace(' ', '') for value in values]
+    return [float(word) if re.fullmatch(r'[\d.]+', word) else word for word in words]
+
+
 @pytest.mark.parametrize('block', list(blocks('sh')))
-def test_command_lines_parse(block):
-    """Every flag of every command is known, and its value in range."""
+def test_command_lines_parse(block, monkeypatch):
+    """Every command of a page is parsed to the values that it shows."""
     for line in block.replace('\\\n', ' ').splitlines():
-        words = shlex.split(line, comments=True)
-        for script in PARSERS.keys() & set(words):
-            argv = words[words.index(script) + 1 :]
-            parser = PARSERS[script]()
-            assert parser.parse_args(argv) if script == 'hub.publish' else parse_args(parser, argv)
+        argv, parser, args = parse(shlex.split(line, comments=True), monkeypatch) or ([], None, None)
+        for action in getattr(parser, '_actions', []):
+            if isinstance(action, argparse._SubParsersAction):
+                parser = action.choices[argv[0]]
+        places = [i for i, word in enumerate(argv) if word.startswith('-')]
+        for i, end in zip(places, [*places[1:], len(argv)], strict=True):
+            action = parser._option_string_actions[argv[i]]
+            value = getattr(args, action.dest)
+            assert texts(value) == texts(argv[i + 1 : end] or action.const or []), line
+            assert not isinstance(value, bool) or value is (argv[i][2:].replace('-', '_') == action.dest), line
+        found = [text for value in vars(args).values() for text in texts(value)] if args else []
+        assert set(texts(argv[: min(places, default=len(argv))])) <= set(found), line
 
 
 @pytest.mark.parametrize('block', list(blocks('python')))
@@ -112,17 +190,23 @@ def test_lite0_is_the_network_of_its_package():
             assert label_names(model)[best] in labels
 
 
+def shapes(text):
+    """The lines of a session, as the epochs, the machine and the random weights leave them."""
+    lines = [re.sub(r'\(.*?\)|[\d.]+(e-\d+)?|(?<=\.jpg).*', '', line) for line in text.splitlines()]
+    return [line for line in lines if not line.startswith(('rate', 'device', 'best'))]
+
+
 def test_session(tmp_path):
-    """The commands of the page do what it says, but for fewer epochs."""
+    """The page is what `docs/session.py` writes, and its commands still print that."""
     pytest.importorskip('sklearn')
     pytest.importorskip('skimage')
     session = runpy.run_path(str(ROOT / 'docs/session.py'))
     page = (ROOT / 'docs/session.md').read_text()
-    assert [line[2:] for line in page.splitlines() if line.startswith('$ ')] == list(session['COMMANDS'])
-    text = session['transcribe'](tmp_path, [command.replace('epochs 8', 'epochs 1') for command in session['COMMANDS']])
-    said = re.sub(r'[\d.]+', '', page)
-    for line in re.findall(r'^(?:train.py: error|data  |demo/images:|image,rank).*', text, re.MULTILINE):
-        assert re.sub(r'[\d.]+', '', line) in said
+    seconds, transcript = int(re.search(r'(\d+) seconds', page)[1]), page.split('```')[1].removeprefix('console\n')[:-1]
+    assert page == session['PAGE'].format(seconds=seconds, transcript=transcript)
+    commands = [command.replace('epochs 8', 'epochs 2') for command in session['COMMANDS']]
+    text = session['transcribe'](tmp_path, commands)
+    assert list(dict.fromkeys(shapes(text))) == list(dict.fromkeys(shapes(transcript)))
     assert (tmp_path / 'sheet.jpg').is_file() and len((tmp_path / 'predictions.csv').read_text().splitlines()) == 31
 
 

@@ -3,24 +3,23 @@
 import json
 import random
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
 
 from timm_depla.engine.checkpoint import (
-    BackgroundWriter,
     checkpoint_name,
     find_damage,
-    link,
     list_checkpoints,
     newest_checkpoint,
     pack_state,
-    prune,
     read_state,
-    set_aside,
     write_checkpoint,
     write_file,
 )
+from timm_depla.engine.folder import RunFolder
+from timm_depla.engine.metrics import Metric
 from timm_depla.errors import TrainingError
 
 FILES = ('model.safetensors', 'config.json', 'record.json', 'state.json', 'state.safetensors')
@@ -64,20 +63,15 @@ def test_damage_anywhere_is_found(run, seed, caplog):
     assert '0002-000000 is damaged' in caplog.text
 
 
-def test_missing_file_is_damage(run):
+def test_missing_files_are_damage_and_written_anew(run):
     newest = newest_checkpoint(run)
     (newest / 'state.json').unlink()
     assert 'state.json' in find_damage(newest)
-    shutil.rmtree(newest)
-    newest.mkdir()
+    for path in newest.iterdir():
+        path.unlink()
     assert 'checksums.json' in find_damage(newest)
     (newest / 'checksums.json').write_text('{}')
     assert find_damage(newest) == f'{", ".join(FILES)} missing'
-
-
-def test_damaged_checkpoint_is_written_anew(run):
-    newest = newest_checkpoint(run)
-    (newest / 'state.json').write_bytes(b'')
     write_checkpoint(newest, files(2, b'new'))
     assert find_damage(newest) is None
     assert (newest / 'state.json').read_bytes() == b'new'
@@ -85,17 +79,23 @@ def test_damaged_checkpoint_is_written_anew(run):
     assert (newest / 'state.json').read_bytes() == b'new'  # a whole one stays
 
 
+def folder(run):
+    args = Namespace(eval_metric='top1', checkpoint_hist=1, save_epochs=[5])
+    return RunFolder(run, args, [Metric('top1', 'top-1', 'accuracy')])
+
+
 def test_links_and_pruning(run):
+    """The best, the two newest and what was asked for stay; `best` and `last` lead to theirs."""
     checkpoints = run / 'checkpoints'
-    for epoch in range(3, 7):
+    for epoch in range(3, 8):
         write_checkpoint(checkpoints / checkpoint_name(epoch, 0), files(epoch, b''))
-    link(run / 'best', checkpoints / checkpoint_name(2, 0))
-    link(run / 'best', checkpoints / checkpoint_name(3, 0))
-    assert (run / 'best').resolve() == (checkpoints / '0003-000000').resolve()
-    (checkpoints / '.0007-000000.part').mkdir()
-    prune(run, [checkpoint_name(3, 0)])
-    assert [folder.name for folder in list_checkpoints(run)] == ['0006-000000', '0005-000000', '0003-000000']
-    assert not (checkpoints / '.0007-000000.part').exists()
+    (checkpoints / '.0008-000000.part').mkdir()
+    history = [dict(epoch=epoch, eval_top1=-abs(epoch - 2), lr=0.1) for epoch in range(7)]
+    for _ in range(2):
+        folder(run).publish('0007-000000', history)
+    assert [f.name[:4] for f in list_checkpoints(run)] == ['0007', '0006', '0005', '0003']
+    assert [(run / name).resolve().name for name in ('best', 'last')] == ['0003-000000', '0007-000000']
+    assert not (checkpoints / '.0008-000000.part').exists()
 
 
 def test_write_file_keeps_the_old_one(tmp_path):
@@ -107,16 +107,15 @@ def test_write_file_keeps_the_old_one(tmp_path):
     assert path.read_bytes() == b'old'
 
 
-def test_background_writer_raises_at_the_next_call():
-    writer = BackgroundWriter()
-
-    def fail():
-        raise TrainingError('no room')
-
-    writer.submit(fail)
-    with pytest.raises(TrainingError, match='no room'):
-        writer.submit(fail)
-    writer.wait()
+def test_failed_write_is_raised_at_the_next_call(run):
+    (run / 'checkpoints').rename(run / 'away')
+    (run / 'checkpoints').write_text('in the way')
+    state = dict(position=(3, 0), history=[])
+    for call in (RunFolder.wait, lambda writer: writer.save(state, {}, b'')):
+        writer = folder(run)
+        writer.save(state, {}, b'')
+        with pytest.raises(TrainingError, match=r'cannot write .*0003-000000'):
+            call(writer)
 
 
 def test_only_exact_names_are_checkpoints(run):
@@ -128,7 +127,7 @@ def test_only_exact_names_are_checkpoints(run):
         shutil.copytree(checkpoints / '0001-000000', checkpoints / name)
     names = ['10000-000000', '9999-000000', '0002-000000', '0001-000000']
     assert [folder.name for folder in list_checkpoints(run)] == names
-    prune(run, [])
+    folder(run).prune([])
     assert (checkpoints / '0001-000000.backup').is_dir() and len(list_checkpoints(run)) == 2
 
 
@@ -140,34 +139,19 @@ def test_swapped_checkpoints_are_damaged(run, caplog):
     assert newest_checkpoint(run) is None
 
 
-def test_set_aside(run):
-    write_checkpoint(run / 'checkpoints' / '0002-000007', files(2))
-    replaced = set_aside(run, 2, 0)
-    assert [path.name for path in replaced.iterdir()] == ['0002-000007'] and set_aside(run, 2, 0) is None
-    assert [folder.name for folder in list_checkpoints(run)] == ['0002-000000', '0001-000000']
-
-
 def test_state_comes_back_as_it_was(tmp_path):
+    """But for tuples, which are lists."""
     state = {
-        'position': (1, 2),
-        'optimizer': {'state': {0: {'step': torch.tensor(3.0), 'm': torch.randn(2, 3)}}, 'groups': [(0.9, 1)]},
+        'position': [1, 2],
+        'optimizer': {'state': {0: {'step': torch.tensor(3.0), 'm': torch.randn(2, 3)}}, 'groups': [[0.9, 1]]},
         'floats': [0.1, float('inf'), 1e-300], 'none': None, 'flag': True, 'half': torch.ones(2, dtype=torch.bfloat16),
     }  # fmt: skip
-    for name, data in pack_state(state).items():
+    for name, data in pack_state({**state, 'position': (1, 2)}).items():
         (tmp_path / name).write_bytes(data)
-    assert not _differences(state, read_state(tmp_path))
+    torch.testing.assert_close(read_state(tmp_path), state, rtol=0, atol=0)
     with pytest.raises(TypeError, match='no state of type set'):
         pack_state({'a': {1}})
-    for text in ('[]', '{"tensor": "9"}', '{"dict": 3}', '{', '1', '{"exec": []}'):
+    for text in ('[]', '{"a": {"tensor": "9"}}', '{"a": {"tensor": []}}', '{', '1'):
         (tmp_path / 'state.json').write_text(text)
         with pytest.raises(ValueError):
             read_state(tmp_path)
-
-
-def _differences(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        return not (torch.equal(a, b) and a.dtype == b.dtype)
-    if isinstance(a, dict):
-        return list(a) != list(b) or any(_differences(a[key], b[key]) for key in a)
-    return any(map(_differences, a, b)) if isinstance(a, (list, tuple)) else a != b

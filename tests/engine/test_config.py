@@ -14,8 +14,12 @@ from timm_depla.engine.classification.flags import (
     create_train_parser,
     create_validate_parser,
 )
-from timm_depla.engine.config import list_recipes, parse_args
+from timm_depla.engine.config import RECIPES, list_recipes, load_recipe, parse_args
+from timm_depla.engine.detection.flags import LEFT_OUT_OF_DETECTION, create_detection_parser
 from timm_depla.errors import ConfigError
+
+SHIPPED = [(create, folder, name) for create, folder in ((create_train_parser, RECIPES),
+           (create_detection_parser, RECIPES / 'detection')) for name in list_recipes(folder)]  # fmt: skip
 
 
 def parse(*argv, **kwargs):
@@ -24,37 +28,37 @@ def parse(*argv, **kwargs):
 
 @pytest.fixture
 def recipe(tmp_path):
-    def write(text):
-        path = tmp_path / 'recipe.yaml'
-        path.write_text(text)
-        return path
+    def write(text, name='recipe.yaml'):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
 
     return write
 
 
-@pytest.mark.parametrize('name', list_recipes())
-def test_shipped_recipes_parse(name):
-    args = parse('--recipe', name)
-    assert args.recipe == name
-    assert args.epochs > 0
+@pytest.mark.parametrize('create,folder,name', SHIPPED, ids=[name for _, _, name in SHIPPED])
+def test_shipped_recipes_set_what_they_state(create, folder, name):
+    args, stated = vars(parse_args(create(), ['--recipe', name])), load_recipe(name, folder)
+    assert args['recipe'] == name and len(stated) > 3
+    assert {key: args[key] for key in stated} == stated
 
 
 def test_command_line_overrides_recipe_overrides_defaults(recipe):
     path = recipe('lr: 0.5\nepochs: 7\nchannels-last: true\nscale: [0.5, 1.0]\nmodel_kwargs: {depla: {bfn: adaptive}}')
     args = parse('data', '-c', path, '--lr', '0.25', '--no-channels-last')
     assert (args.data_dir, args.lr, args.epochs, args.channels_last, args.momentum) == ('data', 0.25, 7, False, 0.9)
-    assert args.scale == [0.5, 1.0]
-    assert args.model_kwargs == {'depla': {'bfn': 'adaptive'}}
-
-
-def test_default_recipe():
+    assert (args.scale, args.model_kwargs) == ([0.5, 1.0], {'depla': {'bfn': 'adaptive'}})
     assert parse('--epochs', 1, default_recipe='digits').model == 'test_resnet_depla'
 
 
 def test_configuration_is_accepted_back(recipe):
     args = parse('--recipe', 'digits', '--lr', 0.3, '--model-kwargs', "depla={'temperature': 0.5}", '--amp')
-    again = parse('--recipe', recipe(yaml.safe_dump({k: v for k, v in vars(args).items() if k != 'data'})))
+    again = parse('--recipe', recipe(yaml.safe_dump(vars(args))))
     assert {**vars(again), 'recipe': 'digits'} == vars(args)
+
+
+def test_old_name_of_a_flag(recipe):
+    for argv in (['--trunk-lr-scale', 0.5], ['--backbone-lr-scale', 0.5], ['-c', recipe('trunk_lr_scale: 0.5')]):
+        assert parse(*argv).backbone_lr_scale == 0.5
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,11 @@ def test_configuration_is_accepted_back(recipe):
         ('epoch: 1', "unknown key 'epoch' in recipe .*; did you mean 'epochs'?"),
         ('- lr', 'must map flags to values'),
         ('lr: [', 'must map flags to values'),
+        ('\0\1', 'must map flags to values'),
+        ('epochs: many', "--epochs: it must be a whole number from 1 on, not 'many'"),
+        ('hflip: 5', "^recipe '.*recipe.yaml': argument --hflip: it must be from 0 to 1, not '5'"),
+        ('base: recipe.yaml', r'is its own base: .*recipe.yaml -> .*recipe.yaml'),
+        ('base: digitz', "no recipe '.*digitz': give a YAML file or one of .*digits"),
     ],
 )
 def test_bad_recipe(recipe, text, message):
@@ -71,24 +80,15 @@ def test_bad_recipe(recipe, text, message):
         parse('--recipe', recipe(text))
 
 
-def test_missing_recipe():
-    with pytest.raises(
-        ConfigError, match=r"no recipe 'digitz'; did you mean 'digits'.: give a YAML file or one of .*digits"
-    ):
-        parse('--recipe', 'digitz')
+def test_recipe_cannot_trust_code(recipe):
+    with pytest.raises(ConfigError, match="would run a data set's code"):
+        parse('--recipe', recipe('dataset_trust_remote_code: true'))
 
 
-def test_mistyped_value_names_the_flag(recipe):
-    with pytest.raises(ConfigError, match="--epochs: it must be a whole number from 1 on, not 'many'"):
-        parse('--recipe', recipe('epochs: many'))
-
-
-def test_derived_recipe_changes_its_base(recipe, tmp_path):
+def test_derived_recipe_changes_its_base(recipe):
     assert (parse('--recipe', 'better').epochs, parse('--recipe', 'standard').epochs) == (400, 100)
-    assert parse('--recipe', 'better').weight_decay == parse('--recipe', 'standard').weight_decay == 5e-5
-    (tmp_path / 'mine.yaml').write_text('base: recipe.yaml\nlr: 0.3')
     recipe('base: standard\nepochs: 7\nlr: 0.5')
-    args = parse('--recipe', tmp_path / 'mine.yaml')
+    args = parse('--recipe', recipe('base: recipe.yaml\nlr: 0.3', 'mine.yaml'))
     assert (args.lr, args.epochs, args.weight_decay) == (0.3, 7, 5e-5)
 
 
@@ -96,10 +96,13 @@ def test_derived_recipe_changes_its_base(recipe, tmp_path):
     'argv,message',
     [
         (['--epoch', 5], "unknown argument '--epoch'; did you mean '--epochs'?"),
+        (['--learning-rate', 0.1], r"unknown argument '--learning-rate'; did you mean '--lr'\?"),
         (['data', 'more'], "unknown argument 'more'"),
         (['--torchscript'], "'--torchscript' of timm is not here: TorchScript is deprecated"),
         (['--start-epoch=3'], "'--start-epoch' of timm is not here: .* use --resume"),
         (['--amp-dtype', 'float8'], 'argument --amp-dtype: invalid choice'),
+        (['--model-kwargs', 'x'], "argument --model-kwargs: expected KEY=VALUE, not 'x'"),
+        (['--recipe', 'digitz'], "no recipe 'digitz'; did you mean 'digits'.: give a YAML file or one of .*digits"),
     ],
 )
 def test_refused_flags(argv, message):
@@ -120,6 +123,12 @@ def test_every_flag_of_timm_is_here_or_has_a_reason(script, create, left_out):
     assert f'({flags["version"]})' in text and all(f'`{flag}`' in text for flag in flags[script])
 
 
+def test_flags_of_detection_are_those_of_training_but_for_those_with_a_reason():
+    known = create_detection_parser()._option_string_actions.keys()
+    assert not known & LEFT_OUT_OF_DETECTION.keys()
+    assert LEFT_OUT_OF_DETECTION.keys() <= create_train_parser()._option_string_actions.keys()
+
+
 def test_flags_are_documented():
     docs = ROOT / 'docs'
     assert (docs / 'flags.md').read_text() == runpy.run_path(str(docs / 'flags.py'))['render']()
@@ -128,11 +137,6 @@ def test_flags_are_documented():
 def test_validate_parser():
     args = create_validate_parser().parse_args(['run', '--data-dir', 'data', '-b', '3'])
     assert (args.targets, args.data_dir, args.batch_size, args.model) == (['run'], 'data', 3, '')
-
-
-def test_recipe_cannot_trust_code(recipe):
-    with pytest.raises(ConfigError, match="would run a data set's code"):
-        parse('--recipe', recipe('dataset_trust_remote_code: true'))
 
 
 @pytest.mark.parametrize(
@@ -148,32 +152,6 @@ def test_recipe_cannot_trust_code(recipe):
 def test_number_out_of_range_is_named(argv):
     with pytest.raises(ConfigError, match=rf'^argument .*{argv.split()[0]}: it must be .*, not '):
         parse(*argv.split())
-
-
-def test_model_arguments_are_pairs():
-    with pytest.raises(ConfigError, match="argument --model-kwargs: expected KEY=VALUE, not 'x'"):
-        parse('--model-kwargs', 'x')
-
-
-def test_recipe_of_its_own_base(tmp_path):
-    (tmp_path / 'a.yaml').write_text('base: b.yaml')
-    (tmp_path / 'b.yaml').write_text('base: a.yaml')
-    with pytest.raises(ConfigError, match=r'is its own base: .*a.yaml -> .*b.yaml -> .*a.yaml'):
-        parse('--recipe', tmp_path / 'a.yaml')
-
-
-def test_bad_value_of_a_recipe_names_it(recipe):
-    path = recipe('hflip: 5')
-    with pytest.raises(ConfigError, match=rf"^recipe '{path}': argument --hflip: it must be from 0 to 1, not '5'"):
-        parse('--recipe', path)
-    Path(path).write_bytes(bytes(range(256)))
-    with pytest.raises(ConfigError, match='must map flags to values'):
-        parse('--recipe', path)
-
-
-def test_other_names_lead_to_flags():
-    with pytest.raises(ConfigError, match=r"unknown argument '--learning-rate'; did you mean '--lr'\?"):
-        parse('--learning-rate', 0.1)
 
 
 def test_help_tells_defaults():

@@ -31,24 +31,31 @@ def test_learning_rate(recipe, epochs, start, points):
     assert learning_rates(updated(args, lr=args.lr_base), STEPS, points) == pytest.approx(expected, abs=1e-12)
 
 
-def plan(capsys, *argv):
-    args = parse_args(create_train_parser(), [str(a) for a in [digits_folder(), *argv, '--dry-run']])
-    assert train(args) == 0
-    return capsys.readouterr().out
+BETTER = (
+    'resnet50_depla, 23.98 M parameters, 4.18 G multiply-adds at 224 x 224',
+    "1,438 training images of 'train', 359 validation images of 'validation', 10 classes",
+    '1 process x 256 images = 256 images an update',
+    '400 epochs x 5 steps = 2,000 steps',
+    'rate    0 at epoch 0, ', '0.1999 at epoch 5, 0.1707 at epoch 100, 0.1 at epoch 200, 0.02929 at epoch 300',
+    "aa='original'", 'mixup=0.2', 'smoothing=0.1', 'momentum=0.9', 'weight_decay=5e-05', 'warmup_epochs=5',
+    "sched='cosine'", "opt='sgd'", 'hflip=0.5', 'color_jitter=0.0',
+)  # fmt: skip
+STANDARD = (
+    '1 process x 32 images x 4 steps accumulated = 128 images an update',
+    'rate    0.02 at epoch 0, ', '0.09938 at epoch 5, 0.08536 at epoch 25',  # 0.1 for a batch of 128
+    'mixup=0.0',
+)  # fmt: skip
 
 
-def test_plan_of_the_better_strategy(capsys, tmp_path):
-    text = plan(capsys, '--recipe', 'better', '--batch-size', 256, '--output', tmp_path / 'out')
-    for part in (
-        'resnet50_depla, 23.98 M parameters, 4.18 G multiply-adds at 224 x 224',
-        "1,438 training images of 'train', 359 validation images of 'validation', 10 classes",
-        '1 process x 256 images = 256 images an update',
-        '400 epochs x 5 steps = 2,000 steps',
-        'rate    0 at epoch 0, ', '0.1999 at epoch 5, 0.1707 at epoch 100, 0.1 at epoch 200, 0.02929 at epoch 300',
-        "aa='original'", 'mixup=0.2', 'smoothing=0.1', 'momentum=0.9', 'weight_decay=5e-05', 'warmup_epochs=5',
-        "sched='cosine'", "opt='sgd'", 'hflip=0.5', 'color_jitter=0.0', f'folder  {tmp_path / "out"}',
-    ):  # fmt: skip
-        assert part in text
+@pytest.mark.parametrize(
+    'flags,parts', [('better --batch-size 256', BETTER), ('standard --grad-accum-steps 4', STANDARD)]
+)
+def test_plan_of_a_strategy(flags, parts, capsys, tmp_path):
+    argv = [str(digits_folder()), '--recipe', *flags.split(), '--output', str(tmp_path / 'out'), '--dry-run']
+    assert train(parse_args(create_train_parser(), argv)) == 0
+    text = capsys.readouterr().out
+    assert [part for part in (*parts, f'folder  {tmp_path / "out"}') if part not in text] == []
+    assert ("aa='" in text) == ('better' in flags)
     assert not (tmp_path / 'out').exists()
 
 
@@ -57,12 +64,3 @@ def test_plan_of_a_run_has_what_differs_from_the_recipe(capsys, tmp_path):
     arguments = re.search(r'with    (.*?)\n(?! )', capsys.readouterr().out, re.S)[1]
     assert 'epochs=1' in arguments and 'img_size=32' in arguments and "experiment='run'" in arguments
     assert 'weight_decay' not in arguments and 'batch_size' not in arguments
-
-
-def test_plan_of_the_standard_strategy(capsys):
-    text = plan(capsys, '--recipe', 'standard', '--grad-accum-steps', 4)
-    assert '1 process x 32 images x 4 steps accumulated = 128 images an update' in text
-    assert 'rate    0.02 at epoch 0, ' in text
-    assert '0.09938 at epoch 5, 0.08536 at epoch 25' in text  # the rate grows with the batch: 0.1 for 128
-    assert "aa='" not in text
-    assert 'mixup=0.0' in text

@@ -12,7 +12,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +22,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.differences import differences
-from timm_depla.engine import checkpoint, run
-from timm_depla.engine.checkpoint import list_checkpoints, read_state
+from timm_depla.engine.checkpoint import list_checkpoints, newest_checkpoint, read_state
+from timm_depla.engine.folder import RunFolder
+from timm_depla.engine.metrics import rank
 from timm_depla.errors import ConfigError, TrainingError
 
 FAST = ['--recipe', 'digits', '--img-size', 32, '--batch-size', 8, '--epochs', 2, '--recovery-interval', 1,
@@ -57,9 +57,20 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture
+def args(images, tmp_path):
+    return [images, *FAST, '--output', tmp_path]
+
+
+@pytest.fixture
+def same(args):
+    """The arguments to start or resume one and the same run."""
+    return [*args, '--experiment', 'run', '--resume', 'auto']
+
+
+@pytest.fixture
 def keep_all(monkeypatch):
     """Every checkpoint stays."""
-    monkeypatch.setattr(run, 'prune', lambda *_: None)
+    monkeypatch.setattr(RunFolder, 'prune', lambda *_: None)
 
 
 def go_back(folder, copy, name):
@@ -71,8 +82,8 @@ def go_back(folder, copy, name):
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_resumes_exactly_from_any_step(variant, images, tmp_path, keep_all):
-    args = [images, *FAST, *VARIANTS[variant], '--output', tmp_path]
+def test_resumes_exactly_from_any_step(variant, args, tmp_path, keep_all):
+    args = [*args, *VARIANTS[variant]]
     assert fit(*args, '--experiment', 'whole') == 0
     names = [folder.name for folder in list_checkpoints(tmp_path / 'whole')]
     steps = len({name for name in names if name.startswith('0000-')}) + 1
@@ -83,21 +94,21 @@ def test_resumes_exactly_from_any_step(variant, images, tmp_path, keep_all):
         assert differences(tmp_path / name, tmp_path / 'whole') == []
 
 
-def test_distillation_resumes_exactly(images, tmp_path, keep_all):
-    fit(images, *FAST, '--epochs', 1, '--output', tmp_path, '--experiment', 'teacher')
+def test_distillation_resumes_exactly(args, tmp_path, keep_all):
+    fit(*args, '--epochs', 1, '--experiment', 'teacher')
     for kind in ('logit', 'feature'):
-        args = [images, *FAST, '--kd-model-name', tmp_path / 'teacher', '--kd-distill-type', kind, '--output', tmp_path]
-        fit(*args, '--experiment', kind)
+        distill = [*args, '--kd-model-name', tmp_path / 'teacher', '--kd-distill-type', kind]
+        fit(*distill, '--experiment', kind)
         go_back(tmp_path / kind, tmp_path / f'{kind}-back', '0001-000002')
-        fit(*args, '--experiment', f'{kind}-back', '--resume', 'auto')
+        fit(*distill, '--experiment', f'{kind}-back', '--resume', 'auto')
         assert differences(tmp_path / f'{kind}-back', tmp_path / kind) == []
     assert load_file(tmp_path / 'feature' / 'last' / 'model.safetensors').keys() == load_file(
         tmp_path / 'teacher' / 'last' / 'model.safetensors').keys()  # fmt: skip
 
 
-def test_stop_epoch_and_going_on(images, tmp_path):
+def test_stop_epoch_and_resuming(args, tmp_path):
     """A run in two parts is the run in one; a finished run stays as it is; other lengths of keeping change nothing."""
-    args = [images, *FAST, '--epochs', 3, '--output', tmp_path]
+    args = [*args, '--epochs', 3]
     fit(*args, '--experiment', 'whole')
     fit(*args, '--experiment', 'parts', '--stop-epoch', 1, '--save-epochs', 1)
     fit(*args, '--resume', tmp_path / 'parts', '--checkpoint-hist', 1, '--val-interval', 1)
@@ -107,44 +118,42 @@ def test_stop_epoch_and_going_on(images, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / 'parts').glob('checkpoints/*/*')}
 
 
-def test_args_yaml_is_a_recipe(images, tmp_path):
-    fit(images, *FAST, '--epochs', 1, '--output', tmp_path, '--experiment', 'one')
+def test_args_yaml_is_a_recipe(args, tmp_path):
+    fit(*args, '--epochs', 1, '--experiment', 'one')
     fit('--recipe', tmp_path / 'one' / 'args.yaml', '--output', tmp_path, '--experiment', 'two')
     assert differences(tmp_path / 'one', tmp_path / 'two') == []
     a, b = (yaml.safe_load((tmp_path / name / 'args.yaml').read_text()) for name in ('one', 'two'))
     assert {key for key in a if a[key] != b[key]} == {'experiment', 'recipe'}
 
 
-def test_resume_refuses_another_training(images, tmp_path, caplog):
-    args = [images, *FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
-    fit(*args, '--stop-epoch', 1)
+def test_resume_refuses_another_training(same, tmp_path, caplog):
+    fit(*same, '--stop-epoch', 1)
     with pytest.raises(ConfigError, match=r'other arguments: batch size 8 -> 4; seed 42 -> 1\. Give .*--resume-with'):
-        fit(*args, '--batch-size', 4, '--seed', 1)
+        fit(*same, '--batch-size', 4, '--seed', 1)
     with pytest.raises(ConfigError, match='with other arguments: epochs 2 -> 3'):
-        fit(*args, '--epochs', 3)
-    with pytest.raises(ConfigError, match=r'(?s)cannot go on from .*size mismatch'):
-        fit(*args, '--model', 'test_resnet_depla', '--model-kwargs', "depla={'num_groups': 8}", '--resume-with-changes')
-    assert fit(*args, '--batch-size', 4, '--weight-decay', 0.1, '--resume-with-changes') == 0
-    assert 'going on with changes: batch size 8 -> 4; weight decay 0.0005 -> 0.1' in caplog.text
+        fit(*same, '--epochs', 3)
+    with pytest.raises(ConfigError, match=r'(?s)cannot resume from .*size mismatch'):
+        fit(*same, '--model', 'test_resnet_depla', '--model-kwargs', "depla={'num_groups': 8}", '--resume-with-changes')
+    assert fit(*same, '--batch-size', 4, '--weight-decay', 0.1, '--resume-with-changes') == 0
+    assert 'resuming with changes: batch size 8 -> 4; weight decay 0.0005 -> 0.1' in caplog.text
     state = read_state(tmp_path / 'run' / 'last')
     assert state['optimizer']['param_groups'][-1]['weight_decay'] == 0.1
-    assert state['position'] == (2, 0)
+    assert state['position'] == [2, 0]
 
 
-def test_changed_batch_keeps_the_images_seen(images, tmp_path, keep_all):
-    args = [images, *FAST, '--output', tmp_path]
+def test_changed_batch_keeps_the_images_seen(args, tmp_path, keep_all):
     fit(*args, '--experiment', 'run')
     go_back(tmp_path / 'run', tmp_path / 'back', '0001-000003')  # 24 images into the epoch
     fit(*args, '--experiment', 'back', '--resume', 'auto', '--batch-size', 4, '--resume-with-changes')
     names = [folder.name for folder in list_checkpoints(tmp_path / 'back')]
-    assert '0001-000006' in names and '0001-000005' not in names  # where it goes on, and nothing before
+    assert '0001-000006' in names and '0001-000005' not in names  # where it resumes, and nothing before
 
 
-def test_resume_without_checkpoints(images, tmp_path):
-    args = [images, *FAST, '--epochs', 1, '--output', tmp_path]
-    with pytest.raises(ConfigError, match='--resume auto goes on with a run by name: add --experiment'):
+def test_resume_without_checkpoints(args, tmp_path):
+    args = [*args, '--epochs', 1]
+    with pytest.raises(ConfigError, match='--resume auto resumes a run by name: add --experiment'):
         fit(*args, '--resume', 'auto')
-    with pytest.raises(ConfigError, match="nowhere' has no checkpoint to go on from"):
+    with pytest.raises(ConfigError, match="nowhere' has no checkpoint to resume from"):
         fit(*args, '--resume', tmp_path / 'nowhere')
     assert fit(*args, '--experiment', 'new', '--resume', 'auto') == 0  # starts fresh
     (tmp_path / 'new' / 'last' / 'state.json').write_bytes(b'')
@@ -153,9 +162,8 @@ def test_resume_without_checkpoints(images, tmp_path):
 
 
 @pytest.mark.parametrize('seed', range(4))
-def test_damage_is_passed_over(seed, images, tmp_path, keep_all, caplog):
+def test_damage_is_passed_over(seed, args, tmp_path, keep_all, caplog):
     """The newest checkpoint is truncated or changed: the one before it is used, and said so."""
-    args = [images, *FAST, '--output', tmp_path]
     fit(*args, '--experiment', 'whole')
     go_back(tmp_path / 'whole', tmp_path / 'back', '0001-000002')
     file = tmp_path / 'back' / 'checkpoints' / '0001-000002' / ('state.safetensors', 'model.safetensors')[seed % 2]
@@ -167,28 +175,24 @@ def test_damage_is_passed_over(seed, images, tmp_path, keep_all, caplog):
     assert differences(tmp_path / 'back', tmp_path / 'whole') == []
 
 
-def test_full_disk(images, tmp_path, monkeypatch):
+def test_full_disk(same, args, tmp_path):
     """A limit on the size of files stands for a full disk: the run stops with a message, the old checkpoint stays."""
-    args = [images, *FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
-    fit(*args, '--stop-epoch', 1)
+    fit(*same, '--stop-epoch', 1)
     before = {p: p.read_bytes() for p in (tmp_path / 'run' / 'checkpoints').glob('*/*')}
-    command = [sys.executable, str(ROOT / 'train.py'), *map(str, args)]
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (500_000, 500_000))
-    result = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 1
-    assert re.search(
-        r"error: cannot write '.*checkpoints/0001-\d+': File too large; earlier checkpoints", result.stderr
-    )
-    assert 'Traceback' not in result.stderr
+    process = start(*same, preexec_fn=limit)
+    text = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and 'Traceback' not in text
+    assert re.search(r"error: cannot write '.*checkpoints/0001-\d+': File too large; earlier checkpoints", text)
     assert before == {p: p.read_bytes() for p in (tmp_path / 'run' / 'checkpoints').glob('*/*')}
-    fit(*args)
-    fit(images, *FAST, '--output', tmp_path, '--experiment', 'whole')
+    fit(*same)
+    fit(*args, '--experiment', 'whole')
     assert differences(tmp_path / 'run', tmp_path / 'whole') == []
 
 
-def start(*argv):
-    command = [sys.executable, ROOT / 'train.py', *argv]
-    return subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True, start_new_session=True)
+def start(*argv, **options):
+    command = [str(c) for c in (sys.executable, ROOT / 'train.py', *argv)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
 
 
 def read_until(process, text):
@@ -202,29 +206,16 @@ def read_until(process, text):
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_signals(number, images, tmp_path):
+def test_signals(number, args, tmp_path):
     """A signal to the whole process group, workers too: the step ends, a checkpoint is saved, the exit code tells."""
-    args = [
-        images,
-        *FAST,
-        '--epochs',
-        60,
-        '--workers',
-        2,
-        '--log-interval',
-        1,
-        '--recovery-interval',
-        0,
-        '--output',
-        tmp_path,
-    ]
+    args = [*args, '--epochs', 60, '--workers', 2, '--log-interval', 1, '--recovery-interval', 0]
     process = start(*args, '--experiment', 'run')
     lines = read_until(process, 'step 3/6')
     os.killpg(process.pid, number)
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 128 + number, ''.join(lines) + rest
     assert f'{number.name}: finishing the step and saving' in rest
-    saved = re.search(r'saved (\d+)-(\d+); go on with: python (.*)', rest)
+    saved = re.search(r'saved (\d+)-(\d+); resume with: python (.*)', rest)
     steps = 6 * int(saved[1]) + int(saved[2])
     before = ''.join(lines) + rest.split('finishing')[0]
     epoch, step = re.findall(r'epoch (\d+)  step (\d)/6', before)[-1]
@@ -235,8 +226,8 @@ def test_signals(number, images, tmp_path):
     assert differences(tmp_path / 'run', tmp_path / 'whole') == []
 
 
-def test_second_interrupt_exits_at_once(images, tmp_path):
-    process = start(images, *FAST, '--epochs', 60, '--img-size', 256, '--log-interval', 1, '--output', tmp_path)
+def test_second_interrupt_exits_at_once(args):
+    process = start(*args, '--epochs', 60, '--img-size', 256, '--log-interval', 1)
     read_until(process, 'step 1/6')
     process.send_signal(signal.SIGINT)
     read_until(process, 'finishing the step')
@@ -246,18 +237,18 @@ def test_second_interrupt_exits_at_once(images, tmp_path):
     assert time.monotonic() - sent < 2 or 'saved' in process.stderr.read()
 
 
-def test_dead_worker(images, tmp_path):
-    process = start(images, *FAST, '--epochs', 600, '--workers', 1, '--log-interval', 1, '--output', tmp_path)
+def test_dead_worker(args, tmp_path):
+    process = start(*args, '--epochs', 600, '--workers', 1, '--log-interval', 1)
     read_until(process, 'epoch 1/')
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 1
     assert re.search(
-        r'error: loading data failed: DataLoader worker .*(killed|exited).*lower --workers, and go on', rest
+        r'error: loading data failed: DataLoader worker .*(killed|exited).*lower --workers, and resume', rest
     ), rest
     assert 'Traceback' not in rest
-    assert checkpoint.newest_checkpoint(next(tmp_path.iterdir())) is not None
+    assert newest_checkpoint(next(tmp_path.iterdir())) is not None
 
 
 def test_unreadable_images(images, tmp_path, caplog):
@@ -280,9 +271,8 @@ def test_unreadable_images(images, tmp_path, caplog):
         fit(*args, '--experiment', 'validation')
 
 
-def test_another_training_from_an_older_checkpoint_does_not_mix_with_the_old(images, tmp_path, keep_all, caplog):
+def test_another_training_from_an_older_checkpoint_does_not_mix_with_the_old(args, tmp_path, keep_all, caplog):
     """The later checkpoints are set aside, and the folder is the new training's; without changes nothing is moved."""
-    args = [images, *FAST, '--output', tmp_path]
     assert fit(*args, '--experiment', 'run') == 0
     run_folder, old = tmp_path / 'run', tmp_path / 'run' / 'checkpoints' / '0001-000000'
     whole = {path.name for path in list_checkpoints(run_folder)}
@@ -297,7 +287,7 @@ def test_another_training_from_an_older_checkpoint_does_not_mix_with_the_old(ima
     assert f'the checkpoints after 0001-000000 are in {replaced} now' in caplog.text
     assert (run_folder / 'last' / 'model.safetensors').read_bytes() != before
     state = read_state(run_folder / 'last')
-    assert state['position'] == (2, 0) and state['arguments']['weight_decay'] == 0.1
+    assert state['position'] == [2, 0] and state['arguments']['weight_decay'] == 0.1
 
 
 def test_other_data_of_the_same_size_is_another_training(images, tmp_path):
@@ -319,7 +309,7 @@ def test_other_data_of_the_same_size_is_another_training(images, tmp_path):
             fit(*args, *more)
 
 
-def test_another_data_folder_is_not_gone_on_with(images, tmp_path):
+def test_another_data_folder_is_not_resumed_with(images, tmp_path):
     """Of the same classes and size; images may be mended in the run's own folder, by --resume-with-changes."""
     data = tmp_path / 'data'
     shutil.copytree(images, data)
@@ -336,9 +326,9 @@ def test_another_data_folder_is_not_gone_on_with(images, tmp_path):
     assert fit('--data-dir', data, *args) == 0
 
 
-def test_diverged_run_goes_back_to_before(images, tmp_path, caplog):
+def test_diverged_run_goes_back_to_before(same, tmp_path, caplog):
     """By the advice that the message gives."""
-    args = [images, *FAST, '--epochs', 3, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
+    args = [*same, '--epochs', 3]
     assert fit(*args, '--stop-epoch', 1) == 0
     with pytest.raises(TrainingError, match=r'the loss is (nan|inf) at epoch 1, step \d+'):
         fit(*args, '--lr', 1e6, '--warmup-epochs', 0, '--recovery-interval', 1, '--resume-with-changes')
@@ -354,25 +344,19 @@ def test_diverged_run_goes_back_to_before(images, tmp_path, caplog):
 @pytest.mark.parametrize('metric,values,best', [('top1', [1, 3, 2], 1), ('loss', [2, 1, 3], 1)])
 def test_metrics_that_are_not_finite_rank_last(metric, values, best):
     rows = [{f'eval_{metric}': value} for value in [math.nan, *values, math.inf, -math.inf]]
-    ranked = run.Run.ranked(SimpleNamespace(args=SimpleNamespace(eval_metric=metric)), [*rows, {}])
+    ranked = rank([*rows, {}], metric)
     assert ranked[0] is rows[1 + best]
     assert [math.isfinite(row[f'eval_{metric}']) for row in ranked] == [True] * 3 + [False] * 3
 
 
-def test_run_folder_has_one_process_at_a_time(images, tmp_path, monkeypatch):
-    args = [images, *FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
-    fit(*args, '--stop-epoch', 1)
-    monkeypatch.setattr('timm_depla.engine.optimizer.LOCK_SECONDS', 0.1)
-    code = f"""
-import time
-from filelock import FileLock
-with FileLock({str(tmp_path / 'run' / '.lock')!r}):
-    print('locked', flush=True)
-    time.sleep(60)
-"""
-    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE) as holder:
-        assert holder.stdout.readline() == b'locked\n'
+def test_run_folder_has_one_process_at_a_time(same, tmp_path, monkeypatch):
+    fit(*same, '--stop-epoch', 1)
+    monkeypatch.setattr('timm_depla.engine.folder.LOCK_SECONDS', 0.1)
+    lock = f'filelock.FileLock({str(tmp_path / "run" / ".lock")!r}).acquire()'
+    code = f'import filelock; lock = {lock}; print(flush=True); input()'
+    with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b'\n'
         with pytest.raises(ConfigError, match=r'is in use by process \d+ on .*: let it end'):
-            fit(*args)
+            fit(*same)
         holder.kill()
-    assert fit(*args) == 0
+    assert fit(*same) == 0

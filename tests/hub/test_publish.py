@@ -21,14 +21,16 @@ from safetensors.torch import load_file
 
 import timm_depla.hub.publish as publish_module
 from benchmarks.evidence.fashion import fashion_folder
+from hub.rewrite import rewrite
 from timm_depla.data import digits_folder, scenes
 from timm_depla.detection import from_pretrained
+from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection import train as detection
 from timm_depla.engine.detection.flags import create_detection_parser
+from timm_depla.engine.run import CHANGE_NOTHING
 from timm_depla.errors import ConfigError
 from timm_depla.files import SUMS, find_change, write_file
-from timm_depla.hub.card import create_card
 from timm_depla.hub.publish import FILES, publish, without_folders
 
 WEIGHTS = sorted(path for path in (ROOT / 'hub' / 'weights').iterdir())
@@ -74,6 +76,12 @@ def runs(tmp_path_factory):
     return output
 
 
+def write(source, output, **options):
+    """Do what `publish` does, in this process."""
+    defaults = dict(push='', dataset_name='', dataset_hub_id='', licence='mit')
+    return publish(Namespace(source=str(source), output=str(output), **{**defaults, **options}))
+
+
 def run_publish(source, folder, *argv, **kwargs):
     environment = {'CUDA_VISIBLE_DEVICES': '', 'HF_HUB_DISABLE_XET': '1', **kwargs}
     return run('-m', 'hub.publish', source, '--output', folder, *argv, **environment)
@@ -89,8 +97,7 @@ def published(runs, tmp_path_factory):
     """Repository folders of both runs."""
     output = tmp_path_factory.mktemp('published')
     for name in ('classifier', 'detector'):
-        arguments = dict(source=str(runs / name), output=str(output / name), push='', dataset_name='', licence='mit')
-        publish(Namespace(**arguments, dataset_hub_id=''))
+        write(runs / name, output / name)
     return output
 
 
@@ -102,24 +109,21 @@ def test_publish_then_pull_then_offline(runs, tmp_path):
             hub.commit(f'user/{name}', {'pytorch_model.bin': b'old', '.gitattributes': b''})
             result = run_publish(runs / name, tmp_path / name, '--push', f'user/{name}', **environment)
             assert f'{hub.url}/user/{name}/commit/' in result.stdout
-            assert set(hub.find(f'user/{name}', 'main')[1]) == {*FILES, '.gitattributes'}
-            assert (
-                hub.find(f'user/{name}', 'main')[1]['model.safetensors']
-                == (tmp_path / name / 'model.safetensors').read_bytes()
-            )
+            sent = hub.find(f'user/{name}', 'main')[1]
+            assert set(sent) == {*FILES, '.gitattributes'}
+            assert sent['model.safetensors'] == (tmp_path / name / 'model.safetensors').read_bytes()
         pinned = hub.find('user/classifier', 'main')[0]
         hub.commit('user/classifier', {'model.safetensors': b'newer and broken'})
         script = f"""
 torch.save([load('hf-hub:user/classifier@{pinned}', None), detect('hf-hub:user/detector', None)], sys.argv[1] + '/out')
 """
-        result = run_script(script, tmp_path, HF_ENDPOINT=hub.url)
+        run_script(script, tmp_path, HF_ENDPOINT=hub.url)
         assert not any('pytorch_model' in request for request in hub.requests)
     pulled = (tmp_path / 'out').read_bytes()
-    result = run_script(script, tmp_path, HF_ENDPOINT=hub.url)  # nobody answers there
-    assert result.returncode == 0, result.stderr
+    run_script(script, tmp_path, HF_ENDPOINT=hub.url)  # nobody answers there
     assert (tmp_path / 'out').read_bytes() == pulled
     local = script.replace(f'hf-hub:user/classifier@{pinned}', f'local-dir:{tmp_path / "classifier"}')
-    result = run_script(local.replace('hf-hub:user/detector', str(tmp_path / 'detector')), tmp_path)
+    run_script(local.replace('hf-hub:user/detector', str(tmp_path / 'detector')), tmp_path)
     assert (tmp_path / 'out').read_bytes() == pulled
 
 
@@ -133,48 +137,38 @@ def test_faults(published, tmp_path):
         def __reduce__(self):
             return Path.touch, (tmp_path / 'executed',)
 
-    weights = files['model.safetensors']
-    stripped = {k: v for k, v in files.items() if k != 'model.safetensors'}
+    weights, evil = files['model.safetensors'], {'model.safetensors': None, 'pytorch_model.bin': pickle.dumps(Evil())}
+    damaged = r'RuntimeError: model.safetensors is damaged \(.*\): remove it from the cache'
     repositories = {
-        'whole': files,
-        'truncated': {**files, 'model.safetensors': weights[: len(weights) // 2]},
-        'tampered': {**files, 'model.safetensors': weights[:8] + b'x' + weights[9:]},
-        'pickle': {**stripped, 'pytorch_model.bin': pickle.dumps(Evil())},
-        'architecture': {**files, 'config.json': json.dumps({**config, 'architecture': 'resnet51_depla'}).encode()},
-        'argument': {**files, 'config.json': json.dumps({**config, 'model_args': {'dept': 3}}).encode()},
-        'detector-pickle': {
-            **{k: v for k, v in detector.items() if k != 'model.safetensors'},
-            'pytorch_model.bin': pickle.dumps(Evil()),
-        },
-        'detector-truncated': {**detector, 'model.safetensors': detector['model.safetensors'][:9999]},
+        'whole': ({}, 'loaded'),
+        'truncated': ({'model.safetensors': weights[: len(weights) // 2]}, damaged),
+        'tampered': ({'model.safetensors': weights[:8] + b'x' + weights[9:]}, damaged),
+        'pickle': (evil, 'RuntimeError: the repository has no model.safetensors, and timm_depla loads nothing else'),
+        'architecture': ({'config.json': json.dumps({**config, 'architecture': 'resnet51'}).encode()}, '.*resnet51'),
+        'argument': ({'config.json': json.dumps({**config, 'model_args': {'dept': 3}}).encode()}, '.*dept'),
+        'nowhere': (None, '.*user/nowhere'),
+        'detector-pickle': (evil, "ValueError: 'hf-hub:user/detector-pickle' has no checkpoint"),
+        'detector-truncated': (
+            {'model.safetensors': weights[:9999]},
+            '.* is damaged: model.safetensors has 9999 bytes',
+        ),
+        'detector-nowhere': (None, "ValueError: cannot pull 'hf-hub:user/detector-nowhere'"),
     }
     with serve() as hub:
-        for name, content in repositories.items():
-            hub.commit(f'user/{name}', {**content, 'which': name.encode()})
-        names = ['whole', 'truncated', 'tampered', 'pickle', 'architecture', 'argument', 'nowhere', 'detector-pickle']
-        names += ['detector-truncated', 'detector-nowhere']
-        result = run_script(TRY.replace('NAMES', repr(names)), tmp_path, HF_ENDPOINT=hub.url)
+        for name, (changes, _) in repositories.items():
+            whole = detector if name.startswith('detector') else files
+            if changes is not None:
+                hub.commit(f'user/{name}', {**whole, **changes, 'which': name.encode()})
+        result = run_script(TRY.replace('NAMES', repr(list(repositories))), tmp_path, HF_ENDPOINT=hub.url)
         found = json.loads(result.stdout)
-        assert found['whole'] == 'loaded'
-        for name in ('truncated', 'tampered'):
-            assert re.match(r'RuntimeError: model.safetensors is damaged \(.*\): remove it from the cache', found[name])
-        assert found['pickle'].startswith('RuntimeError: the repository has no model.safetensors, and timm_depla loads')
-        assert 'resnet51_depla' in found['architecture']
-        assert 'dept' in found['argument']
-        assert 'user/nowhere' in found['nowhere']
-        assert "ValueError: 'hf-hub:user/detector-pickle' has no checkpoint" in found['detector-pickle']
-        assert (
-            "ValueError: 'hf-hub:user/detector-truncated' is damaged: model.safetensors has 9999 bytes"
-            in found['detector-truncated']
-        )
-        assert "ValueError: cannot pull 'hf-hub:user/detector-nowhere'" in found['detector-nowhere']
+        assert all(re.match(message, found[name], re.S) for name, (_, message) in repositories.items()), found
         assert not any('pytorch_model' in request for request in hub.requests)
     assert not (tmp_path / 'executed').exists()
     assert not [path for path in tmp_path.rglob('*.incomplete')]
 
 
 def test_faults_of_the_network(published, tmp_path):
-    """A connection that is cut is taken up again; an error of the server is told, and no pickle asked for."""
+    """A connection that is cut is taken up again; an error of the server is shown, and no pickle asked for."""
     files = {name: (published / 'classifier' / name).read_bytes() for name in FILES}
     with serve() as hub:
         for name in ('cut', 'busy', 'down'):
@@ -211,7 +205,7 @@ def test_card(name, published):
         key = {'top-1 accuracy (%)': 'top1', 'top-5 accuracy (%)': 'top5'}.get(result.metric_name)
         key = key or result.metric_name.replace('box ', '').replace('mask ', 'mask_')
         assert result.metric_value == pytest.approx(results[key], abs=0.006)
-    printed = card.text.split('## Details')[1].split('## Licence')[0]
+    printed = card.text.split('## Evaluation')[1].split('```bibtex')[0]
     assert record['commit'] in printed
     assert record['hardware'] in printed
     assert all(f'{package} {version}' in printed for package, version in record['versions'].items())
@@ -225,6 +219,20 @@ def test_card(name, published):
     assert not any(str(folder.parent) in (folder / name).read_text(errors='replace') for name in FILES)
     assert set(json.loads((folder / SUMS).read_text())) == set(FILES) - {SUMS, 'README.md'}
     assert find_change(folder) is None
+    digits, config = [str(digit) for digit in range(10)], json.loads((folder / 'config.json').read_text())
+    assert (config['label_names'] if name == 'classifier' else from_pretrained(folder).class_names) == digits
+
+
+@pytest.mark.parametrize('name', ['classifier', 'detector'])
+def test_recipe_states_what_differs_and_trains_alike(name, runs, published):
+    create = create_train_parser if name == 'classifier' else create_detection_parser
+    stated = yaml.safe_load((published / name / 'recipe.yaml').read_text())
+    args = vars(parse_args(create(), ['--recipe', str(published / name / 'recipe.yaml')]))
+    trained = yaml.safe_load((runs / name / 'args.yaml').read_text())
+    assert len(stated) < 30 and stated['epochs'] == 1
+    assert {k: v for k, v in args.items() if k not in CHANGE_NOTHING} == {
+        k: v for k, v in trained.items() if k not in CHANGE_NOTHING
+    }
 
 
 def test_the_better_of_average_and_plain_weights(runs, published):
@@ -236,47 +244,37 @@ def test_the_better_of_average_and_plain_weights(runs, published):
     assert all(torch.equal(weights[name], kept[name]) for name in kept)  # training keeps the better ones, too
 
 
-def test_label_names(published):
-    config = json.loads((published / 'classifier' / 'config.json').read_text())
-    assert config['label_names'] == [str(digit) for digit in range(10)]
-    assert str(ROOT) not in (published / 'classifier' / 'recipe.yaml').read_text()
-
-
 def test_dry_run_sends_nothing(runs, tmp_path):
     with serve() as hub:
-        result = run_publish(
-            runs / 'classifier', tmp_path / 'out', '--push', 'user/name', '--dry-run', HF_ENDPOINT=hub.url
-        )
+        argv = ['--push', 'user/name', '--dry-run']
+        result = run_publish(runs / 'classifier', tmp_path / 'out', *argv, HF_ENDPOINT=hub.url)
         assert "would be sent to 'user/name'" in result.stdout
         assert [line.split()[0] for line in result.stdout.splitlines()[:6]] == list(FILES)
         assert hub.requests == []
 
 
 def test_bad_publishing(runs, published, tmp_path):
-    arguments = dict(push='', dataset_name='', dataset_hub_id='', licence='mit', output=str(tmp_path / 'out'))
     with pytest.raises(ConfigError, match=r'is no run of train.py or train_detection.py'):
-        publish(Namespace(source=str(published / 'classifier'), **arguments))
+        write(published / 'classifier', tmp_path / 'out')
     (tmp_path / 'used').mkdir()
     (tmp_path / 'used' / 'thesis.tex').touch()
-    with pytest.raises(ConfigError, match=r"used' holds something else \(thesis.tex\)"):
-        publish(Namespace(source=str(runs / 'classifier'), **{**arguments, 'output': str(tmp_path / 'used')}))
-    for output, message in (('/dev/null', 'is no folder'), ('/proc/nowhere', 'cannot write --output')):
+    outputs = {tmp_path / 'used': r"used' holds something else \(thesis.tex\)", '/dev/null': 'is no folder'}
+    for output, message in {**outputs, '/proc/nowhere': 'cannot write --output'}.items():
         with pytest.raises(ConfigError, match=message):
-            publish(Namespace(source=str(runs / 'classifier'), **{**arguments, 'output': output}))
+            write(runs / 'classifier', output)
     planted = tmp_path / 'planted'
     shutil.copytree(runs / 'classifier', planted, symlinks=True)
     (planted / 'args.yaml').write_text('eval_metric: 3')
     with pytest.raises(ConfigError, match=r"args.yaml' is no run's: it has no text for val_split, eval_metric, recipe"):
-        publish(Namespace(source=str(planted), **arguments))
+        write(planted, tmp_path / 'out')
     with serve() as hub:
         result = run_publish(runs / 'classifier', tmp_path / 'out', '--push', 'a/b/c', HF_ENDPOINT=hub.url, fails=True)
     assert re.search(r"hub.publish: error: cannot push to 'a/b/c': Repo id must", result.stderr)
     assert 'Traceback' not in result.stderr
 
 
-def test_a_killed_publication_is_told_and_mended(runs, published, tmp_path, monkeypatch):
+def test_a_killed_publication_is_noticed_and_mended(runs, published, tmp_path, monkeypatch):
     """The sums are written first: half of a new folder over an old one is damaged, until it is published again."""
-    arguments = dict(push='', dataset_name='', dataset_hub_id='', licence='mit', output=str(tmp_path / 'out'))
     shutil.copytree(published / 'classifier', tmp_path / 'out')
 
     def die(path, data):
@@ -286,9 +284,9 @@ def test_a_killed_publication_is_told_and_mended(runs, published, tmp_path, monk
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(publish_module, 'write_file', die)
-        publish(Namespace(source=str(runs / 'detector'), **arguments))
-    assert find_change(tmp_path / 'out').startswith('model.safetensors has ')
-    publish(Namespace(source=str(runs / 'detector'), **arguments))
+        write(runs / 'detector', tmp_path / 'out')
+    assert find_change(tmp_path / 'out').startswith('recipe.yaml ')
+    write(runs / 'detector', tmp_path / 'out')
     assert find_change(tmp_path / 'out') is None
 
 
@@ -334,14 +332,14 @@ def test_torch_hub():
 
 
 @pytest.mark.parametrize('folder', WEIGHTS, ids=lambda path: path.name)
-def test_shipped_weights(folder):
-    """The card is that of the record, and the validation command gives its numbers again."""
+def test_shipped_weights(folder, tmp_path):
+    """`hub.rewrite` changes nothing: the card is that of the record. The validation command gives its numbers again."""
     record = json.loads((folder / 'record.json').read_text())
-    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
-    is_detector, place = record['task'] != 'image-classification', folder.relative_to(ROOT)
+    is_detector = record['task'] != 'image-classification'
     assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
-    text = str(create_card(record, recipe, str(place) if is_detector else f'local-dir:{place}'))
-    assert text.strip() == (folder / 'README.md').read_text().strip()
+    rewrite(folder, tmp_path)
+    assert all((folder / name).read_bytes() == (tmp_path / name).read_bytes() for name in FILES)
+    assert find_change(folder) is None
     argv = []
     if record['dataset']['id'] == 'fashion_mnist':
         try:
@@ -357,30 +355,6 @@ def test_shipped_weights(folder):
         assert f'{found["images"]} images: top-1 {found["top1"]:.2f}  top-5' in result.stderr, result.stderr
 
 
-def test_shipped_weights_are_pulled(tmp_path):
-    """From a server of the Hub's protocol, the same weights and the same label names."""
-    script = f"""
-names = {{}}
-for folder in map(pathlib.Path, {[str(folder) for folder in WEIGHTS]}):
-    is_detector = timm_depla.detection.is_detector(folder)
-    load = from_pretrained if is_detector else lambda source: timm.create_model(source, pretrained=True)
-    sources = f'hf-hub:user/{{folder.name}}', str(folder) if is_detector else f'local-dir:{{folder}}'
-    pulled, local = map(load, sources)
-    pairs = zip(pulled.state_dict().items(), local.state_dict().items(), strict=True)
-    assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in pairs), folder
-    names[folder.name] = pulled.class_names if is_detector else pulled.pretrained_cfg['label_names']
-print(json.dumps(names))
-"""
-    with serve() as hub:
-        for folder in WEIGHTS:
-            hub.commit(f'user/{folder.name}', {path.name: path.read_bytes() for path in folder.iterdir()})
-        result = run_script(script, tmp_path, HF_ENDPOINT=hub.url)
-    assert result.returncode == 0, result.stderr
-    names = json.loads(result.stdout)
-    assert list(names) == [folder.name for folder in WEIGHTS]
-    assert all(len(labels) == 10 for labels in names.values())
-
-
 @pytest.mark.parametrize('folder', [path for path in WEIGHTS if path.suffix == '.digits'], ids=lambda path: path.name)
 def test_shipped_weights_know_a_digit(folder):
     """What the README shows."""
@@ -390,11 +364,6 @@ def test_shipped_weights_know_a_digit(folder):
     images = torch.stack([transform(Image.open(file).convert('RGB')) for file in files])
     labels = [model.pretrained_cfg['label_names'][i] for i in model(images).argmax(1)]
     assert np.mean([label == file.parent.name for label, file in zip(labels, files, strict=True)]) > 0.9
-
-
-def test_detector_from_the_published_folder(published):
-    model = from_pretrained(published / 'detector')
-    assert model.class_names == [str(digit) for digit in range(10)]
 
 
 def test_nothing_of_the_machine_is_published(runs, tmp_path):
@@ -408,8 +377,7 @@ def test_nothing_of_the_machine_is_published(runs, tmp_path):
     trained.update(data_dir=str(data / 'digits'), val_split=str(data / 'digits' / 'validation'))
     trained.update(class_map=str(data / 'classes.txt'), aa=f'see {data}/notes', opt_kwargs={'x': f'~{tmp_path}'})
     (copy / 'args.yaml').write_text(yaml.safe_dump(trained))
-    arguments = dict(push='', dataset_name='digits', dataset_hub_id='', licence='mit', output=str(tmp_path / 'out'))
-    publish(Namespace(source=str(copy), **arguments))
+    write(copy, tmp_path / 'out', dataset_name='digits')
     for name in set(FILES) - {'model.safetensors'}:
         text = (tmp_path / 'out' / name).read_text()
         assert 'secret' not in text and str(tmp_path) not in text and str(Path.home()) not in text, name
@@ -418,14 +386,13 @@ def test_nothing_of_the_machine_is_published(runs, tmp_path):
 
 
 def test_an_edited_card_is_kept(runs, tmp_path, caplog):
-    arguments = dict(push='', dataset_name='', dataset_hub_id='', licence='mit', output=str(tmp_path / 'out'))
     for _ in range(2):
-        publish(Namespace(source=str(runs / 'classifier'), **arguments))
+        write(runs / 'classifier', tmp_path / 'out')
     assert not (tmp_path / 'out' / 'README.edited.md').exists()
     (tmp_path / 'out' / 'README.md').write_text('mine')
-    publish(Namespace(source=str(runs / 'classifier'), **arguments))
+    write(runs / 'classifier', tmp_path / 'out')
     assert (tmp_path / 'out' / 'README.edited.md').read_text() == 'mine'
     assert 'the edited card is kept' in caplog.text
     (tmp_path / 'out' / 'README.md').write_text('mine again')
     with pytest.raises(ConfigError, match='has an edited README'):
-        publish(Namespace(source=str(runs / 'classifier'), **arguments))
+        write(runs / 'classifier', tmp_path / 'out')

@@ -123,6 +123,7 @@ def test_converted_network(name, form):
 def test_timm_interface(name):
     x = torch.randn(2, 3, SIZE, SIZE)
     model = create(name, drop_rate=0.1, drop_path_rate=0.2, in_chans=1)
+    assert all(block.drop_path.drop_prob > 0 for block in depla_blocks(model).values())
     groups = timm.models.group_parameters(model, model.group_matcher(), reverse=True)
     assert len(set(groups.values())) > 4
     with torch.no_grad():

@@ -1,15 +1,5 @@
-from .digits import digits_folder as digits_folder
-from .images import UNREADABLE as UNREADABLE
-from .images import CheckedImages as CheckedImages
-from .images import CheckedStream as CheckedStream
-from .images import UnreadableError as UnreadableError
-from .images import inspect_images as inspect_images
-from .images import read_image as read_image
-from .images import read_or_next as read_or_next
-from .positions import Draw as Draw
-from .positions import PositionedBatches as PositionedBatches
-from .positions import SeededBatches as SeededBatches
-from .positions import SeededStream as SeededStream
-from .positions import seed_position as seed_position
-from .resize import TensorResizedCrop as TensorResizedCrop
-from .resize import read_pixels as read_pixels
+from .digits import *  # noqa: F403
+from .folders import *  # noqa: F403
+from .images import *  # noqa: F403
+from .positions import *  # noqa: F403
+from .resize import *  # noqa: F403

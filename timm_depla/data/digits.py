@@ -5,20 +5,18 @@ levels, 10 classes (https://archive.ics.uci.edu/dataset/80).
 """
 
 import hashlib
-import logging
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 
-__all__ = ['digits_folder']
+from timm_depla.errors import ConfigError
 
-_logger = logging.getLogger(__name__)
+from .folders import write_once
+
+__all__ = ['digits_folder']
 
 _SHA256 = '2647b186aee6d2b45917eb8937b6b59845de359ab5fe71b96024b7012f97eab9'  # of paths and pixels
 
@@ -33,27 +31,9 @@ def digits_folder(root: Optional[os.PathLike] = None) -> Path:
         root: Where to keep it; `$XDG_CACHE_HOME/timm_depla/digits` (by default under `~/.cache`) when None.
 
     Raises:
-        ModuleNotFoundError: If it has to be written and scikit-learn is not installed.
-        RuntimeError: If scikit-learn's digits are not the ones that this package was made for.
+        ConfigError: If it has to be written and cannot be, or scikit-learn is not installed or has other digits.
     """
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-    root = Path(root) if root is not None else cache / 'timm_depla' / 'digits'
-    if root.is_dir() and _digest(root) == _SHA256:
-        return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f'.{root.name}.lock')):
-        if root.is_dir():
-            if _digest(root) == _SHA256:  # another process was faster
-                return root
-            _logger.warning('%s is incomplete or was changed; writing it again', root)
-        with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
-            folder = Path(scratch) / root.name
-            _write(folder)
-            if _digest(folder) != _SHA256:
-                raise RuntimeError('scikit-learn returned other digits than expected; please report its version')
-            shutil.rmtree(root, ignore_errors=True)
-            folder.rename(root)
-    return root
+    return write_once(root, 'digits', lambda folder: _digest(folder) == _SHA256, _write)
 
 
 def _write(folder: Path) -> None:
@@ -61,7 +41,7 @@ def _write(folder: Path) -> None:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise ConfigError(
             'the embedded digits need scikit-learn: pip install "timm-depla[digits]", or give a data folder'
         ) from error
     images, labels = load_digits(return_X_y=True)
@@ -74,12 +54,14 @@ def _write(folder: Path) -> None:
             path = folder / split / str(label) / f'{index:04d}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(images[index]).save(path)
+    if _digest(folder) != _SHA256:
+        raise ConfigError('scikit-learn returned other digits than expected; please report its version')
 
 
 def _digest(folder: Path) -> str:
     """SHA-256 over every file's relative path and decoded pixels, whatever the PNG compression."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob('*')):
+    for path in sorted(path for split in ('train', 'validation') for path in (folder / split).rglob('*')):
         if path.is_file():
             digest.update(path.relative_to(folder).as_posix().encode())
             try:

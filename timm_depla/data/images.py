@@ -5,28 +5,23 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, List, Sequence, Tuple
 
 import torch.multiprocessing
-from PIL import ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 from timm.data import ImageDataset, IterableImageDataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from timm_depla.files import FORMATS, open_image
 
 __all__ = [
-    'UNREADABLE', 'CheckedImages', 'CheckedStream', 'UnreadableError', 'inspect_images', 'read_image', 'read_or_next',
-    'read_stream',
+    'UNREADABLE', 'CheckedImages', 'CheckedStream', 'UnreadableError', 'inspect_images', 'read_or_next', 'read_stream',
 ]  # fmt: skip
 
 UNREADABLE = 'cannot be read'
 _MAX_ATTEMPTS = 10  # unreadable images in a row
+EpsImagePlugin.gs_binary = False  # timm decodes streams in any format: none may run Ghostscript
 
 
 class UnreadableError(RuntimeError):
     """Too many images in a row cannot be read."""
-
-
-def read_image(file: BinaryIO, mode: str) -> Image.Image:
-    """Decode an image by Pillow, converted to the mode."""
-    return open_image(file, mode)
 
 
 def inspect_images(files: Sequence[str], threads: int) -> List[Tuple[str, str, str]]:
@@ -95,15 +90,7 @@ class _Skipped(logging.Handler):
 
 
 def read_stream(reader: Iterable[Any], unreadable: Any) -> Iterator[Any]:
-    """Yield the samples of timm's stream reader; unreadable ones, which it skips, go to the queue if there is one.
-
-    Args:
-        reader: timm's reader of a stream.
-        unreadable: Queue that takes (number, cause).
-    """
-    if unreadable is None:
-        yield from reader
-        return
+    """Yield the samples of timm's stream reader; the queue gets (number, cause) of unreadable ones, which it skips."""
     logger, handler = logging.getLogger('timm.data.readers.reader_wds'), _Skipped(unreadable)
     logger.addHandler(handler)
     try:
@@ -152,7 +139,7 @@ class CheckedImages(ImageDataset):
         UnreadableError: From indexing, if ten images in a row cannot be read.
     """
 
-    def __init__(self, dataset: ImageDataset, is_training: bool, decode: Callable[[BinaryIO, str], Any] = read_image):
+    def __init__(self, dataset: ImageDataset, is_training: bool, decode: Callable[[BinaryIO, str], Any] = open_image):
         super().__init__(
             '',
             reader=dataset.reader,

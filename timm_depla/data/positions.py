@@ -8,15 +8,18 @@ uninterrupted run, for any number of workers.
 import hashlib
 import random
 import struct
+from dataclasses import dataclass
 from typing import Any, Callable, Iterator, List, Sequence, Tuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
+from timm_depla.errors import ConfigError
+
 from .images import read_stream
 
-__all__ = ['Draw', 'PositionedBatches', 'SeededBatches', 'SeededStream', 'seed_position']
+__all__ = ['Draw', 'PositionedBatches', 'SeededBatches', 'SeededStream', 'count_batches', 'seed_position']
 
 Place = Tuple[int, int, int]  # epoch, place in the epoch's order over all processes, index into the data set
 
@@ -42,6 +45,20 @@ def _seed_host(position: Sequence[int]) -> int:
     return torch_seed
 
 
+def count_batches(images: int, batch_size: int, world_size: int = 1) -> int:
+    """Whole batches of an epoch, of the training images of one of `world_size` processes.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if images < batch_size:
+        share = f' for each of {world_size} processes' if world_size > 1 else ''
+        raise ConfigError(
+            f'a batch of {batch_size} is larger than the training set of {images} images{share}: lower --batch-size'
+        )
+    return images // batch_size
+
+
 class PositionedBatches(Sampler[List[Place]]):
     """Sampler of an epoch's batches from any step on; an incomplete last batch is dropped.
 
@@ -51,6 +68,9 @@ class PositionedBatches(Sampler[List[Place]]):
         batch_size: Images per batch in this process.
         rank: Rank of this process.
         world_size: Number of processes; they take the epoch's samples in turn.
+
+    Raises:
+        ConfigError: If there is no whole batch.
     """
 
     def __init__(self, sampler: Any, batch_size: int, rank: int = 0, world_size: int = 1):
@@ -59,6 +79,7 @@ class PositionedBatches(Sampler[List[Place]]):
         self.rank = rank
         self.world_size = world_size
         self.position = (0, 0)
+        self.num_batches = count_batches(len(sampler), batch_size, world_size)
 
     def set_position(self, epoch: int, step: int) -> None:
         """Begin the next iteration at this step of this epoch."""
@@ -66,7 +87,7 @@ class PositionedBatches(Sampler[List[Place]]):
 
     def __len__(self) -> int:
         """Batches in a whole epoch."""
-        return len(self.sampler) // self.batch_size
+        return self.num_batches
 
     def __iter__(self) -> Iterator[List[Place]]:
         epoch, start = self.position
@@ -98,6 +119,7 @@ class SeededBatches(Dataset):
         return self.collate(samples)
 
 
+@dataclass(eq=False)
 class SeededStream(IterableDataset):
     """One epoch of a streaming data set; each sample has its own seed, and samples before step `start` are empty.
 
@@ -106,31 +128,21 @@ class SeededStream(IterableDataset):
 
     Args:
         dataset: timm's iterable data set, with its epoch and its transform set.
-        collate: Collates a list of samples into (images, targets).
+        to_batch: Collates a list of samples into (images, targets).
         position: Seed, epoch, rank.
         batch_size: Images per batch; each worker fills whole batches.
         channels: Channels of an image.
         start: The first step to load.
-        unreadable: Queue that takes (number, cause) of each sample that cannot be read, if given.
+        unreadable: Queue that takes (number, cause) of each sample that cannot be read.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        collate: Callable,
-        position: Tuple[int, int, int],
-        batch_size: int,
-        channels: int = 3,
-        start: int = 0,
-        unreadable: Any = None,
-    ):
-        self.dataset = dataset
-        self._collate = collate
-        self.position = position
-        self.batch_size = batch_size
-        self.channels = channels
-        self.start = start
-        self.unreadable = unreadable
+    dataset: Any
+    to_batch: Callable
+    position: Tuple[int, int, int]
+    batch_size: int
+    channels: int
+    start: int
+    unreadable: Any
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
@@ -147,4 +159,4 @@ class SeededStream(IterableDataset):
         """Collate function of the loader: returns a batch, or an empty one for a step before `start`."""
         if samples[0] is None:
             return torch.empty(0, self.channels, 1, 1, dtype=torch.uint8), torch.empty(0)
-        return self._collate(samples)
+        return self.to_batch(samples)

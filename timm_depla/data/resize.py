@@ -10,13 +10,13 @@ from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms.v2.functional import InterpolationMode, pil_to_tensor, resize
 
-from .images import read_image
+from timm_depla.files import open_image
 
 __all__ = ['TensorResizedCrop', 'read_pixels']
 
 
 def read_pixels(file: BinaryIO, mode: str) -> Union[torch.Tensor, Image.Image]:
-    """Decode an RGB JPEG to its pixels (3, H, W), any other file as `read_image` does.
+    """Decode an RGB JPEG to its pixels (3, H, W), any other file as `open_image` does.
 
     Raises:
         ModuleNotFoundError: If TorchCodec is not installed.
@@ -29,7 +29,7 @@ def read_pixels(file: BinaryIO, mode: str) -> Union[torch.Tensor, Image.Image]:
             pixels = decode_jpeg(data, mode='UNCHANGED')
             if len(pixels) == 3:
                 return pixels
-    return read_image(io.BytesIO(data), mode)
+    return open_image(io.BytesIO(data), mode)
 
 
 class TensorResizedCrop(RandomResizedCropAndInterpolation):

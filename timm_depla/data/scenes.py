@@ -8,16 +8,16 @@
 import argparse
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 
+from timm_depla.errors import ConfigError, require
+
 from .digits import digits_folder
+from .folders import write_once
 
 __all__ = ['scenes_folder']
 
@@ -41,25 +41,14 @@ def scenes_folder(root: Optional[os.PathLike] = None) -> Path:
         root: Where to keep it; `$XDG_CACHE_HOME/timm_depla/scenes` (by default under `~/.cache`) when None.
 
     Raises:
-        ModuleNotFoundError: If it has to be written and scikit-learn or pycocotools is not installed.
+        ConfigError: If it has to be written and cannot be, or scikit-learn or pycocotools is not installed.
     """
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-    root = Path(root) if root is not None else cache / 'timm_depla' / 'scenes'
-    if (root / 'annotations').is_dir():
-        return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f'.{root.name}.lock')):
-        if (root / 'annotations').is_dir():  # another process was faster
-            return root
-        with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
-            folder = Path(scratch) / root.name
-            for number, (split, count) in enumerate(IMAGES.items()):
-                _write_split(folder, split, number, count)
-            root.mkdir(exist_ok=True)
-            for name in (*IMAGES, 'annotations'):  # `annotations` last: it marks a complete folder
-                shutil.rmtree(root / name, ignore_errors=True)
-                (folder / name).rename(root / name)
-    return root
+    return write_once(root, 'scenes', lambda folder: (folder / 'annotations').is_dir(), _write)
+
+
+def _write(folder: Path) -> None:
+    for number, (split, count) in enumerate(IMAGES.items()):
+        _write_split(folder, split, number, count)
 
 
 def _write_split(folder: Path, split: str, number: int, count: int) -> None:
@@ -101,9 +90,7 @@ def draw_scene(random: np.random.Generator, digits: Sequence[Digit]) -> Tuple[np
         label, pixels = digits[random.integers(len(digits))]
         cell = Image.fromarray(np.pad(pixels, 1)).resize((height, height), Image.Resampling.BICUBIC)
         alpha = np.asarray(cell, np.float32) / 255
-        alpha = np.clip(
-            alpha / max(alpha.max(), 1e-6) * 1.6 - 0.3, 0, 1
-        )  # a clear edge where the grey levels cross half
+        alpha = np.clip(alpha / max(alpha.max(), 1e-6) * 1.6 - 0.3, 0, 1)  # a clear edge at half the grey levels
         for _ in range(_TRIES):
             top, left = random.integers(_SIZE - height + 1, size=2)
             place = np.s_[top : top + height, left : left + height]
@@ -135,10 +122,9 @@ def _texture(random: np.random.Generator) -> np.ndarray:
 
 def _annotate(mask: np.ndarray) -> Dict[str, Any]:
     """COCO's description of a mask: run lengths, area, and the tight box as x, y, width and height."""
-    try:
-        from pycocotools import mask as coco_mask
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('digits in scenes need pycocotools: pip install "timm-depla[detection]"') from error
+    require('pycocotools', 'detection')
+    from pycocotools import mask as coco_mask
+
     encoded = coco_mask.encode(np.asfortranarray(mask))
     return dict(
         segmentation=dict(size=encoded['size'], counts=encoded['counts'].decode()),
@@ -153,7 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         print(scenes_folder(args.folder))
-    except (ModuleNotFoundError, OSError, RuntimeError) as error:
+    except ConfigError as error:
         parser.error(str(error))
 
 

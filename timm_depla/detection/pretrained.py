@@ -1,6 +1,5 @@
 """Trained detectors: folders with config.json, which rebuilds the detector, and model.safetensors."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
@@ -9,7 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torchvision.models.detection import FasterRCNN
 
-from timm_depla.files import SUMS, find_change, is_unvalidated, read_mapping, read_tensors
+from timm_depla.files import SUMS, find_change, format_json, is_unvalidated, read_mapping, read_tensors
 from timm_depla.schema import DETECTOR, Kind, check, check_arguments, is_integer, shorten
 
 from .rcnn import create_detector
@@ -44,7 +43,7 @@ def detector_config(
     """
     config = dict(library_name=_LIBRARY, architecture=name, num_classes=len(class_names) + 1)
     config.update(model_args=model_args or {}, class_names=list(class_names), category_ids=list(category_ids))
-    return (json.dumps(config, indent=2) + '\n').encode()
+    return f'{format_json(config)}\n'.encode()
 
 
 def _pull(source: str) -> Path:

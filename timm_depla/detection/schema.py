@@ -1,4 +1,4 @@
-"""Check of a COCO file before pycocotools reads it, which accepts anything and may never return."""
+"""Check a COCO file before pycocotools reads it: it accepts anything, and may never return."""
 
 from pathlib import PurePosixPath
 from typing import Any, Dict, List

@@ -3,6 +3,7 @@
 import logging
 import queue
 from argparse import Namespace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
@@ -13,7 +14,7 @@ from timm_depla.errors import TrainingError
 
 from .distributed import World, shield_worker
 
-__all__ = ['ResumableLoader', 'UnreadableImages', 'explain_worker', 'loader_kwargs', 'max_unreadable']
+__all__ = ['ResumableLoader', 'UnreadableImages', 'explained', 'loader_kwargs', 'max_unreadable']
 
 _logger = logging.getLogger(__name__)
 
@@ -27,12 +28,7 @@ def loader_kwargs(args: Namespace, world: World) -> Dict[str, Any]:
 class ResumableLoader:
     """Loader of an epoch's batches from the step set by `seek` on; `prepare` starts loading the next epoch early.
 
-    Args:
-        args: The run's arguments: `batch_size`, `seed`, `workers`, `pin_mem`.
-        dataset: A map-style data set with its transform.
-        sampler: Draws an epoch's indices; see `PositionedBatches`.
-        collate: Collates a list of samples into a batch.
-        world: The processes that share the samples.
+    The data set is a map-style one with its transform; for the sampler, see `PositionedBatches`.
     """
 
     def __init__(self, args: Namespace, dataset: Any, sampler: Any, collate: Callable, world: World):
@@ -80,49 +76,50 @@ def max_unreadable(num_images: int) -> int:
     return max(1, num_images // 100)
 
 
+@dataclass
 class UnreadableImages:
     """Names and counts the images that were skipped.
 
-    Args:
+    Attributes:
         names: The queue of (file, cause), or None if the data set reports none.
         num_images: Images of the split.
         split: Its name.
     """
 
-    def __init__(self, names: Any, num_images: int, split: str):
-        self.names = names
-        self.num_images = num_images
-        self.split = split
-        self.files: Dict[str, str] = {}
+    names: Any
+    num_images: int
+    split: str
+    _files: Dict[str, str] = field(default_factory=dict)
 
     def collect(self, wait: bool = False) -> None:
-        """Log what was skipped since the last call.
-
-        Raises:
-            TrainingError: If more of the split than `max_unreadable` cannot be read.
-        """
+        """Log what was skipped since the last call; more of the split than `max_unreadable` is a TrainingError."""
         while self.names is not None:
             try:
                 file, cause = self.names.get(timeout=0.05) if wait else self.names.get_nowait()
             except queue.Empty:
                 break
-            if file not in self.files:
-                self.files[file] = cause
-                _logger.warning('skipped an unreadable image, %d so far: %s: %s', len(self.files), file, cause)
-        if len(self.files) > max_unreadable(self.num_images):
-            named = '; '.join(f'{file}: {cause}' for file, cause in list(self.files.items())[:5])
+            if file not in self._files:
+                self._files[file] = cause
+                _logger.warning('skipped an unreadable image, %d so far: %s: %s', len(self._files), file, cause)
+        if len(self._files) > max_unreadable(self.num_images):
+            named = '; '.join(f'{file}: {cause}' for file, cause in list(self._files.items())[:5])
             raise TrainingError(
-                f"{len(self.files)} of the {self.num_images} images of the split '{self.split}' cannot be read, more "
+                f"{len(self._files)} of the {self.num_images} images of the split '{self.split}' cannot be read, more "
                 f'than 1%: {named}. Replace or remove them'
             )
 
 
-def explain_worker(error: Exception) -> str:
-    """Say in a sentence why data loading failed."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    cause = lines[-1] if isinstance(error, UnreadableError) or 'Traceback' in str(error) else lines[0]
+def explained(error: Exception) -> Exception:
+    """The error, or one that says in a sentence why data loading, or a norm, failed."""
+    text = str(error)
+    if 'more than 1 value per channel' in text:
+        return TrainingError('a norm sees one value per channel in a batch: raise --batch-size or the image size')
+    if not isinstance(error, UnreadableError) and 'DataLoader worker' not in text:
+        return error
+    lines = [line for line in text.splitlines() if line.strip()]
+    cause = lines[-1] if isinstance(error, UnreadableError) or 'Traceback' in text else lines[0]
     died = 'killed' in cause or 'exited unexpectedly' in cause
     hint = 'If it was killed, memory may have run out: lower --workers' if died else 'Mend the data'
-    if 'auto_augment.py' in str(error) or 'transforms.py' in str(error):
+    if 'auto_augment.py' in text or 'transforms.py' in text:
         hint = 'The image was read, but its augmentation failed: choose another --aa, or leave it out'
-    return f'loading data failed: {cause.rstrip(".")}. {hint}, and go on with --resume auto'
+    return TrainingError(f'loading data failed: {cause.rstrip(".")}. {hint}, and resume with --resume auto')

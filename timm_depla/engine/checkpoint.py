@@ -1,9 +1,8 @@
-"""Crash-safe checkpoints: written atomically, verified by checksums, never removed before the next one is complete.
+"""Crash-safe checkpoints: written atomically, verified by checksums, and without pickles.
 
 They are the folders `checkpoints/EPOCH-STEP` of a run, named by the position where training resumes. Each has the
 weights (`model.safetensors` and timm's `config.json`, so that timm itself loads the folder), the training state
-(`state.json` and `state.safetensors`), the metrics (`record.json`) and `checksums.json` over them all. `best` and
-`last` are links to two of them.
+(`state.json`, with its tensors in `state.safetensors`), the metrics (`record.json`) and `checksums.json` over them all.
 """
 
 import json
@@ -11,10 +10,9 @@ import logging
 import os
 import re
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import safetensors.torch
 import torch
@@ -24,8 +22,9 @@ from timm_depla.errors import TrainingError
 from timm_depla.files import SUMS, find_change, list_sums, read_mapping, read_tensors
 
 __all__ = [
-    'LINKS', 'TIMES', 'BackgroundWriter', 'checkpoint_name', 'find_damage', 'link', 'list_checkpoints',
-    'newest_checkpoint', 'pack_state', 'prune', 'read_state', 'set_aside', 'write_checkpoint', 'write_file', 'writing',
+    'DIVERGED', 'LINKS', 'TIMES', 'checkpoint_name', 'find_damage', 'list_checkpoints', 'newest_checkpoint',
+    'pack_state', 'position', 'read_state', 'to_cpu', 'write_checkpoint', 'write_file',
+    'writing',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
@@ -34,13 +33,22 @@ TIMES = ('seconds', 'images_per_second')
 """Columns of summary.csv that no other run has alike: training of an epoch, without validation."""
 LINKS = ('best', 'last', '.best.part', '.last.part')
 """Names of the links in a run's folder, each to a folder in its folder checkpoints."""
-STATE = ('state.json', 'state.safetensors')
+DIVERGED = 'diverged.json'
+"""A file of a run's folder, from a loss that is not finite until training resumes."""
+_STATE = ('state.json', 'state.safetensors')
+_FILES = ('model.safetensors', 'config.json', 'record.json', *_STATE, SUMS)
 _NAME = re.compile(r'(\d{4,})-(\d{6,})')
 
 
 def checkpoint_name(epoch: int, step: int) -> str:
     """Folder name of the checkpoint at this position."""
     return f'{epoch:04d}-{step:06d}'
+
+
+def position(folder: Path) -> Tuple[int, int]:
+    """Epoch and step in a checkpoint's name."""
+    epoch, step = _NAME.fullmatch(folder.name).groups()
+    return int(epoch), int(step)
 
 
 @contextmanager
@@ -51,8 +59,14 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise TrainingError(
             f"cannot write '{path}': {error.strerror or error}; earlier checkpoints are untouched. Make room, then "
-            'go on with --resume auto'
+            'start again with --resume auto'
         ) from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file atomically, or raise a TrainingError."""
+    with writing(path):
+        files.write_file(path, data)
 
 
 def _sync(folder: Path) -> None:
@@ -65,22 +79,8 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file atomically.
-
-    Raises:
-        TrainingError: If it cannot be written, as on a full disk.
-    """
-    with writing(path):
-        files.write_file(path, data)
-
-
 def write_checkpoint(folder: Path, contents: Dict[str, bytes]) -> None:
-    """Write a folder of files atomically; an intact one that exists already is kept.
-
-    Raises:
-        TrainingError: If it cannot be written.
-    """
+    """Write a folder of files atomically, or raise a TrainingError; an intact one that exists already is kept."""
     if folder.exists() and find_damage(folder) is None:
         return
     scratch = folder.with_name(f'.{folder.name}.part')
@@ -88,9 +88,8 @@ def write_checkpoint(folder: Path, contents: Dict[str, bytes]) -> None:
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-            for name, data in contents.items():
+            for name, data in {**contents, SUMS: list_sums(contents)}.items():
                 files.write_bytes(scratch / name, data)
-            files.write_bytes(scratch / SUMS, list_sums(contents))
             _sync(scratch)
             if folder.exists():  # damaged
                 shutil.rmtree(folder)
@@ -103,63 +102,40 @@ def write_checkpoint(folder: Path, contents: Dict[str, bytes]) -> None:
 
 def find_damage(folder: Path) -> Optional[str]:
     """Say what is wrong with a checkpoint; None if its checksums are right and its name is its position."""
-    change = find_change(folder)
-    if change is not None:
+    if change := find_change(folder):
         return change
-    missing = [name for name in ('model.safetensors', 'config.json', 'record.json', *STATE, SUMS)
-               if not (folder / name).is_file()]  # fmt: skip
-    if missing:
+    if missing := [name for name in _FILES if not (folder / name).is_file()]:
         return f'{", ".join(missing)} missing'
     try:
         record = read_mapping(folder / 'record.json')
         name = checkpoint_name(record['epoch'], record['step'])
     except (KeyError, TypeError, ValueError) as error:
         return f'record.json tells no position ({type(error).__name__}: {error})'
-    is_named = folder.resolve().parent.name == 'checkpoints'
-    return f'it is the checkpoint {name} under another name' if is_named and folder.resolve().name != name else None
-
-
-def position(folder: Path) -> Tuple[int, int]:
-    """Epoch and step in a checkpoint's name."""
-    epoch, step = _NAME.fullmatch(folder.name).groups()
-    return int(epoch), int(step)
+    folder = folder.resolve()
+    is_renamed = folder.parent.name == 'checkpoints' and folder.name != name
+    return f'it is the checkpoint {name} under another name' if is_renamed else None
 
 
 def list_checkpoints(run: Path) -> List[Path]:
     """A run's checkpoints, newest first."""
-    found = run / 'checkpoints'
-    folders = [path for path in (found.iterdir() if found.is_dir() else ()) if _NAME.fullmatch(path.name)]
-    return sorted((path for path in folders if path.is_dir()), key=position, reverse=True)
+    found = [path for path in run.glob('checkpoints/*') if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=position, reverse=True)
 
 
-def set_aside(run: Path, epoch: int, step: int) -> Optional[Path]:
-    """Move a run's checkpoints after a position to a new folder, before a changed training resumes; return the folder.
-
-    Raises:
-        TrainingError: If they cannot be moved.
-    """
-    later = [folder for folder in list_checkpoints(run) if position(folder) > (epoch, step)]
-    if not later:
-        return None
-    prefix = f'replaced-after-{checkpoint_name(epoch, step)}-'
-    target = run / f'{prefix}{1 + len(list(run.glob(prefix + "*")))}'
-    with writing(target):
-        target.mkdir()
-        for folder in later:
-            os.replace(folder, target / folder.name)
-    return target
-
-
-def newest_checkpoint(run: Path, diverged: Optional[int] = None) -> Optional[Path]:
+def newest_checkpoint(run: Path) -> Optional[Path]:
     """The newest intact checkpoint of a run, if any; damaged ones are skipped with a warning.
 
-    Checkpoints after the start of epoch `diverged`, in which the loss was not finite, are skipped if there are older
-    ones.
+    If the loss was not finite in an epoch, later weights may be useless: checkpoints after the start of that epoch are
+    skipped if there are older ones.
     """
     found = list_checkpoints(run)
-    if diverged is not None:
-        _logger.warning('the loss was not finite in epoch %d: going back to before that epoch', diverged)
-        found = [folder for folder in found if position(folder) <= (diverged, 0)] or found[-1:]
+    if (run / DIVERGED).exists():
+        try:
+            epoch = int(read_mapping(run / DIVERGED)['epoch'])
+            _logger.warning('the loss was not finite in epoch %d: going back to before that epoch', epoch)
+            found = [folder for folder in found if position(folder) <= (epoch, 0)] or found[-1:]
+        except (KeyError, OverflowError, TypeError, ValueError):
+            pass  # not ours
     for folder in found:
         damage = find_damage(folder)
         if damage is None:
@@ -168,71 +144,24 @@ def newest_checkpoint(run: Path, diverged: Optional[int] = None) -> Optional[Pat
     return None
 
 
-def link(path: Path, target: Path) -> None:
-    """Atomically point a symbolic link at a sibling or a folder below one.
-
-    Raises:
-        TrainingError: If it cannot be made.
-    """
-    scratch = path.with_name(f'.{path.name}.part')
-    with writing(path):
-        scratch.unlink(missing_ok=True)
-        scratch.symlink_to(target.relative_to(path.parent), target_is_directory=True)
-        os.replace(scratch, path)
-
-
-def prune(run: Path, keep: Iterable[str]) -> None:
-    """Remove a run's checkpoints except the two newest and those in `keep`, and the rest of an interrupted write."""
-    kept = set(keep)
-    for folder in list_checkpoints(run)[2:]:
-        if folder.name not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
-    for scratch in (run / 'checkpoints').glob('.*.part'):
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-class BackgroundWriter:
-    """Runs one job at a time in a thread; a job's error is raised at the next call."""
-
-    def __init__(self):
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
-        self._job: Optional[Future] = None
-
-    def submit(self, job: Callable[..., None], *args: Any) -> None:
-        """Start a job, after the one before it has ended."""
-        self.wait()
-        self._job = self._pool.submit(job, *args)
-
-    def poll(self) -> None:
-        """Raise the error of a job that has failed."""
-        if self._job is not None and self._job.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Wait for the job."""
-        if self._job is not None:
-            job, self._job = self._job, None
-            job.result()
+def to_cpu(value: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy on the CPU: safetensors has neither channels last nor tensors that share memory."""
+    return value.detach().to('cpu', copy=True).contiguous()
 
 
 def pack_state(state: Dict[str, Any]) -> Dict[str, bytes]:
-    """Encode a state of dictionaries, lists, tuples, tensors, numbers, strings and None as files."""
+    """Encode a state of what JSON knows, and of tensors, as files; tuples come back as lists."""
     tensors: Dict[str, torch.Tensor] = {}
 
-    def encode(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            tensors[str(len(tensors))] = value.contiguous()
-            return {'tensor': str(len(tensors) - 1)}
-        if isinstance(value, dict):  # JSON keys are only strings
-            return {'dict': [[encode(key), encode(item)] for key, item in value.items()]}
-        if isinstance(value, (list, tuple)):
-            return {type(value).__name__: [encode(item) for item in value]}
-        if not isinstance(value, (bool, int, float, str, type(None))):
+    def encode(value: Any) -> Dict[str, str]:
+        if not isinstance(value, torch.Tensor):
             raise TypeError(f'no state of type {type(value).__name__}: {value!r}')
-        return value
+        name = str(len(tensors))
+        tensors[name] = to_cpu(value)
+        return {'tensor': name}
 
-    text = json.dumps(encode(state)) + '\n'
-    return dict(zip(STATE, (text.encode(), safetensors.torch.save(tensors)), strict=True))
+    text = json.dumps(state, default=encode) + '\n'
+    return dict(zip(_STATE, (text.encode(), safetensors.torch.save(tensors)), strict=True))
 
 
 def read_state(folder: Path) -> Dict[str, Any]:
@@ -241,22 +170,21 @@ def read_state(folder: Path) -> Dict[str, Any]:
     Raises:
         ValueError: If a file is missing or does not hold a state.
     """
-    text, weights = (folder / name for name in STATE)
-    kinds = {'dict': dict, 'list': list, 'tuple': tuple}
+    text, weights = (folder / name for name in _STATE)
+    tensors = read_tensors(weights)
+
+    def decode(value: Any) -> Any:
+        if isinstance(value, list):
+            return [decode(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if value.keys() == {'tensor'}:
+            return tensors[value['tensor']]
+        return {
+            int(key) if key.isdecimal() else key: decode(item) for key, item in value.items()
+        }  # as JSON has no ints
+
     try:
-        tensors = read_tensors(weights)
-
-        def decode(value: Any) -> Any:
-            if not isinstance(value, dict):
-                return value
-            ((kind, content),) = value.items()
-            if kind == 'tensor':
-                return tensors[content]
-            return kinds[kind](map(decode, content)) if kind != 'dict' else {decode(k): decode(v) for k, v in content}
-
-        state = decode(read_mapping(text))
-    except (AttributeError, KeyError, RecursionError, TypeError) as error:
+        return {key: decode(value) for key, value in read_mapping(text).items()}
+    except (KeyError, RecursionError, TypeError) as error:
         raise ValueError(f'{text} and {weights.name} hold no state ({type(error).__name__}: {error})') from error
-    if not isinstance(state, dict):
-        raise ValueError(f'{text} holds no state')
-    return state

@@ -3,34 +3,19 @@
 import argparse
 import shlex
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NoReturn, Optional, Sequence, Set
+from typing import Any, Dict, List, NoReturn, Optional, Sequence, Set
 
 from timm.utils import ParseKwargs
 
 from timm_depla.errors import ConfigError, closest
 from timm_depla.files import SUMS, read_mapping
+from timm_depla.loading import resumed_recipe
 from timm_depla.schema import Kind, check_arguments
 from timm_depla.timm_runs import translate
 
-__all__ = [
-    'VALIDATION', 'DataFolder', 'FlagParser', 'KeyValues', 'find_name', 'list_recipes', 'parse_args',
-    'updated',
-]  # fmt: skip
+__all__ = ['DataFolder', 'FlagParser', 'KeyValues', 'list_recipes', 'parse_args', 'parse_training_args', 'updated']
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
-
-
-VALIDATION = ('validation', 'val', 'valid', 'test')
-"""Names of a validation split."""
-
-
-def find_name(split: str, names: Iterable[str]) -> Optional[str]:
-    """The name of a split, in any case; a validation split may have any name of `VALIDATION`. None if there is none."""
-    known = {name.lower(): name for name in names}
-    wanted = (split, *VALIDATION) if split.lower() in VALIDATION else (split,)
-    return next((known[name.lower()] for name in wanted if name.lower() in known), None)
-
-
 ONCE = ('dry_run', 'experiment', 'no_resume_opt', 'output', 'resume', 'resume_with_changes')  # of one start
 START = ('initial_checkpoint', 'pretrained', 'pretrained_backbone', 'pretrained_path')  # of a run without checkpoint
 SHARED = {
@@ -53,6 +38,7 @@ SYNONYMS = {
     '--wd': '--weight-decay',
 }
 """Names that others have for flags."""
+ALIASES = {'trunk_lr_scale': 'backbone_lr_scale'}  # of keys in recipes
 ARGUMENTS = {
     'backbone_norm': '--backbone-norm',
     'checkpoint_path': '--initial-checkpoint',
@@ -71,23 +57,26 @@ ARGUMENTS = {
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Adds the default to a flag's help, where there is one and the help does not tell it."""
+    """Adds the default to a flag's help, where there is one and the help does not state it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        is_told = action.default in (None, '', False, argparse.SUPPRESS) or action.default in ([], {})
-        return action.help if is_told or 'default' in action.help else f'{action.help} (default: %(default)s)'
+        is_stated = action.default in (None, '', False, argparse.SUPPRESS) or action.default in ([], {})
+        return action.help if is_stated or 'default' in action.help else f'{action.help} (default: %(default)s)'
 
 
 class FlagParser(argparse.ArgumentParser):
     """Argument parser that raises ConfigError for mistakes, with the reason if a flag of timm is left out.
 
     Args:
+        arguments: The positional arguments, for the usage.
+        description: What the command does.
         left_out: Reasons by flag, for flags that a user may expect.
         recipes: The folder of the recipes that it knows by name.
     """
 
-    def __init__(self, *args: Any, left_out: Dict[str, str], recipes: Path = RECIPES, **kwargs: Any):
-        super().__init__(*args, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+    def __init__(self, arguments: str, description: str, left_out: Dict[str, str], recipes: Path = RECIPES):
+        usage = f'%(prog)s {arguments} [--FLAG VALUE ...]'
+        super().__init__(usage=usage, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
         self.left_out = left_out
         self.recipes = recipes
 
@@ -159,6 +148,7 @@ def load_recipe(name: str, folder: Path = RECIPES, derived: Sequence[str] = ()) 
     except ValueError as error:
         raise ConfigError(f"recipe '{name}' must map flags to values, like 'lr: 0.2': {error}") from error
     recipe = {str(key).replace('-', '_'): value for key, value in recipe.items()}
+    recipe = {ALIASES.get(key, key): value for key, value in recipe.items()}
     base = recipe.pop('base', None)
     if base is None:
         return recipe
@@ -204,10 +194,10 @@ def parse_args(
         except ConfigError as error:
             raise ConfigError(f"recipe '{name}': {error}") from error
         if is_shared:
-            said = _said(parser, actions, argv)
-            asked = {key for key in recipe if checked[key] != parser.get_default(key) and key not in said}
-            if untold := [key for key in recipe if key in asked and not _is_harmless(actions[key], checked)]:
-                words = shlex.join(word for key in untold for word in flags[key])
+            given = _given(parser, actions, argv)
+            asked = {key for key in recipe if checked[key] != parser.get_default(key) and key not in given}
+            if refused := [key for key in recipe if key in asked and not _is_harmless(actions[key], checked)]:
+                words = shlex.join(word for key in refused for word in flags[key])
                 raise ConfigError(
                     f"'{name}' asks for {words}, which the file of a run cannot do on its own: add that to the command "
                     'line if you trust it, or the same flags with values of yours'
@@ -223,7 +213,16 @@ def parse_args(
     return args
 
 
-def _said(parser: FlagParser, actions: Dict[str, argparse.Action], argv: Optional[Sequence[str]]) -> Set[str]:
+def parse_training_args(parser: FlagParser, on_data: str, on_embedded: str) -> argparse.Namespace:
+    """Parse the process's command line, by default with the recipe of a resumed run, for data or for embedded data."""
+    args = parse_args(parser)
+    if args.recipe:
+        return args
+    default = on_data if args.data_dir or getattr(args, 'dataset', '') else on_embedded
+    return parse_args(parser, default_recipe=resumed_recipe(args) or default)
+
+
+def _given(parser: FlagParser, actions: Dict[str, argparse.Action], argv: Optional[Sequence[str]]) -> Set[str]:
     """The arguments that a command line itself sets."""
     unset = object()
     found = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(actions, unset))))
@@ -244,7 +243,7 @@ def _is_harmless(action: argparse.Action, checked: Dict[str, Any]) -> bool:
 
 def _as_flags(action: argparse.Action, value: Any) -> List[str]:
     """Write one key of a recipe as the flags that a user would type."""
-    flag = action.option_strings[-1]
+    flag = max(action.option_strings, key=len)
     if value is None or value == []:
         return []
     if isinstance(action, argparse.BooleanOptionalAction):

@@ -6,14 +6,13 @@ from typing import Any, Dict
 
 import torch
 import torch.nn as nn
-from timm.layers import convert_sync_batchnorm
 
 from timm_depla.compile import compile_blocks
 from timm_depla.errors import ConfigError
 
 from .distributed import World, keep_memory
 
-__all__ = ['autocast', 'check_compile', 'compile_depla', 'set_up_device', 'share_batch_norm']
+__all__ = ['autocast', 'check_compile', 'compile_depla', 'set_up_device']
 
 
 def set_up_device(args: Namespace, world: World) -> None:
@@ -34,11 +33,7 @@ def autocast(args: Namespace) -> torch.autocast:
 
 
 def check_compile(args: Namespace, flag: str = 'torchcompile') -> Dict[str, Any]:
-    """Arguments of `torch.compile` for what the flag compiles; empty if that is nothing.
-
-    Raises:
-        ConfigError: If torch has no such backend or mode.
-    """
+    """Arguments of `torch.compile`, which torch must know, for what the flag compiles; empty if that is nothing."""
     backend = getattr(args, flag, None)
     if not backend:
         return {}
@@ -46,17 +41,12 @@ def check_compile(args: Namespace, flag: str = 'torchcompile') -> Dict[str, Any]
     try:
         torch.compile(nn.Identity(), **kwargs)
     except RuntimeError as error:
-        name = flag.replace('_', '-')
-        raise ConfigError(f"--{name} '{backend}': {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--{flag.replace('_', '-')} '{backend}': {str(error).splitlines()[0]}") from error
     return kwargs
 
 
 def compile_depla(args: Namespace, *models: nn.Module) -> None:
-    """Compile the blocks with DEPLA if `args.torchcompile_blocks` is set.
-
-    Raises:
-        ConfigError: If torch has no such backend or mode, there is no such block, or all is compiled anyway.
-    """
+    """Compile the blocks with DEPLA if `args.torchcompile_blocks` is set, which only networks with DEPLA take."""
     compiled = check_compile(args, 'torchcompile_blocks')
     if compiled and check_compile(args):
         raise ConfigError('--torchcompile compiles the blocks, too: leave out --torchcompile-blocks')
@@ -65,16 +55,3 @@ def compile_depla(args: Namespace, *models: nn.Module) -> None:
             compile_blocks(model, **compiled)
     except ValueError as error:
         raise ConfigError(f'--torchcompile-blocks: {error}') from error
-
-
-def share_batch_norm(args: Namespace, model: nn.Module, world: World) -> nn.Module:
-    """Convert the model's BatchNorms to SyncBatchNorm if `args.sync_bn` is set.
-
-    Raises:
-        ConfigError: If several processes train on CPUs.
-    """
-    if not args.sync_bn or world.size == 1:
-        return model
-    if world.device.type == 'cpu':
-        raise ConfigError('--sync-bn works on GPUs only: give --no-sync-bn')
-    return convert_sync_batchnorm(model)

@@ -5,26 +5,21 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
-import tempfile
-import traceback
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Iterator, List, Optional
+from typing import Any, Iterator, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
-from timm.utils import setup_default_logging
 from timm.utils.distributed import init_distributed_device_so
 
 from timm_depla.errors import ConfigError, TrainingError, UserError
-from timm_depla.files import escape
-from timm_depla.schema import shorten
 
-__all__ = ['Interrupt', 'World', 'explain_lost_peers', 'keep_memory', 'run_command', 'setup_world', 'shield_worker']
+__all__ = ['Interrupt', 'Interrupted', 'World', 'explain_lost_peers', 'keep_memory', 'setup_world', 'shield_worker']
 
-
+ANSWER_SECONDS = 5.0  # for another rank that still runs
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _WARNINGS = [getattr(signal, name) for name in ('SIGUSR1', 'SIGUSR2') if hasattr(signal, name)]  # of Slurm
 
@@ -51,21 +46,20 @@ class World:
     def is_primary(self) -> bool:
         return self.rank == 0
 
-    def all_reduce_max(self, value: int) -> int:
-        """The highest of all processes' values."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
-        return int(tensor)
-
-    def all_reduce_sum(self, *values: float) -> List[float]:
-        """Each value's sum over all processes, in double precision."""
+    def _all_reduce(self, values: Sequence[float], operation: Any) -> List[float]:
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self.control)
+        dist.all_reduce(tensor, operation, group=self.control)
         return tensor.tolist()
+
+    def all_reduce_max(self, *values: float) -> List[float]:
+        """Each value's maximum over all processes."""
+        return self._all_reduce(values, dist.ReduceOp.MAX)
+
+    def all_reduce_sum(self, *values: float) -> List[float]:
+        """Each value's sum over all processes, in double precision."""
+        return self._all_reduce(values, dist.ReduceOp.SUM)
 
     def gather(self, value: Any) -> Optional[List[Any]]:
         """All processes' values by rank, in the primary process; None in the others."""
@@ -84,49 +78,45 @@ class World:
         return values[0]
 
     def find_lost(self) -> List[int]:
-        """The ranks whose connection is broken. All remaining ranks must call this."""
-        messages, lost = [], set()
+        """The ranks whose connection is broken. All remaining ranks must call this.
+
+        torchelastic's error files would not tell: a rank that is killed writes none, and Slurm alone has none.
+        """
+        lost, sent = [], {}
         for peer in set(range(self.size)) - {self.rank}:
             try:
-                messages.append((peer, dist.isend(torch.zeros(1), peer, group=self.control)))
-                messages.append((peer, dist.irecv(torch.zeros(1), peer, group=self.control)))
+                sent[peer] = [call(torch.zeros(1), peer, group=self.control) for call in (dist.isend, dist.irecv)]
             except RuntimeError:
-                lost.add(peer)
-        for peer, message in messages:
+                lost.append(peer)
+        deadline = time.monotonic() + ANSWER_SECONDS
+        for peer, messages in sent.items():
+            start = time.monotonic()
+            seconds = max(deadline - start, 0.1)
             try:
-                message.wait(timedelta(seconds=5))
-            except RuntimeError as error:
-                if 'onnection' in str(error) or 'peer' in str(error):  # else it is late, not lost
-                    lost.add(peer)
+                for message in messages:
+                    message.wait(timedelta(seconds=seconds))
+            except RuntimeError:
+                if time.monotonic() - start < seconds:  # else it is late, not lost
+                    lost.append(peer)
         return sorted(lost)
 
 
 @contextmanager
 def explain_lost_peers(world: World) -> Iterator[None]:
-    """Context manager that names the lost process if communication fails.
-
-    Raises:
-        TrainingError: Instead of the communication error.
-    """
+    """Raise a TrainingError that names the lost process if communication fails."""
     try:
         yield
     except RuntimeError as error:
-        is_communication = any(word in str(error) for word in ('gloo', 'NCCL', 'onnection'))
-        if world.size == 1 or isinstance(error, UserError) or not is_communication:
+        if world.size == 1 or isinstance(error, UserError) or not (lost := world.find_lost()):
             raise
-        lost = ', '.join(map(str, world.find_lost()))
         raise TrainingError(
-            f'lost the connection to {f"rank {lost}" if lost else "another process"}, which was killed or failed: see '
-            'its log, and start all processes again (a training with --resume auto)'
+            f'lost the connection to rank {", ".join(map(str, lost))}, which was killed or failed: see its log, and '
+            'start all processes again (a training with --resume auto)'
         ) from error
 
 
 def setup_world(device: str) -> World:
-    """Join the processes that torchrun or Slurm started together, if any, and set up this one's device and log.
-
-    Raises:
-        ConfigError: If the device is not available.
-    """
+    """Join the processes that torchrun or Slurm started together, if any, and set up this one's device and log."""
     try:
         torch.zeros((), device=device).item()  # fails on the meta device
         found = init_distributed_device_so(device)
@@ -152,21 +142,35 @@ def keep_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+class Interrupted(Exception):
+    """A signal ends training; the process exits with 128 + `signal`, as shells do."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
 class Interrupt:
     """Remembers a signal, so that training can end after a step; a second SIGINT ends the process at once.
 
-    The signals are SIGTERM, SIGINT, and SIGUSR1 and SIGUSR2, which Slurm sends before a time limit.
-
-    Args:
-        world: This process; its data loading workers leave those signals to it.
-
-    Attributes:
-        signal: The received signal, 0 for none. The process then exits with 128 + signal, as shells do.
+    The signals are SIGTERM, SIGINT, and SIGUSR1 and SIGUSR2, which Slurm sends before a time limit. The data loading
+    workers leave them to this process. `signal` is the received one, 0 for none.
     """
 
     def __init__(self, world: World):
         self.world = world
         self.signal = 0
+
+    def check(self, is_due: Any = False) -> bool:
+        """Whether a checkpoint is due in a process. Every process must call this.
+
+        Raises:
+            Interrupted: In every process, if one received a signal.
+        """
+        number, due = self.world.all_reduce_max(self.signal, bool(is_due))
+        if number:
+            raise Interrupted(int(number))
+        return bool(due)
 
     def __enter__(self) -> 'Interrupt':
         self.world.busy.value = 1
@@ -201,41 +205,3 @@ def shield_worker(busy: Any, _: int) -> None:
     for number in (signal.SIGINT, *_WARNINGS):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
-
-
-def _escape_names() -> None:
-    """Show the control characters of names in log messages, which could fake lines or drive the terminal."""
-    create = logging.getLogRecordFactory()
-
-    def create_escaped(*args: Any, **kwargs: Any) -> logging.LogRecord:
-        record = create(*args, **kwargs)
-        if isinstance(record.args, tuple):
-            record.args = tuple(a if isinstance(a, (int, float)) else escape(str(a)) for a in record.args)
-        return record
-
-    logging.setLogRecordFactory(create_escaped)
-
-
-def run_command(name: str, main: Any) -> None:
-    """Run a command's main function; exit with the message of a UserError, or with 128 + signal if interrupted."""
-    setup_default_logging()
-    _escape_names()
-    for library in ('httpx', 'httpx2'):  # they log each request to the Hub
-        logging.getLogger(library).setLevel(logging.WARNING)
-    try:
-        code = main()
-    except KeyboardInterrupt:
-        os.write(2, f'\n{name}: interrupted\n'.encode())
-        sys.exit(128 + signal.SIGINT)
-    except Exception as error:
-        if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
-            named = f'{shorten(error.filename)}: {error.strerror}' if isinstance(error, OSError) else str(error)
-            rank = os.environ.get('RANK')
-            sys.exit(f'{name}{f" (rank {rank})" if rank else ""}: error: {escape(named)}')
-        with tempfile.NamedTemporaryFile('w', prefix=f'{name.replace(" ", "-")}-', suffix='.log', delete=False) as file:
-            traceback.print_exc(file=file)
-        first = (str(error).strip().splitlines() or [''])[0]
-        sys.exit(f'{name}: unexpected {type(error).__name__}: {escape(first)} (the traceback is in {file.name})')
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code or 0)

@@ -3,12 +3,12 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from timm_depla.errors import ConfigError
 from timm_depla.files import check_writable, write_file
 
-__all__ = ['PLAIN', 'Metric', 'check_results', 'choose', 'write_results']
+__all__ = ['PLAIN', 'Metric', 'check_results', 'choose', 'rank', 'write_results']
 
 PLAIN = 'plain_'  # before the names of the metrics of the weights without averaging
 
@@ -44,6 +44,11 @@ def choose(row: Dict[str, Any], metric: str) -> Tuple[float, str]:
     columns = [column for column in (f'eval_{metric}', f'eval_{PLAIN}{metric}') if column in row]
     values = [sign * row[column] if math.isfinite(row[column]) else math.inf for column in columns]
     return min(zip(values, columns, strict=True), key=lambda pair: pair[0])
+
+
+def rank(history: List[Dict[str, Any]], metric: str) -> List[Dict[str, Any]]:
+    """The validated epochs' rows, best first; values that are not finite come last."""
+    return sorted((row for row in history if f'eval_{metric}' in row), key=lambda row: choose(row, metric)[0])
 
 
 def check_results(path: str) -> None:

@@ -19,7 +19,6 @@ from .optimizer import learning_rate
 
 __all__ = ['count_cost', 'count_macs', 'describe', 'learning_rates']
 
-
 RATE = ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'opt')
 
 
@@ -78,28 +77,27 @@ def describe(run: Any) -> str:
 
     The arguments are those that differ from the recipe's, and all of them under `--dry-run`.
     """
-    args, steps, num_epochs = run.args, len(run.loader), run.num_epochs
-    batch, accumulate = args.batch_size * run.world.size, args.grad_accum_steps
-    points = sorted({0, args.warmup_epochs / 2, args.warmup_epochs, *(num_epochs * i / 4 for i in range(1, 5))})
+    args, world, steps, epochs = run.args, run.world, len(run.loader), run.num_epochs
+    batch = f'{world.size} process{"es" if world.size > 1 else ""} x {args.batch_size} images'
+    if args.grad_accum_steps > 1:
+        batch += f' x {args.grad_accum_steps} steps accumulated'
+    images = args.batch_size * world.size * args.grad_accum_steps
+    points = sorted({0, args.warmup_epochs / 2, args.warmup_epochs, *(epochs * i / 4 for i in range(1, 5))})
     rates = learning_rates(args, run.updates_per_epoch, points)
-    recipe = _recipe_of(run)
-    ratio = (
-        args.lr / learning_rate(updated(args, **{key: recipe.get(key) for key in RATE}), run.world.size)
-        if recipe
-        else 1
-    )
+    rate = ', '.join(f'{rate:.4g} at epoch {point:g}' for point, rate in zip(points, rates, strict=True))
+    if recipe := _recipe_of(run):
+        ratio = args.lr / learning_rate(updated(args, **{key: recipe.get(key) for key in RATE}), world.size)
+        if not 0.99 < ratio < 1.01:
+            rate += f' ({ratio:,.4g} times the {"recipe" if args.recipe else "default"})'
+    precision = args.amp_dtype if args.amp else 'float32'
     lines = {
         **run.subject(),
-        'batch': f'{run.world.size} process{"es" if run.world.size > 1 else ""} x {args.batch_size} images'
-        + (f' x {accumulate} steps accumulated' if accumulate > 1 else '')
-        + f' = {batch * accumulate:,} images an update',
-        'steps': f'{num_epochs} epochs x {steps:,} steps = {num_epochs * steps:,} steps',
-        'rate': ', '.join(f'{rate:.4g} at epoch {point:g}' for point, rate in zip(points, rates, strict=True))
-        + ('' if 0.99 < ratio < 1.01 else f' ({ratio:,.4g} times the {"recipe" if args.recipe else "default"})'),
-        'device': f'{run.world.device}, {torch.get_num_threads()} threads, '
-        f'{args.amp_dtype if args.amp else "float32"}, optimizer {args.opt}',
-        'folder': str(run.folder),
-    }  # fmt: skip
+        'batch': f'{batch} = {images:,} images an update',
+        'steps': f'{epochs} epochs x {steps:,} steps = {epochs * steps:,} steps',
+        'rate': rate,
+        'device': f'{world.device}, {torch.get_num_threads()} threads, {precision}, optimizer {args.opt}',
+        'folder': str(run.folder.path),
+    }
     text = [f'{name:7} {escape(line)}' for name, line in lines.items()]
     told = {key: value for key, value in sorted(vars(args).items()) if args.dry_run or recipe.get(key) != value}
     arguments = ' '.join(f'{key}={value!r}' for key, value in told.items() if value not in (None, ''))

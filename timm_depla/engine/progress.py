@@ -1,7 +1,6 @@
 """The progress of a run: a bar or log lines, TensorBoard, Weights & Biases."""
 
 import logging
-import math
 import sys
 import time
 from argparse import Namespace
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from timm_depla.errors import ConfigError, command_for, require
 
 from .checkpoint import checkpoint_name
-from .metrics import PLAIN, choose
+from .metrics import PLAIN, Metric, choose, rank
 
 __all__ = ['Report', 'check_loggers', 'progress']
 
@@ -27,89 +26,85 @@ def progress(description: str, unit: str, **kwargs: Any) -> tqdm:
 
 
 class Report:
-    """Reports the progress of a run; processes other than the primary one only log warnings.
-
-    Args:
-        run: The run to report.
-    """
+    """Reports the progress of a run; processes other than the primary one only log warnings."""
 
     def __init__(self, run: Any):
-        self.args = run.args
+        self.run, self.args, self.state = run, run.args, run.state
         self.steps = len(run.loader)
-        self.num_epochs = run.end
         self.images_per_step = run.args.batch_size * run.world.size
-        self.is_primary = run.world.is_primary
-        self._loggers = _create_loggers(run.args, run.folder) if self.is_primary else []
+        self.bar = None
+        self._loggers = _create_loggers(run.args, run.folder.path) if run.world.is_primary else []
 
-    def start(self, epoch: int, step: int) -> None:
-        """Training starts at this position."""
-        self.epoch, self.first, self.start_time = epoch, step, time.perf_counter()
-        total, done = self.steps * self.images_per_step, step * self.images_per_step
-        self.bar = progress(f'epoch {epoch}', 'images', total=total, initial=done) if self.is_primary else None
+    def start(self) -> None:
+        """Training starts at the state's position."""
+        self.first, self.start_time = self.state.step, time.perf_counter()
+        if self.run.world.is_primary:
+            total, done = self.steps * self.images_per_step, self.first * self.images_per_step
+            self.bar = progress(f'epoch {self.state.epoch}', 'images', total=total, initial=done)
 
-    def update(self, step: int, loss: float, lr: float) -> None:
-        """`step` steps of the epoch are done."""
+    def update(self) -> None:
+        """A step is done."""
         if self.bar is None:
             return
-        seconds = (time.perf_counter() - self.start_time) / max(step - self.first, 1)
-        text = f'{loss:.3f}' if math.isfinite(loss) else '-'  # the first is read with the second step
-        left = timedelta(seconds=round(seconds * ((self.num_epochs - self.epoch) * self.steps - step)))
+        state, step = self.state, self.state.step
+        seconds = (time.perf_counter() - self.start_time) / (step - self.first)
+        loss = f'{state.losses.mean:.3f}' if state.losses.count else '-'  # the first is read with the second step
+        left = timedelta(seconds=round(seconds * ((self.run.end - state.epoch) * self.steps - step)))
         if not self.bar.disable:
-            self.bar.set_postfix(loss=text, lr=f'{lr:.3g}', run=f'{left} left', refresh=False)
+            self.bar.set_postfix(loss=loss, lr=f'{state.rate:.3g}', run=f'{left} left', refresh=False)
             self.bar.update(step * self.images_per_step - self.bar.n)
         elif step % self.args.log_interval == 0 and step < self.steps:
             line = 'epoch %d  step %d/%d  loss %s  lr %.3g  %.0f images/s  %s left'
-            _logger.info(line, self.epoch, step, self.steps, text, lr, self.images_per_step / seconds, left)
+            _logger.info(line, state.epoch, step, self.steps, loss, state.rate, self.images_per_step / seconds, left)
 
     def stop(self) -> None:
         """Training pauses: an epoch has ended, or the run is interrupted."""
         if self.bar is not None:
             self.bar.close()
 
-    def epoch_ended(self, run: Any) -> None:
+    def epoch_ended(self) -> None:
         """Report the last row of the history."""
-        if not self.is_primary:
+        if not self.run.world.is_primary:
             return
-        row, best = run.history[-1], (run.ranked(run.history) or [{}])[0]
-        best_column = choose(best, self.args.eval_metric)[1] if best else None
-        text = f'epoch {row["epoch"]}/{self.num_epochs - 1}  loss {row["train_loss"]:.3f}'
-        for metric in run.metrics:
-            if metric.column not in row or metric.digits is None:
-                continue
-            notes = []
-            if metric.name == self.args.eval_metric:
-                plain, shown = f'eval_{PLAIN}{metric.name}', f'.{metric.digits}f'
-                notes += [f'plain {row[plain]:{shown}}'] if plain in row else []
-                notes += ['best' if best is row else f'best {best[best_column]:{shown}}'] if best else []
-            text += f'  {metric.text(row)}' + (f' ({", ".join(notes)})' if notes else '')
+        row, metric = self.state.history[-1], self.args.eval_metric
+        text = f'epoch {row["epoch"]}/{self.run.end - 1}  loss {row["train_loss"]:.3f}'
+        for shown in self.run.metrics:
+            if shown.column in row and shown.digits is not None:
+                text += f'  {shown.text(row)}'
+                text += f' ({self._compare(row, shown)})' if shown.name == metric else ''
         seconds = time.perf_counter() - self.start_time
         _logger.info('%s  lr %.2g  %.*f s', text, row['lr'], int(seconds < 100), seconds)
-        horizon = round(1 / max(1 - self.args.model_ema_decay, 1e-9)) if run.ema is not None else 0
-        if run.updates < horizon and not self.args.model_ema_warmup:
+        horizon = round(1 / max(1 - self.args.model_ema_decay, 1e-9)) if self.args.model_ema else 0
+        if self.run.updates < horizon and not self.args.model_ema_warmup:
             message = 'the average of %d updates still holds the start: it spans about %d'
-            _logger.info(message, run.updates, horizon)
+            _logger.info(message, self.run.updates, horizon)
         for log in self._loggers:
             log(row)
 
-    def ended(self, run: Any, signal: int) -> None:
-        """Training has ended, by a signal or at its last epoch: say how to go on, or what was best."""
-        if signal:
-            name = checkpoint_name(run.epoch, run.step)
-            _logger.info('saved %s; go on with: %s --resume %s', name, command_for(run.train_script), run.folder)
-        elif ranked := run.ranked(run.history):
+    def _compare(self, row: Dict[str, Any], metric: Metric) -> str:
+        """A row's value of the chosen metric without average, and the best epoch's."""
+        best, plain = rank(self.state.history, metric.name)[0], f'eval_{PLAIN}{metric.name}'
+        notes = [f'plain {row[plain]:.{metric.digits}f}'] if plain in row else []
+        value = best[choose(best, metric.name)[1]]
+        return ', '.join([*notes, 'best' if best is row else f'best {value:.{metric.digits}f}'])
+
+    def interrupted(self) -> None:
+        """Say how to resume."""
+        name, command = checkpoint_name(self.state.epoch, self.state.step), command_for(self.run.train_script)
+        _logger.info('saved %s; resume with: %s --resume %s', name, command, self.run.folder.path)
+
+    def ended(self) -> None:
+        """Say what was best."""
+        if ranked := rank(self.state.history, self.args.eval_metric):
             best, column = ranked[0], choose(ranked[0], self.args.eval_metric)[1]
-            metric = next(metric for metric in run.all_metrics if metric.column == column)
+            metric = next(metric for metric in self.run.folder.metrics if metric.column == column)
             place = f'epoch {best["epoch"]} (checkpoints/{checkpoint_name(best["epoch"] + 1, 0)})'
-            command = f'{command_for(run.validate_script)} {run.folder}'
+            command = f'{command_for(self.run.validate_script)} {self.run.folder.path}'
             _logger.info('best %s at %s: %s', metric.text(best), place, command)
 
 
 def check_loggers(args: Namespace) -> None:
-    """Refuse a logger that is not installed, before the run has a folder.
-
-    Raises:
-        ConfigError: If it is not.
-    """
+    """Refuse a logger that is not installed, before the run has a folder."""
     for is_wanted, module in ((args.log_tensorboard, 'tensorboard'), (args.log_wandb, 'wandb')):
         if is_wanted:
             require(module, 'log')

@@ -1,6 +1,6 @@
 """Model cards in the Hub's format; all numbers come from record.json."""
 
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -23,13 +23,11 @@ _TEMPLATE = """---
 
 {{ usage }}
 
-## Details
-
-{{ details }}
-
 ## Evaluation
 
-{{ evaluation }}
+{{ record.dataset.name }}, split {{ record.dataset.split }}, {{ record.results.images }} images.{{ benchmark }}
+
+{{ table }}
 
 Measured by `{{ record.command }}` at commit `{{ record.commit }}` ({{ versions }}; {{ record.hardware }}).
 
@@ -37,13 +35,9 @@ Measured by `{{ record.command }}` at commit `{{ record.commit }}` ({{ versions 
 
 {{ training }}
 
-## Limitations
+## Limitations and licence
 
-{{ limitations }}
-
-## Licence and citation
-
-The weights are under the {{ licence }} licence.
+{{ limitations }} The weights are under the {{ licence }} licence.
 
 ```bibtex
 @inproceedings{sun2021depla,
@@ -75,42 +69,43 @@ drawn = draw_detections(image, predict(model, image), model.class_names)
 ```"""
 
 
-def _table(rows: Dict[str, Any], header: List[str]) -> str:
-    lines = [header, ['---'] * len(header), *([name, value] for name, value in rows.items())]
-    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
-
-
 def _name(source: str) -> str:
     return source.rpartition('/')[2]
 
 
-def _metrics(record: Dict[str, Any]) -> Dict[str, tuple]:
-    """Label, the Hub's metric type and the printed value of each metric, by its key in the results."""
+def _metrics(record: Dict[str, Any]) -> List[Tuple[str, str, str]]:
+    """Label, the Hub's metric type and the printed value of each metric."""
     results = record['results']
     if record['task'] == 'image-classification':
-        names = {'top1': ('top-1 accuracy (%)', 'accuracy'), 'top5': ('top-5 accuracy (%)', 'accuracy')}
-        return {key: (*label, f'{results[key]:.2f}') for key, label in names.items()}
-    found = {key: key.removeprefix('mask_') for key in results if key.removeprefix('mask_').startswith('AP')}
-    return {
-        key: (f'{"box" if key == name else "mask"} {name}', 'mean_average_precision', f'{results[key]:.3f}')
-        for key, name in found.items()
+        return [(f'top-{k} accuracy (%)', 'accuracy', f'{results[f"top{k}"]:.2f}') for k in (1, 5)]
+    kinds = {'AP': 'box AP', 'mask_AP': 'mask AP'}
+    return [(kinds[key], 'mean_average_precision', f'{results[key]:.3f}') for key in kinds if key in results]
+
+
+def _rows(record: Dict[str, Any]) -> Dict[str, str]:
+    """The table: size, cost and metrics, with a detector's precision by overlap and size of the objects."""
+    results, is_classifier = record['results'], record['task'] == 'image-classification'
+    height, width = results['image_size'][-2:]
+    rows = {
+        'parameters': f'{results["parameters"] / 1e6:.2f} M',
+        f'multiply-adds at {height} x {width}': f'{results["macs"] / 1e6:,.1f} M'
+        + ('' if is_classifier else ' (backbone and neck)'),
+        'classes': results['num_classes'],
     }
+    for label, _, value in _metrics(record):
+        key = {'box AP': 'AP', 'mask AP': 'mask_AP'}.get(label, 'none')
+        more = [f'{name.removeprefix("mask_")} {results[name]:.3f}' for name in results if name[: len(key)] == key]
+        rows[label] = f'{value} ({", ".join(more[1:])})' if more else value
+    return rows
 
 
 def _data(record: Dict[str, Any], source: str, licence: str) -> ModelCardData:
     """The metadata, with the metrics as evaluation results."""
     data, is_classifier = record['dataset'], record['task'] == 'image-classification'
+    where = dict(dataset_type=data['id'], dataset_name=data['name'], dataset_split=data['split'])
     results = [
-        EvalResult(
-            task_type=record['task'],
-            dataset_type=data['id'],
-            dataset_name=data['name'],
-            dataset_split=data['split'],
-            metric_type=kind,
-            metric_name=label,
-            metric_value=float(value),
-        )
-        for label, kind, value in _metrics(record).values()
+        EvalResult(record['task'], metric_type=kind, metric_name=label, metric_value=float(value), **where)
+        for label, kind, value in _metrics(record)
     ]
     return ModelCardData(
         model_name=_name(source),
@@ -128,50 +123,35 @@ def create_card(record: Dict[str, Any], recipe: Dict[str, Any], source: str, lic
 
     Args:
         record: Record of their evaluation, as `publish` writes it to record.json.
-        recipe: The training arguments.
+        recipe: The training arguments, as `publish` writes them to recipe.yaml.
         source: Where they are loaded from: a name on the Hub or a folder.
         licence: The weights' licence, as the Hub names it.
     """
-    results, data = record['results'], record['dataset']
-    is_classifier = record['task'] == 'image-classification'
-    name = record['architecture']
-    size = results['image_size']
-    details = {
-        'architecture': f'`{name}`',
-        'parameters': f'{results["parameters"] / 1e6:.2f} M',
-        f'multiply-adds at {size[-2]} x {size[-1]}': f'{results["macs"] / 1e6:,.1f} M'
-        + ('' if is_classifier else ' (backbone and neck)'),
-        'classes': results['num_classes'],
-    }
-    rows = {label: value for label, _, value in _metrics(record).values()}
-    rows['images per second'] = f'{results["images_per_second"]:.1f}'
-    left_out = () if recipe['sched'] == 'multistep' else ('decay_milestones',)
-    shown = [key for key in _ARGUMENTS if recipe.get(key) and key not in left_out]
+    results, data, name = record['results'], record['dataset'], record['architecture']
     epochs = f'{results["epochs"]}'
     if results['epochs'] < recipe['epochs']:
         epochs += f" of {recipe['epochs']} (a run's `best` checkpoint is chosen on the split above)"
-    arguments = ', '.join(f'`{key}={recipe[key]!r}`' for key in shown)
+    arguments = ', '.join(f'`{key}={recipe[key]!r}`' for key in _ARGUMENTS if recipe.get(key))
     what = '' if 'depla' in name else f'the base of `{name}_depla`, without '
     summary = f'`{name}` trained on {data["name"]} by timm-depla: {what}DEPLA, of '
     summary += f'[Aggregation with Feature Detection]({_PAPER}).'
     if 'candidates' in results:
         scores = ', '.join(f'{key} {value:.4g}' for key, value in results['candidates'].items())
         summary += f' The weights are the {results["weights"]} ({results["selected_by"]}: {scores}).'
-    usage = _CLASSIFIER_USAGE if is_classifier else _DETECTOR_USAGE
+    usage = _CLASSIFIER_USAGE if record['task'] == 'image-classification' else _DETECTOR_USAGE
+    table = ['| | |', '| --- | --- |', *(f'| {label} | {value} |' for label, value in _rows(record).items())]
     return ModelCard.from_template(
         _data(record, source, licence),
         template_str=_TEMPLATE,
         name=_name(source),
         summary=summary,
-        usage=usage.format(source=source, mode='RGB' if size[0] == 3 else 'L'),
-        details=_table(details, ['', '']),
-        evaluation=f'{data["name"]}, split {data["split"]}, {results["images"]} images.\n\n'
-        + _table(rows, ['metric', 'value'])
-        + (f'\n\n{data["benchmark"]}' if 'benchmark' in data else ''),
+        usage=usage.format(source=source, mode='RGB' if results['image_size'][0] == 3 else 'L'),
+        table='\n'.join(table),
+        benchmark=f' {data["benchmark"]}' if 'benchmark' in data else '',
         record=record,
         versions=', '.join(f'{package} {version}' for package, version in record['versions'].items()),
-        training=f'Epochs: {epochs}, of the recipe `{record["recipe"]}`, with {arguments}; all are in '
-        '`recipe.yaml`. Time and energy of training were not recorded.',
+        training=f'Epochs: {epochs}, of the recipe `{record["recipe"]}`, with {arguments}. `recipe.yaml` has all '
+        'arguments that differ from the defaults. Time and energy of training were not recorded.',
         limitations=data['limitations'],
         licence=licence,
     )

@@ -1,13 +1,13 @@
 """From a run to a repository folder, and with --push to the Hugging Face Hub: `timm-depla publish RUN --output DIR`.
 
-The folder has the weights (safetensors only), config.json (rebuilds the model), recipe.yaml (the training arguments),
-record.json (the evaluation by this command), checksums.json and the model card README.md. If training kept an average
-of the weights, both the average and the plain weights are evaluated, and the better ones are published.
+The folder has the weights (safetensors only), config.json (rebuilds the model), recipe.yaml (the training arguments
+that differ from the defaults), record.json (the evaluation by this command), checksums.json and the card README.md. If
+training kept an average of the weights, both the average and the plain weights are evaluated, and the better ones are
+published.
 """
 
 import argparse
 import hashlib
-import json
 import logging
 import math
 import os
@@ -16,7 +16,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, Tuple
@@ -28,16 +27,16 @@ from huggingface_hub import HfApi
 
 import timm_depla
 from timm_depla import detection
+from timm_depla.commands import run_command
 from timm_depla.data import digits_folder
 from timm_depla.engine.checkpoint import LINKS, find_damage, read_state
 from timm_depla.engine.classification import validate as classification
-from timm_depla.engine.classification.flags import create_validate_parser
+from timm_depla.engine.classification.flags import create_train_parser, create_validate_parser
 from timm_depla.engine.config import parse_args, updated
-from timm_depla.engine.distributed import run_command
 from timm_depla.engine.plan import count_cost
 from timm_depla.engine.run import CHANGE_NOTHING
 from timm_depla.errors import ConfigError, require
-from timm_depla.files import SUMS, check_own, check_writable, list_sums, read_mapping, read_tensors, write_file
+from timm_depla.files import SUMS, check_own, check_writable, format_json, list_sums, read_mapping, write_file
 from timm_depla.loading import load_model, run_arguments
 
 from .card import create_card
@@ -48,6 +47,7 @@ __all__ = ['create_publish_parser', 'publish', 'push']
 
 _logger = logging.getLogger(__name__)
 
+ALWAYS = ('batch_size', 'epochs', 'opt', 'sched', 'seed')  # of recipe.yaml, also at their defaults
 EDITED = 'README.edited.md'
 FILES = ('README.md', 'config.json', 'model.safetensors', 'recipe.yaml', 'record.json', SUMS)
 DIGITS = dict(
@@ -129,31 +129,29 @@ def describe_data(args: Namespace, trained: Dict[str, Any], is_detector: bool) -
 def evaluate(folder: Path, is_detector: bool) -> Dict[str, Any]:
     """Evaluate a run's weights on its validation split, by the code of the validation commands."""
     argv = [str(folder), '--device', 'cuda' if torch.cuda.is_available() else 'cpu']
-    start = time.perf_counter()
     if is_detector:
         require('pycocotools', 'detection')
         from timm_depla.engine.detection.flags import create_detection_validate_parser
         from timm_depla.engine.detection.validate import validate
 
         evaluation = validate(parse_args(create_detection_validate_parser(), argv))
-        seconds = time.perf_counter() - start
-        return {**evaluation.scores, 'images': evaluation.images, 'images_per_second': evaluation.images / seconds}
+        return {**evaluation.scores, 'images': evaluation.images}
     (metrics,) = classification.validate(parse_args(create_validate_parser(), argv))
-    return {key: metrics[key] for key in ('top1', 'top5', 'loss', 'images', 'images_per_second')}
+    return {key: metrics[key] for key in ('top1', 'top5', 'loss', 'images')}
 
 
 def candidates(checkpoint: Path, scratch: Path, uses_average: bool) -> Dict[str, Path]:
     """Write folders that can be validated; returns them by the kind of their weights."""
-    state, kept = read_state(checkpoint), read_tensors(checkpoint / 'model.safetensors')
+    state = read_state(checkpoint)
     kinds = ['average of the weights', 'weights without averaging'] if uses_average else ['weights']
-    if 'average' in state:  # the plain weights were better in training
+    if 'state_dict_ema' in state:  # the plain weights were better in training
         kinds.reverse()
-    other = state.get('average', state.get('trainable', {}))
-    found = {kind: scratch / kind.split()[0] for kind in kinds[: 1 + (other.keys() == kept.keys())]}
+    other = state.get('state_dict_ema', state.get('state_dict', {}))
+    found = {kind: scratch / kind.split()[0] for kind in kinds[: 1 + bool(other)]}
     for folder in found.values():
         folder.mkdir()
         shutil.copy(checkpoint / 'config.json', folder)
-        shutil.copy(checkpoint.parent.parent / 'args.yaml', folder)  # tells validation the data
+        shutil.copy(checkpoint.parent.parent / 'args.yaml', folder)  # names the data of validation
         shutil.copy(checkpoint / 'model.safetensors', folder)
     if len(found) > 1:
         other = {name: value.contiguous() for name, value in other.items()}
@@ -188,6 +186,24 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: v if k in ('label_names', 'class_names') else without_folders(v) for k, v in value.items()}
     return [without_folders(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def differing(args: Dict[str, Any], is_detector: bool) -> Dict[str, Any]:
+    """The arguments of a training that differ from the defaults of its command line, and those of `ALWAYS`."""
+    if is_detector:
+        require('pycocotools', 'detection')
+        from timm_depla.engine.detection.flags import create_detection_parser as create_parser
+    else:
+        create_parser = create_train_parser
+    parser = create_parser()
+    left_out = CHANGE_NOTHING | {'device'}
+    return {
+        key: value
+        for key, value in args.items()
+        if key not in left_out
+        and value not in (None, '', [], {})
+        and (key in ALWAYS or value != parser.get_default(key))
+    }
 
 
 def is_edited(folder: Path) -> bool:
@@ -233,8 +249,7 @@ def publish(args: Namespace) -> Path:
     config = without_folders(read_mapping(checkpoint / 'config.json'))
     is_detector = detection.is_detector(checkpoint)
     data = describe_data(args, trained, is_detector)
-    kept = {k: v for k, v in trained.items() if k not in CHANGE_NOTHING and v not in (None, '', [], {})}
-    recipe = without_folders(kept)
+    recipe = without_folders(differing(trained, is_detector))
     metric = trained['eval_metric']
     with tempfile.TemporaryDirectory() as scratch:
         folders = candidates(checkpoint, Path(scratch), trained.get('model_ema', False))
@@ -251,25 +266,40 @@ def publish(args: Namespace) -> Path:
         record.update(task=task, architecture=config['architecture'], recipe=Path(trained['recipe']).stem, dataset=data)
         record, place = without_folders(record), without_folders(str(output))
         source = f'hf-hub:{args.push}' if args.push else place if is_detector else f'local-dir:{place}'
-        text = yaml.safe_dump(recipe)  # whose order is the card's
-        card = str(create_card(record, yaml.safe_load(text), source, args.licence)).encode()
-        record['card'] = hashlib.sha256(card).hexdigest()
-        files = {
-            'config.json': (json.dumps(config, indent=2) + '\n').encode(),
-            'model.safetensors': (folders[best] / 'model.safetensors').read_bytes(),
-            'recipe.yaml': text.encode(),
-            'record.json': (json.dumps(record, indent=2) + '\n').encode(),
-        }
-        try:
-            if is_edited(output):
-                os.replace(output / 'README.md', output / EDITED)
-                _logger.warning("the edited card is kept as '%s': take over what you wrote", output / EDITED)
-            write_file(output / SUMS, list_sums(files))  # first: sums reveal a partial write; the card may be edited
-            for name, data in {**files, 'README.md': card}.items():
-                write_file(output / name, data)
-        except OSError as error:
-            raise ConfigError(f"cannot write --output '{output}': {error}") from error
+        weights = (folders[best] / 'model.safetensors').read_bytes()
+    contents = {'model.safetensors': weights, 'config.json': config, 'recipe.yaml': recipe, 'record.json': record}
+    try:
+        if is_edited(output):
+            os.replace(output / 'README.md', output / EDITED)
+            _logger.warning("the edited card is kept as '%s': take over what you wrote", output / EDITED)
+        write_folder(output, contents, source, args.licence)
+    except OSError as error:
+        raise ConfigError(f"cannot write --output '{output}': {error}") from error
     return output
+
+
+def write_folder(folder: Path, contents: Dict[str, Any], source: str, licence: str) -> None:
+    """Write a repository folder.
+
+    Args:
+        folder: The folder.
+        contents: The bytes of model.safetensors, and what config.json, recipe.yaml and record.json hold. The record
+            also gets the digest of the card, by which an edited one is known.
+        source: Where the weights are loaded from, for the card.
+        licence: Their licence, for the card.
+    """
+    recipe = yaml.safe_dump(contents['recipe.yaml'], default_flow_style=None, width=120)  # whose order is the card's
+    card = str(create_card(contents['record.json'], yaml.safe_load(recipe), source, licence)).encode()
+    record = {**contents['record.json'], 'card': hashlib.sha256(card).hexdigest()}
+    files = {
+        'model.safetensors': contents['model.safetensors'],
+        'config.json': f'{format_json(contents["config.json"])}\n'.encode(),
+        'recipe.yaml': recipe.encode(),
+        'record.json': f'{format_json(record)}\n'.encode(),
+    }
+    write_file(folder / SUMS, list_sums(files))  # first: sums reveal a partial write; the card may be edited
+    for name, data in {**files, 'README.md': card}.items():
+        write_file(folder / name, data)
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:

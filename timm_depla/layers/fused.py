@@ -1,5 +1,4 @@
-"""The fused form of DEPLA: the same outputs, gradients and running statistics, with fewer and smaller maps. As in
-timm's fused attention, hooks inside a fused block may stay silent; those on it always hear X, Y and the output."""
+"""The fused form of DEPLA: the same outputs, gradients and running statistics, with fewer and smaller maps."""
 
 import math
 import os
@@ -34,7 +33,7 @@ def use_fused_depla() -> bool:
 
 
 def forward(block: nn.Module, identity: Tensor, candidate: Tensor) -> Tensor:
-    """Compute block(identity, candidate)."""
+    """Compute block(identity, candidate); as in timm's fused attention, hooks inside the block may not run."""
     values = block.candidate(candidate)
     if block.upsample == 'nearest' and not block.keep_candidate:
         values = pool_repeated(values, identity)
@@ -43,7 +42,7 @@ def forward(block: nn.Module, identity: Tensor, candidate: Tensor) -> Tensor:
 
 
 def aggregate(block: nn.Module, identity: Tensor, values: Tensor) -> Tensor:
-    """The refinement of X (B, C1, h, w) from Y' (B, D*C, h, w), with the norm of `fold_norm` where that pays."""
+    """The refinement of X (B, C1, h, w) from Y' (B, D*C, h, w), with the norm folded where that pays."""
     values = match_size(values, identity, block.upsample)
     maps = block.rpn(identity, values)
     vectors, heatmaps = block.bfn(identity, soft_roi_pool(maps, values), maps)
@@ -55,22 +54,22 @@ def aggregate(block: nn.Module, identity: Tensor, values: Tensor) -> Tensor:
 
 
 def pays(x: Tensor, on_gpu: float) -> bool:
-    """Whether fewer maps as large as x are worth more operations, which an eager GPU takes a while to start."""
-    launches_cost = x.device.type not in ('cpu', 'meta') and not torch.compiler.is_compiling()
+    """Whether maps as large as x cost more than the operations that save them."""
+    launches_cost = x.device.type not in ('cpu', 'meta') and not torch.compiler.is_compiling()  # eager, on a GPU
     return _FUSED > 1 or x.numel() >= (on_gpu if launches_cost else LARGE)
 
 
 def pool_repeated(x: Tensor, other: Tensor) -> Tensor:
-    """Average x (B, C, H, W) where nearest up-sampling would repeat a position of the other map (ruling 12)."""
+    """Pool x (B, C, H, W), which equals up-sampling the other map where that repeats whole blocks (ruling 12)."""
     rows, columns = x.shape[2] // other.shape[2], x.shape[3] // other.shape[3]
     is_whole = rows * other.shape[2] == x.shape[2] and columns * other.shape[3] == x.shape[3]
     return F.avg_pool2d(x, [rows, columns]) if is_whole and rows * columns > 1 else x
 
 
 def fold_norm(norm: nn.BatchNorm2d, vectors: Tensor, heatmaps: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """What fills the map that the norm would return: vectors (B, L, C), heatmaps (B, L, H, W), and a bias (B, 1, C).
+    """Fold the norm into what is back-filled: vectors (B, L, C), heatmaps (B, L, H, W) and a bias (B, 1, C).
 
-    The mean of the map is that of the summed vectors; its variance follows from the Gram matrix of contrasts, N B - 1.
+    The map's mean is that of the summed vectors. Its variance follows from the Gram matrix of the contrasts N B - 1.
     """
     dtype, size = vectors.dtype, heatmaps.shape[2:].numel()
     vectors, count = vectors.type_as(norm.weight), len(heatmaps) * size

@@ -68,18 +68,16 @@ def load_backbone(model: nn.Module, source: Source, heads: Optional[Sequence[str
     skipped = [k for k in own if k.startswith(heads) and k in state and state[k].shape != own[k].shape]
     state = {k: v for k, v in state.items() if k not in skipped}
 
-    new = [k for k in own if k.startswith(prefixes) and k not in state] if prefixes else []
+    new = [k for k in own if k.startswith(prefixes) and k not in state]
     missing = [k for k in own if k not in state and k not in new and k not in skipped and not k.endswith(_COUNTER)]
     unexpected = [k for k in state if k not in own and not k.endswith(_COUNTER)]
-    mismatched = [
-        f'{k} {tuple(v.shape)} for {tuple(own[k].shape)}'
-        for k, v in state.items()
-        if k in own and v.shape != own[k].shape
-    ]
+    shapes = {k: (tuple(v.shape), tuple(own[k].shape)) for k, v in state.items() if k in own}
+    mismatched = [f'{k} {theirs} for {ours}' for k, (theirs, ours) in shapes.items() if theirs != ours]
     if missing or unexpected or mismatched:
+        lists = dict(missing=missing, unexpected=unexpected) | {'of another shape': mismatched}
         raise ValueError(
             'these weights are of another architecture or configuration than the model: '
-            f'{_some("missing", missing)}; {_some("unexpected", unexpected)}; {_some("of another shape", mismatched)}. '
+            f'{"; ".join(_some(label, names) for label, names in lists.items())}. '
             'Create the model that they belong to, with the same in_chans and depla arguments'
         )
     model.load_state_dict(state, strict=False)

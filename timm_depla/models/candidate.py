@@ -1,4 +1,4 @@
-"""Candidates that only a 1x1 convolution and a norm compute: not made in training, and fused for inference."""
+"""A candidate that is the norm of a 1x1 convolution: not computed in training, and fused for inference."""
 
 from typing import Any, Tuple
 
@@ -33,9 +33,9 @@ def is_linear(conv: nn.Module, norm: nn.Module, depla: Depla) -> bool:
 
 
 def refine(depla: Depla, identity: Tensor, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """Compute depla(identity, norm(conv(x))); in training, without the candidate where that pays and nobody hears it.
+    """Compute depla(identity, norm(conv(x))); in training, without the candidate where that pays and no hook reads it.
 
-    It takes the covariance of x's channels, which is worth it if the convolution at least doubles the width.
+    This takes the covariance of x's channels, which pays if the convolution at least doubles the width.
     """
     if not norm.training or not fused.pays(identity, LARGE_ON_GPU):
         return depla(identity, norm(conv(x)))

@@ -120,7 +120,7 @@ def _list_blocks(model: nn.Module, stage: str) -> List[str]:
 
 
 def _describe(inputs: Tuple[Any, ...], output: Any) -> Union[str, Tuple[int, ...]]:
-    """The shape of a module's map, or what else it does than to keep the shape of one map."""
+    """The shape of a module's map, or why it has no place for DEPLA."""
     if not isinstance(output, Tensor) or len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         return 'takes or gives several maps'
     if output.ndim != 4:
@@ -130,7 +130,7 @@ def _describe(inputs: Tuple[Any, ...], output: Any) -> Union[str, Tuple[int, ...
 
 @torch.no_grad()
 def _trace_shapes(model: nn.Module, names: Sequence[str]) -> Dict[str, Union[str, Tuple[int, ...]]]:
-    """Shape of each module's map for one image, or why its input and output are not maps of one shape."""
+    """Run one image, and `_describe` each module."""
     shapes: Dict[str, Union[str, Tuple[int, ...]]] = dict.fromkeys(names, 'does not run')
 
     def listen(name: str, module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:

@@ -26,7 +26,7 @@ __all__ = ['BasicBlockDepla', 'BottleneckDepla', 'ResNetDepla']  # register_mode
 
 
 class _AggregateWithDepla:
-    """Gives a residual block of timm its DEPLA."""
+    """Adds DEPLA to a residual block of timm."""
 
     def __init__(self, inplanes: int, planes: int, *args, depla: Dict[str, Any], **kwargs) -> None:
         super().__init__(inplanes, planes, *args, **kwargs)

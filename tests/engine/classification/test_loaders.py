@@ -10,21 +10,22 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import fit, validate
+from helpers import equal, fit, validate
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from timm_depla.data import TensorResizedCrop, read_image, read_pixels
-from timm_depla.engine.classification.datasets import check_source, count_classes, count_streams, open_splits
+from timm_depla.data import TensorResizedCrop, read_pixels
+from timm_depla.engine.classification.datasets import check_source, count_classes, open_splits
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.loaders import TrainLoader, create_val_loader, resolve_data
-from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.distributed import World
 from timm_depla.errors import ConfigError, TrainingError
+from timm_depla.files import open_image
 
 CPU = torch.device('cpu')
+SHORT = ['--model', 'test_resnet', '--img-size', 32, '--batch-size', 4, '--epochs', 1, '--workers', 1]
 LABELS = [i % 3 for i in range(40)]
 needs_torchcodec = pytest.mark.skipif(find_spec('torchcodec') is None, reason='no torchcodec')
 
@@ -86,17 +87,10 @@ def arguments(*argv):
 
 def load(args, rank=0, size=1):
     world = World(CPU, rank, size)
-    args = count_streams(args, 'train', 'val')
-    train_set, val_set = open_splits(args)
+    args, train_set, val_set = open_splits(args)
     args = updated(args, num_classes=count_classes(args, train_set))
     config = resolve_data(args)
     return TrainLoader(args, train_set, config, world), create_val_loader(args, val_set, config, world)
-
-
-def equal(a, b):
-    return len(a) == len(b) and all(
-        torch.equal(x, y) for s, t in zip(a, b, strict=True) for x, y in zip(s, t, strict=True)
-    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +198,7 @@ def test_pixels_are_those_that_pillow_reads(kind):
     picture = picture.convert(variant) if variant in ('L', 'CMYK') else picture
     picture.save(file, extension, progressive=variant == 'progressive')
     images = []
-    for read in (read_image, read_pixels):
+    for read in (open_image, read_pixels):
         file.seek(0)
         images.append(read(file, 'RGB'))
     assert isinstance(images[1], torch.Tensor) == (kind in ('JPEG', 'JPEG progressive'))
@@ -231,7 +225,7 @@ def test_resize_backend(augmentation, flags):
 
 def test_processes_share_an_epoch(flags):
     """Two processes with half the batch see what one sees, augmented alike."""
-    single = [batch for batch in load(arguments(*flags['folder']))[0].epoch(1)]
+    single = list(load(arguments(*flags['folder']))[0].epoch(1))
     ranks = [list(load(arguments(*flags['folder'], '-b', 2), rank, 2)[0].epoch(1)) for rank in range(2)]
     for whole, *halves in zip(single, *ranks, strict=True):
         assert torch.equal(whole[0], torch.stack([half[0] for half in halves], 1).flatten(0, 1))
@@ -264,22 +258,21 @@ def test_unreadable_validation_image_is_left_out(flags, data, tmp_path):
         (['--resize-backend', 'torch', '--no-aug'], 'Resize is no random resized crop: leave out --resize-backend'),
         (['--resize-backend', 'torch', '--train-interpolation', 'lanczos'], 'not by lanczos: leave out --resize'),
         (['--class-map', 'no.txt'], "no file 'no.txt': check --class-map"),
-        (['--class-map', 'map.pkl'], "no file 'map.pkl'"),
         (['--in-chans', 4, '--aa', 'original'], "--aa 'original' takes grey and colour images, not those of 4"),
         (['-b', 41], 'a batch of 41 is larger than the training set of 40 images'),
+        (['--class-map', 'map.pkl'], r"map.pkl' is a pickle, which is not read: write it as a text file"),
+        (['--dataset', 'hfids/PARQUET', '--num-classes', 3, '--aug-repeats', 2], 'need a data set with random access'),
     ],
 )
-def test_bad_data_arguments(argv, message, flags):
-    base = flags['folder'] if '--dataset' not in argv else []
+def test_bad_data_arguments(argv, message, flags, data, tmp_path):
+    (tmp_path / 'map.pkl').touch()
+    argv = [
+        str(a).replace('PARQUET', str(data / 'parquet')).replace('map.pkl', str(tmp_path / 'map.pkl')) for a in argv
+    ]
     if '--resize-backend' in argv:
         pytest.importorskip('torchcodec')
     with pytest.raises(ConfigError, match=message):
-        load(arguments(*base, *argv))
-
-
-def test_stream_refuses_what_needs_random_access(flags):
-    with pytest.raises(ConfigError, match='need a data set with random access'):
-        load(arguments(*flags['hfids'], '--aug-repeats', 2))
+        load(arguments(*([] if '--dataset' in argv else flags['folder']), *argv))
 
 
 @pytest.mark.parametrize(
@@ -309,14 +302,12 @@ def test_stream_that_may_be_read(source):
     ],
 )
 def test_stream_that_delivers_too_little_is_an_error(argv, message, flags, tmp_path):
-    argv = [*flags['wds'], '--train-num-samples', 40, '--batch-size', 4, *argv, '--model', 'test_resnet']
-    argv += ['--img-size', 32, '--epochs', 1, '--workers', 1, '--output', tmp_path, '--experiment', 'run']
     with pytest.raises(TrainingError, match=message):
-        train(parse_args(create_train_parser(), [str(a) for a in argv]))
+        fit(*flags['wds'], '--train-num-samples', 40, *argv, *SHORT, '--output', tmp_path)
 
 
 @pytest.mark.parametrize('damaged', ['train', 'val'])
-def test_unreadable_samples_of_a_stream_count(damaged, data, tmp_path):
+def test_unreadable_samples_of_a_stream_count(damaged, data, flags, tmp_path):
     """Two of 40 samples, an image and a label, are more than 1%."""
     shards = tmp_path / 'shards'
     shutil.copytree(data / 'shards', shards)
@@ -326,20 +317,17 @@ def test_unreadable_samples_of_a_stream_count(damaged, data, tmp_path):
             member.size = len(content)
             target.addfile(member, io.BytesIO(content))
     splits = {'train': 'data-{1..3}.tar', 'val': 'data-{1..3}.tar', damaged: 'data-{0..3}.tar'}
-    argv = ['--data-dir', shards, '--dataset', 'wds/', '--num-classes', 3, '--model', 'test_resnet', '--epochs', 1]
-    argv += ['--train-split', splits['train'], '--val-split', splits['val'], '--img-size', 32, '--workers', 1]
-    argv += ['--train-num-samples', 30, '--val-num-samples', 30, '--batch-size', 4, '--output', tmp_path]
+    argv = ['--data-dir', shards, '--train-split', splits['train'], '--val-split', splits['val']]
+    argv += ['--train-num-samples', 30, '--val-num-samples', 30, '--output', tmp_path]
     with pytest.raises(TrainingError, match=r'[12] of the 3[02] images of the split .* cannot be read, more than 1%'):
-        train(parse_args(create_train_parser(), [str(a) for a in argv]))
+        fit(*flags['wds'], *argv, *SHORT)
 
 
 def test_other_endings_are_images(tmp_path):
-    for split in ('train', 'val'):
-        for label in 'ab':
-            folder = tmp_path / split / label
-            folder.mkdir(parents=True)
-            for name in ('1.webp', '2.bmp', '3.tiff', '4.PNG', '5.JPG', '6.tif'):
-                Image.new('RGB', (8, 8), (9, 90, 200)).save(folder / name)
+    for folder in (tmp_path / split / label for split in ('train', 'val') for label in 'ab'):
+        folder.mkdir(parents=True)
+        for name in ('1.webp', '2.bmp', '3.tiff', '4.PNG', '5.JPG', '6.tif'):
+            Image.new('RGB', (8, 8), (9, 90, 200)).save(folder / name)
     loader, val_loader = load(arguments('--data-dir', tmp_path))
     assert len(loader.dataset) == len(val_loader.dataset) == 12
 
@@ -355,9 +343,3 @@ def test_grey_images(argv, augmentation, data, tmp_path):
     assert timm.create_model(f'local-dir:{tmp_path / "run" / "best"}').conv1[0].weight.shape[1] == 1
     (row,) = validate(tmp_path / 'run')
     assert row['images'] == 40
-
-
-def test_class_map_that_is_a_pickle_is_not_read(flags, tmp_path):
-    (tmp_path / 'map.pkl').write_bytes(b'')
-    with pytest.raises(ConfigError, match=r"map.pkl' is a pickle, which is not read: write it as a text file"):
-        load(arguments(*flags['folder'], '--class-map', tmp_path / 'map.pkl'))

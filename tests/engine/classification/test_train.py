@@ -13,9 +13,9 @@ from helpers import ROOT, run
 from PIL import Image
 from safetensors.torch import load_file
 
+from timm_depla.commands import run_command
 from timm_depla.data import digits_folder, scenes
 from timm_depla.engine.checkpoint import list_checkpoints
-from timm_depla.engine.distributed import run_command
 
 FAST = ['--img-size', 32, '--epochs', 1, '--workers', 1]
 
@@ -43,30 +43,16 @@ def folder(tmp_path_factory):
     return output / 'run'
 
 
-def test_learns(folder):
+def test_learns_and_validation_reproduces_the_logged_accuracy(folder):
     rows = list(csv.DictReader((folder / 'summary.csv').open()))
     assert [int(r['epoch']) for r in rows] == list(range(5))
     assert float(rows[-1]['train_loss']) < float(rows[0]['train_loss'])
     assert float(rows[-1]['eval_top1']) > 80
-
-
-def test_validate_reproduces_the_logged_accuracy(folder):
-    rows = list(csv.DictReader((folder / 'summary.csv').open()))
     best = max(float(r['eval_top1']) for r in rows)
     for target, expected in [(folder, best), (folder / 'last', float(rows[-1]['eval_top1'])),
                              (folder / 'best' / 'model.safetensors', best)]:  # fmt: skip
         data = ['--data-dir', digits_folder()] if target != folder else []
         assert f'top-1 {expected:.2f}' in run('validate.py', target, *data).stderr
-
-
-def test_checkpoint_loads_through_timm(folder):
-    model = timm.create_model(f'local-dir:{folder / "best"}', pretrained=True).eval()
-    config = timm.data.resolve_data_config(model=model)
-    assert config['input_size'] == (3, 64, 64)
-    path = sorted((digits_folder() / 'validation' / '7').iterdir())[0]
-    image = timm.data.create_transform(**config)(Image.open(path).convert('RGB'))
-    with torch.no_grad():
-        assert model(image[None]).argmax().item() == 7
 
 
 def test_options(images, tmp_path):
@@ -95,11 +81,10 @@ def test_initial_checkpoint_of_the_trunk(images, tmp_path):
 @pytest.fixture
 def images(tmp_path):
     """Two classes of two images for each split."""
-    for split in ('train', 'validation'):
-        for name in ('cat', 'dog'):
-            (tmp_path / split / name).mkdir(parents=True)
-            for i in range(2):
-                Image.new('RGB', (32, 32), (40 * i, 80, 120)).save(tmp_path / split / name / f'{i}.png')
+    for folder in (tmp_path / split / name for split in ('train', 'validation') for name in ('cat', 'dog')):
+        folder.mkdir(parents=True)
+        for i in range(2):
+            Image.new('RGB', (32, 32), (40 * i, 80, 120)).save(folder / f'{i}.png')
     return tmp_path
 
 
@@ -111,7 +96,6 @@ def test_bad_data(error, images, tmp_path):
     assert "no folder or tar file 'train' in" in error('train.py', tmp_path / 'empty', *model)
     (tmp_path / 'empty' / 'train').mkdir()
     assert "no classes with images in '" in error('train.py', tmp_path / 'empty', *model)
-    assert "'train' in '" in error('train.py', images / 'train', *model)
     fast = [images, *model, '--batch-size', 2, '--img-size', 32, '--output', tmp_path / 'out']
     assert 'would both read' in error('train.py', *fast, '--val-split', 'train')
     message = error('train.py', *fast, '--train-split', 'trian')
@@ -119,46 +103,44 @@ def test_bad_data(error, images, tmp_path):
     (images / 'validation').rename(images / 'unseen')  # with train/ alone, all of it would be read as validation
     assert "no folder or tar file 'validation'" in error('train.py', *fast)
     (images / 'unseen').rename(images / 'test')
-    assert (
-        "4 training images of 'train', 4 validation images of 'test', 2" in run('train.py', *fast, '--dry-run').stdout
-    )
+    plan = run('train.py', *fast, '--dry-run').stdout
+    assert "4 training images of 'train', 4 validation images of 'test', 2" in plan
     (images / 'test').rename(images / 'validation')
     (images / 'train' / 'dog').rename(images / 'train' / 'wolf')
     assert "differ in their classes, 'wolf' in 'train' alone; 'dog' in" in error('train.py', images, *model)
 
 
 def test_bad_model(error, images):
-    fast = [images, '--batch-size', 2, *FAST]
-    assert "no model 'resnet50_delpa'; did you mean 'resnet50_depla'?" in error(
-        'train.py', *fast, '--model', 'resnet50_delpa'
-    )
-    model = ['--model', 'test_resnet_depla']
-    message = error('train.py', *fast, *model, '--model-kwargs', "depla={'temperature': -1}")
-    assert "cannot create model 'test_resnet_depla': temperature must be from 0.001 to 1000, got -1" in message
-    message = error('train.py', *fast, *model, '--model-kwargs', 'stem_width=high')
-    assert "cannot create model 'test_resnet_depla'" in message
+    fast = ['train.py', images, '--batch-size', 2, *FAST]
+    message = error(*fast, '--model', 'resnet50_delpa')
+    assert "no model 'resnet50_delpa'; did you mean 'resnet50_depla'?" in message
+    for argument, hint in (
+        ("depla={'temperature': -1}", 'temperature must be from 0.001 to 1000, got -1'),
+        ('stem_width=high', ''),
+        ('typo=1', "'typo'"),
+    ):
+        message = error(*fast, '--model', 'test_resnet_depla', '--model-kwargs', argument)
+        assert "cannot create model 'test_resnet_depla': " in message and hint in message
     for name, hint in (
         ('resnet50_depla', 'start from those of the network without DEPLA, --initial-checkpoint resnet50'),
         ('resnet50.nope', 'there are resnet50.'),
         ('fishnet99_depla', 'leave out --pretrained'),
     ):
-        message = error('train.py', *fast, '--model', name, '--pretrained')
+        message = error(*fast, '--model', name, '--pretrained')
         assert f"no weights are published for '{name}': {hint}" in message
-    message = error('train.py', *fast, *model, '--model-kwargs', 'typo=1')
-    assert "cannot create model 'test_resnet_depla'" in message
-    assert "'typo'" in message
 
 
 def test_bad_option(error, images, tmp_path):
-    fast = [images, '--batch-size', 2, *FAST, '--model', 'test_resnet_depla', '--output', tmp_path / 'out']
-    assert "cannot create optimizer 'sgdd'" in error('train.py', *fast, '--opt', 'sgdd')
-    assert "no schedule 'cosin'; did you mean 'cosine'" in error('train.py', *fast, '--sched', 'cosin')
-    assert 'timm cannot augment as asked' in error('train.py', *fast, '--aa', 'rand-x9')
-    assert "cannot use device 'cuda:99'" in error('train.py', *fast, '--device', 'cuda:99')
     (tmp_path / 'out' / 'run').mkdir(parents=True)
-    assert 'exists: go on with it by --resume auto, or choose another --experiment' in error(
-        'train.py', *fast, '--experiment', 'run'
-    )
+    fast = [images, '--batch-size', 2, *FAST, '--model', 'test_resnet_depla', '--output', tmp_path / 'out']
+    for flag, value, message in (
+        ('--opt', 'sgdd', "cannot create optimizer 'sgdd'"),
+        ('--sched', 'cosin', "no schedule 'cosin'; did you mean 'cosine'"),
+        ('--aa', 'rand-x9', 'timm cannot augment as asked'),
+        ('--device', 'cuda:99', "cannot use device 'cuda:99'"),
+        ('--experiment', 'run', 'by --resume auto, or choose another --experiment'),
+    ):
+        assert message in error('train.py', *fast, flag, value)
     assert not list((tmp_path / 'out' / 'run').iterdir())
 
 
@@ -200,25 +182,23 @@ def test_diverging_loss(error, images, tmp_path):
 
 
 def test_bad_checkpoint(error, folder, images, tmp_path):
-    assert 'is no run folder' in error('validate.py', tmp_path / 'nowhere')
-    data = ['--data-dir', digits_folder()]
-    assert 'is no run folder, checkpoint or model' in error('validate.py', tmp_path / 'nowhere', *data)
-    assert 'has no checkpoint' in error('validate.py', tmp_path, *data)
-    (tmp_path / 'last').symlink_to(folder / 'last')
-    assert f'it has not been validated yet, {tmp_path}/last is its last one' in error('validate.py', tmp_path, *data)
-    message = error('validate.py', folder / 'best' / 'model.safetensors', '--model', 'resnet18_depla', *data)
-    assert 'of another architecture' in message
-    assert 'unexpected' in message
-    assert 'missing' in message
     (tmp_path / 'no.pth').write_bytes(b'not a checkpoint')
-    assert f"cannot load '{tmp_path / 'no.pth'}'" in error(
-        'validate.py', tmp_path / 'no.pth', '--model', 'resnet18', *data
-    )
-    assert 'name the architecture with --model' in error('validate.py', tmp_path / 'no.pth', *data)
-    assert 'has 10 classes' in error('validate.py', folder, '--data-dir', images)
-    named = ['--data-dir', images, '--model', 'test_resnet_depla']
-    assert 'has 10 classes' in error('validate.py', folder, *named)
-    assert "invalid choice: 'square'" in error('validate.py', folder, '--crop-mode', 'square')
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'last').symlink_to(folder / 'last')
+    data, weights = ['--data-dir', digits_folder()], folder / 'best' / 'model.safetensors'
+    for argv, message in (
+        ([tmp_path / 'nowhere'], 'is no run folder'),
+        ([tmp_path / 'nowhere', *data], 'is no run folder, checkpoint or model'),
+        ([tmp_path, *data], 'has no checkpoint'),
+        ([tmp_path / 'run', *data], f'it has not been validated yet, {tmp_path}/run/last is its last one'),
+        ([weights, '--model', 'resnet18_depla', *data], r'of another architecture.* missing .* unexpected'),
+        ([tmp_path / 'no.pth', '--model', 'resnet18', *data], f"cannot load '{tmp_path / 'no.pth'}'"),
+        ([tmp_path / 'no.pth', *data], 'name the architecture with --model'),
+        ([folder, '--data-dir', images], 'has 10 classes'),
+        ([folder, '--data-dir', images, '--model', 'test_resnet_depla'], 'has 10 classes'),
+        ([folder, '--crop-mode', 'square'], "invalid choice: 'square'"),
+    ):
+        assert re.search(message, error('validate.py', *argv))
 
 
 def test_last_resort(monkeypatch, capfd):

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import fit, validate
+from helpers import fit, flip_bit, validate
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.metrics import precision_recall_fscore_support
@@ -81,13 +81,12 @@ def test_timm_form_validates_the_data_that_it_names(digits_run, tmp_path):
     assert row['images'] == 10
 
 
-@pytest.mark.parametrize('split', ['tset', 'train2'])
-def test_split_that_is_not_there(split, digits_run):
-    with pytest.raises(ConfigError, match=rf"no folder or tar file '{split}' in .*, which has 'train', 'valid"):
-        validate(digits_run, '--split', split)
+def test_split_that_is_not_there(digits_run):
+    with pytest.raises(ConfigError, match=r"no folder or tar file 'tset' in .*, which has 'train', 'valid"):
+        validate(digits_run, '--split', 'tset')
 
 
-def test_other_classes_of_the_same_number_are_told(digits_run, tmp_path, caplog):
+def test_other_classes_of_the_same_number_are_named(digits_run, tmp_path, caplog):
     shutil.copytree(digits_folder() / 'validation', tmp_path / 'val')
     (tmp_path / 'val' / '3').rename(tmp_path / 'val' / 'three')
     validate(digits_run, '--data-dir', tmp_path, '--split', 'val')
@@ -95,8 +94,8 @@ def test_other_classes_of_the_same_number_are_told(digits_run, tmp_path, caplog)
 
 
 def test_is_the_same_each_time(digits_run):
-    rows = [validate(digits_run, '--batch-size', 50, *extra)[0] for extra in ([], [], ['--workers', 2])]
-    assert scores(rows[0]) == scores(rows[1]) == scores(rows[2])
+    rows = [validate(digits_run, '--batch-size', 50, *extra)[0] for extra in ([], ['--workers', 2])]
+    assert scores(rows[0]) == scores(rows[1])
 
 
 def test_options_run(digits_run):
@@ -127,14 +126,12 @@ def test_wildcards(monkeypatch, tmp_path):
     """Models with pretrained weights, which here are a file of ours."""
     with pytest.raises(ConfigError, match=r"no model with pretrained weights fits 'resnet\*_depla'"):
         validate('resnet*_depla', '--data-dir', digits_folder())
-    model = timm.create_model('resnet10t', num_classes=1000)
-    save_file(model.state_dict(), tmp_path / 'weights.safetensors')
+    save_file(timm.create_model('resnet10t', num_classes=1000).state_dict(), tmp_path / 'weights.safetensors')
     (tmp_path / 'labels').write_text('\n'.join(map(str, range(10))))
     cfg = replace(timm.get_pretrained_cfg('resnet10t'), file=str(tmp_path / 'weights.safetensors'))
     monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, 'resnet10t.c3_in1k', cfg)
-    (row,) = validate(
-        'resnet10t*', '--data-dir', digits_folder(), '--img-size', 32, '--valid-labels', tmp_path / 'labels'
-    )
+    argv = ['--data-dir', digits_folder(), '--img-size', 32, '--valid-labels', tmp_path / 'labels']
+    (row,) = validate('resnet10t*', *argv)
     assert row['model'] == 'resnet10t.c3_in1k'
     assert 0 < row['top1'] < 60
 
@@ -185,13 +182,11 @@ def test_memory_runs_out(digits_run, monkeypatch, caplog):
     assert 'memory ran out with a batch of 64, trying 48' in caplog.text
 
 
-def test_bad_arguments(digits_run, tmp_path):
-    with pytest.raises(ConfigError, match='name what to validate'):
-        validate()
-    with pytest.raises(ConfigError, match='2 of the 2 models'):
-        validate(tmp_path, tmp_path / 'nowhere', '--data-dir', digits_folder())
-    with pytest.raises(ConfigError, match="'--tf-preprocessing' of timm is not here"):
-        validate(digits_run, '--tf-preprocessing')
+def test_bad_arguments(tmp_path):
+    nowhere = [tmp_path, tmp_path / 'nowhere', '--data-dir', digits_folder()]
+    for argv, message in (([], 'name what to validate'), (nowhere, '2 of the 2 models')):
+        with pytest.raises(ConfigError, match=message):
+            validate(*argv)
 
 
 @pytest.mark.parametrize('place', ['run', 'best', 'parent'])
@@ -207,9 +202,7 @@ def test_a_shared_run_runs_no_command(digits_run, place, tmp_path):
         shutil.copytree((digits_run / 'best').resolve(), target)
     with pytest.raises(ConfigError, match=r'is no folder here: name the data|is no run folder'):
         validate(target)
-    with pytest.raises(
-        ConfigError, match=r"'pipe:touch .*' is not read: a stream is a local folder or one of https://"
-    ):
+    with pytest.raises(ConfigError, match=r"'pipe:touch .*' is not read: a stream is a local folder or one of https:"):
         validate(target, '--dataset', 'wds/', '--data-dir', arguments['data_dir'])
     with pytest.raises(ConfigError, match=r"asks for --data-dir 'pipe:touch .*which the file of a run cannot do"):
         fit('--recipe', planted / 'args.yaml', '--output', tmp_path)
@@ -226,9 +219,7 @@ def test_damaged_args_yaml(digits_run, text, tmp_path):
 
 def test_changed_weights_are_named(digits_run, tmp_path):
     shutil.copytree((digits_run / 'best').resolve(), tmp_path / 'best')
-    data = bytearray((tmp_path / 'best' / 'model.safetensors').read_bytes())
-    data[-100] ^= 1
-    (tmp_path / 'best' / 'model.safetensors').write_bytes(data)
+    flip_bit(tmp_path / 'best' / 'model.safetensors')
     with pytest.raises(ConfigError, match=r"best' is damaged: model.safetensors was changed"):
         validate(tmp_path / 'best', '--data-dir', digits_folder())
 
@@ -236,9 +227,7 @@ def test_changed_weights_are_named(digits_run, tmp_path):
 def test_damaged_weights_are_not_started_from(digits_run, tmp_path):
     shutil.copytree(digits_run, tmp_path / 'run', symlinks=True)
     file = tmp_path / 'run' / 'best' / 'model.safetensors'
-    data = bytearray(file.read_bytes())
-    data[-9] ^= 1
-    file.write_bytes(data)
+    flip_bit(file)
     for source in (tmp_path / 'run', tmp_path / 'run' / 'best', file):
         with pytest.raises(ConfigError, match=r'is damaged: model.safetensors was changed'):
             load_weights(timm.create_model(MODEL, num_classes=10), str(source))
@@ -258,9 +247,10 @@ def test_a_shared_run_that_is_resumed_fetches_nothing(planted, tmp_path):
     """What its args.yaml names must be here, or the command line must name it."""
     arguments = dict(recipe='digits', data_dir=str(digits_folder()), model='test_resnet_depla')
     (tmp_path / 'args.yaml').write_text(yaml.safe_dump({**arguments, **planted}))
-    args = parse_args(create_train_parser(), ['--resume', str(tmp_path)])
+    argv = ['--resume', str(tmp_path)]
+    args = parse_args(create_train_parser(), argv)
     with pytest.raises(ConfigError, match=r'is no folder here: name the data|asks for --.* which the file of a run'):
-        parse_args(create_train_parser(), ['--resume', str(tmp_path)], resumed_recipe(args))
+        parse_args(create_train_parser(), argv, resumed_recipe(args))
     if planted.get('dataset') == 'hfds/evil/data':  # another folder does not make it local
         with pytest.raises(ConfigError, match='which is no folder here'):
             resumed_recipe(updated(args, data_dir=str(digits_folder())))

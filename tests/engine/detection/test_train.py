@@ -17,22 +17,17 @@ from safetensors.torch import load_file, save_file
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from benchmarks.differences import differences
-from timm_depla.data import scenes
+from timm_depla.data import find_annotations, scenes
 from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import METRICS, CocoDetection, evaluate_coco
 from timm_depla.detection.predict import draw_detections, predict, read_image
-from timm_depla.engine import run as run_module
 from timm_depla.engine.checkpoint import list_checkpoints, read_state
-from timm_depla.engine.config import list_recipes, parse_args, updated
-from timm_depla.engine.detection.flags import (
-    LEFT_OUT_OF_DETECTION,
-    create_detection_parser,
-    create_detection_validate_parser,
-)
-from timm_depla.engine.detection.loaders import annotated_split
+from timm_depla.engine.config import parse_args, updated
+from timm_depla.engine.detection.flags import create_detection_parser, create_detection_validate_parser
 from timm_depla.engine.detection.train import build, train
 from timm_depla.engine.detection.validate import validate
 from timm_depla.engine.distributed import World
+from timm_depla.engine.folder import RunFolder
 from timm_depla.engine.plan import learning_rates
 from timm_depla.errors import ConfigError, TrainingError
 from timm_depla.loading import load_model
@@ -53,17 +48,8 @@ def recipe(tmp_path_factory):
     """The recipe of the scenes with everything smaller, and all that draws."""
     content = yaml.safe_load((RECIPES / 'scenes.yaml').read_text())
     content['model_kwargs'].update(min_size=[96, 128], max_size=128, out_channels=16, box_score_thresh=0.0)
-    content.update(
-        model_ema=True,
-        model_ema_decay=0.5,
-        batch_size=3,
-        epochs=2,
-        recovery_interval=1,
-        lr=0.005,
-        warmup_epochs=0,
-        workers=0,
-        hflip=0.5,
-    )
+    content.update(model_ema=True, model_ema_decay=0.5, batch_size=3, epochs=2, recovery_interval=1, lr=0.005)
+    content.update(warmup_epochs=0, workers=0, hflip=0.5)
     path = tmp_path_factory.mktemp('recipe') / 'small.yaml'
     path.write_text(yaml.safe_dump(content))
     return path
@@ -71,6 +57,31 @@ def recipe(tmp_path_factory):
 
 def fit(*argv):
     return train(parse_args(create_detection_parser(), [str(a) for a in argv]))
+
+
+def made(*argv):
+    """A run that is built and not trained."""
+    return build(parse_args(create_detection_parser(), [str(a) for a in argv]), World(torch.device('cpu')))
+
+
+def changed(folder, path, change):
+    """A copy of the scenes with other annotations of the validation split."""
+    if not path.exists():
+        shutil.copytree(folder, path)
+    annotations = path / 'annotations' / 'instances_val.json'
+    content = json.loads((folder / 'annotations' / 'instances_val.json').read_text())
+    change(content)
+    annotations.write_text(json.dumps(content))
+    return path
+
+
+def add_category(content):
+    content['categories'].append(dict(id=99, name='more'))
+
+
+def drop_masks(content):
+    for annotation in content['annotations']:
+        annotation.pop('segmentation')
 
 
 def score(*argv):
@@ -82,7 +93,7 @@ def trained(folder, recipe, tmp_path_factory):
     """A run whose checkpoints all stay."""
     output = tmp_path_factory.mktemp('output')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, 'prune', lambda *_: None)
+        patch.setattr(RunFolder, 'prune', lambda *_: None)
         assert fit(folder, '-c', recipe, '--output', output, '--experiment', 'run') == 0
     return output / 'run'
 
@@ -125,37 +136,25 @@ def test_validation_reproduces_the_logged_precision(trained, folder, capsys, tmp
 
 
 def test_two_processes_measure_what_one_does(trained, tmp_path):
-    file = tmp_path / 'two.json'
+    one, two = tmp_path / 'one.json', tmp_path / 'two.json'
     threads = str(torch.get_num_threads())  # with others, sums are rounded otherwise
-    run(*TORCHRUN, 'validate_detection.py', trained / 'last', '--results-file', file, OMP_NUM_THREADS=threads)
-    score(trained / 'last', '--results-file', tmp_path / 'one.json')
-    assert file.read_text() == (tmp_path / 'one.json').read_text()
+    run(*TORCHRUN, 'validate_detection.py', trained / 'last', '--results-file', two, OMP_NUM_THREADS=threads)
+    score(trained / 'last', '--results-file', one)
+    assert two.read_text() == one.read_text()
 
 
 def test_faster_rcnn_with_what_is_optional(folder, recipe, tmp_path, caplog):
     content = yaml.safe_load(recipe.read_text())
-    content['model_kwargs'] = {**content['model_kwargs'], 'depla': {'temperature': 1.0}}
-    path = tmp_path / 'recipe.yaml'
-    path.write_text(yaml.safe_dump(content))
+    content['model_kwargs']['depla'] = {'temperature': 1.0}
+    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(content))
     options = ['--model', 'fasterrcnn_test_resnet_fpn_depla', '--amp', '--amp-dtype', 'bfloat16', '--channels-last']
-    options += [
-        '--epochs',
-        1,
-        '--grad-accum-steps',
-        2,
-        '--eval-metric',
-        'AP50',
-        '--grad-checkpointing',
-        '--opt',
-        'adamw',
-    ]
-    options += ['--trainable-backbone-layers', 2, '--backbone-norm', 'frozen', '--output', tmp_path]
+    options += ['--epochs', 1, '--grad-accum-steps', 2, '--eval-metric', 'AP50', '--grad-checkpointing', '--opt']
+    options += ['adamw', '--trainable-backbone-layers', 2, '--backbone-norm', 'frozen', '--output', tmp_path]
     caplog.set_level(logging.INFO)
-    assert fit(folder, '-c', path, *options, '--experiment', 'run') == 0
+    assert fit(folder, '-c', tmp_path / 'recipe.yaml', *options, '--experiment', 'run') == 0
     assert not any('mask' in name for name in last_row(tmp_path / 'run'))
-    assert re.search(
-        r'best box AP50 \d\.\d{3} at epoch 0 \(checkpoints/0001-000000\): python validate_detection\.py', caplog.text
-    )
+    best = r'best box AP50 \d\.\d{3} at epoch 0 \(checkpoints/0001-000000\): python validate_detection\.py'
+    assert re.search(best, caplog.text)
     model = from_pretrained(tmp_path / 'run')
     assert model.backbone.fpn.top_down_blocks[0].rpn.temperature == 1.0
     assert model.class_names == [str(digit) for digit in range(10)]
@@ -163,40 +162,27 @@ def test_faster_rcnn_with_what_is_optional(folder, recipe, tmp_path, caplog):
 
 
 def test_gradient_checkpointing_of_a_backbone_that_timm_wraps(folder, recipe):
-    argv = [str(folder), '-c', str(recipe), '--device', 'cpu', '--model', 'fasterrcnn_test_fishnet_depla_fpn']
-    model = build(
-        parse_args(create_detection_parser(), [*argv, '--grad-checkpointing']), World(torch.device('cpu'))
-    ).model
+    model = made(folder, '-c', recipe, '--model', 'fasterrcnn_test_fishnet_depla_fpn', '--grad-checkpointing').model
     assert any(getattr(module, 'grad_checkpointing', False) for module in model.backbone.body.modules())
     model.backbone(torch.rand(2, 3, 64, 64))['0'].mean().backward()
     assert all(parameter.grad is not None for parameter in model.backbone.body.model.stem.parameters())
 
 
-def test_starts_from_a_classifier(folder, recipe, tmp_path, caplog):
+def test_starts_from_a_classifier(folder, recipe, tmp_path):
     backbone = timm.create_model('test_resnet_depla', num_classes=3)
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.fill_(0.25)
     save_file(backbone.state_dict(), tmp_path / 'classifier.safetensors')
-    argv = [
-        str(folder),
-        '-c',
-        str(recipe),
-        '--device',
-        'cpu',
-        '--pretrained-path',
-        str(tmp_path / 'classifier.safetensors'),
-    ]
-    args = parse_args(create_detection_parser(), argv)
-    made = build(args, World(torch.device('cpu')))
-    model = made.model
-    assert (made.args.backbone_norm, args.backbone_norm) == ('frozen', None)
+    argv = [folder, '-c', recipe, '--pretrained-path']
+    run = made(*argv, tmp_path / 'classifier.safetensors')
+    model = run.model
+    assert run.args.backbone_norm == 'frozen'
     assert model.backbone.body.layer4[0].conv1.weight.eq(0.25).all()
     assert not model.backbone.body.layer1[0].conv1.weight.requires_grad
     save_file({'a': torch.zeros(1)}, tmp_path / 'other.safetensors')
-    args = parse_args(create_detection_parser(), [*argv[:-1], str(tmp_path / 'other.safetensors')])
     with pytest.raises(ConfigError, match=r'other.safetensors.*these weights are of another architecture'):
-        build(args, World(torch.device('cpu')))
+        made(*argv, tmp_path / 'other.safetensors')
 
 
 def test_starts_from_weights_of_torchvision(folder, tmp_path):
@@ -204,9 +190,7 @@ def test_starts_from_weights_of_torchvision(folder, tmp_path):
     source = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
     save_file(source.state_dict(), tmp_path / 'coco.safetensors')
     argv = [folder, '-c', 'scenes', '--model', 'maskrcnn_resnet50_fpn_depla', '--model-kwargs', 'min_size=96']
-    argv += ['--initial-checkpoint', tmp_path / 'coco.safetensors', '--device', 'cpu']
-    model = build(parse_args(create_detection_parser(), [str(a) for a in argv]), World(torch.device('cpu'))).model
-    own = model.state_dict()
+    own = made(*argv, '--initial-checkpoint', tmp_path / 'coco.safetensors').model.state_dict()
     equal = [name for name, value in source.state_dict().items() if torch.equal(value, own[name])]
     assert set(source.state_dict()) - set(equal) == {
         f'roi_heads.{name}.{kind}'
@@ -226,16 +210,6 @@ def test_validates_weights_whose_labels_are_category_ids(folder, tmp_path):
         score(*argv)
 
 
-def test_categories_that_the_detector_does_not_know(trained, folder, tmp_path):
-    shutil.copytree(folder, tmp_path / 'data')
-    annotations = tmp_path / 'data' / 'annotations' / 'instances_val.json'
-    content = json.loads(annotations.read_text())
-    content['categories'].append(dict(id=99, name='more'))
-    annotations.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"does not know the categories \[99\] of '.*data'"):
-        score(trained, '--data-dir', tmp_path / 'data')
-
-
 def test_predicts_and_draws(trained, folder, tmp_path):
     image = folder / 'val' / '000000.jpg'
     model = from_pretrained(trained)
@@ -244,8 +218,7 @@ def test_predicts_and_draws(trained, folder, tmp_path):
     assert found['masks'].shape == (len(found['boxes']), 320, 320)
     assert found['scores'].min() >= 0.02
     drawn = draw_detections(pixels, found, model.class_names)
-    assert drawn.shape == pixels.shape
-    assert not torch.equal(drawn, pixels)
+    assert drawn.shape == pixels.shape and not torch.equal(drawn, pixels)
     assert torch.equal(draw_detections(pixels, predict(model, pixels, 1.0), model.class_names), pixels)
     outputs = [tmp_path / name for name in ('det.png', 'det.json', 'det.csv')]
     run('-m', 'timm_depla.predict', trained, image, '--output', *outputs, '--threshold', 0.02)
@@ -264,9 +237,8 @@ def test_names_of_splits(names, tmp_path):
     (tmp_path / 'annotations').mkdir()
     for name in (*names, 'test-dev'):
         (tmp_path / 'annotations' / f'instances_{name}.json').touch()
-    args = parse_args(create_detection_parser(), [str(tmp_path)])
     for splits in (('train', 'val'), ('train2017', 'val2017'), names):
-        assert tuple(annotated_split(args, split) for split in splits) == names
+        assert tuple(find_annotations(tmp_path, split)[0] for split in splits) == names
 
 
 @pytest.mark.parametrize(
@@ -288,25 +260,17 @@ def test_bad_arguments(argv, message, folder, recipe, tmp_path):
 def test_bad_data(trained, folder, recipe, tmp_path):
     with pytest.raises(ConfigError, match=r"no annotation file '.*nowhere.annotations.instances_train.json'"):
         fit(tmp_path / 'nowhere', '-c', recipe)
-    shutil.copytree(folder, tmp_path / 'data')
-    annotations = tmp_path / 'data' / 'annotations' / 'instances_val.json'
-    content = json.loads(annotations.read_text())
-    content['categories'].append(dict(id=99, name='more'))
-    annotations.write_text(json.dumps(content))
+    data = tmp_path / 'data'
     with pytest.raises(ConfigError, match=r'differ in the categories \[99\]'):
-        fit(tmp_path / 'data', '-c', recipe)
-    content['categories'].pop()
-    for annotation in content['annotations']:
-        annotation.pop('segmentation')
-    annotations.write_text(json.dumps(content))
-    with pytest.raises(
-        ConfigError, match=r'learns masks, which the annotations have not: give --model fasterrcnn_test'
-    ):
-        fit(tmp_path / 'data', '-c', recipe)
-    assert set(score(trained, '--data-dir', tmp_path / 'data')) == set(METRICS)  # of boxes alone
-    annotations.unlink()
+        fit(changed(folder, data, add_category), '-c', recipe)
+    with pytest.raises(ConfigError, match=r"does not know the categories \[99\] of '.*data'"):
+        score(trained, '--data-dir', data)
+    with pytest.raises(ConfigError, match=r'learns masks, which the annotations have not: give --model fasterrcnn_'):
+        fit(changed(folder, data, drop_masks), '-c', recipe)
+    assert set(score(trained, '--data-dir', data)) == set(METRICS)  # of boxes alone
+    (data / 'annotations' / 'instances_val.json').unlink()
     with pytest.raises(ConfigError, match=r'no annotation file .*there are the splits train: name them'):
-        fit(tmp_path / 'data', '-c', recipe)
+        fit(data, '-c', recipe)
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -325,29 +289,30 @@ def test_unreadable_images(workers, trained, folder, recipe, tmp_path):
 
 
 def test_checkpoint_of_something_else(trained, folder, tmp_path):
-    shutil.copytree((trained / 'last').resolve(), tmp_path / 'changed')
-    config = json.loads((trained / 'last' / 'config.json').read_text())
+    path = tmp_path / 'changed'
+    shutil.copytree((trained / 'last').resolve(), path)
+    config = json.loads((path / 'config.json').read_text())
     config['model_args']['out_channels'] = 24
-    (tmp_path / 'changed' / 'config.json').write_text(json.dumps(config))
+    (path / 'config.json').write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"changed' is damaged: config.json has"):
-        from_pretrained(tmp_path / 'changed')
+        from_pretrained(path)
     for name in ('checksums.json', 'state.json'):
-        (tmp_path / 'changed' / name).unlink()
+        (path / name).unlink()
     with pytest.raises(ValueError, match=r"the weights in '.*changed' are of another detector .*backbone.fpn"):
-        from_pretrained(tmp_path / 'changed')
-    (tmp_path / 'changed' / 'config.json').write_text(json.dumps(dict(architecture='resnet18', num_classes=10)))
+        from_pretrained(path)
+    (path / 'config.json').write_text(json.dumps(dict(architecture='resnet18', num_classes=10)))
     with pytest.raises(ConfigError, match=r"changed' holds no detector but 'resnet18'"):
-        score(tmp_path / 'changed', '--data-dir', folder)
+        score(path, '--data-dir', folder)
     with pytest.raises(ConfigError, match=r"run' holds a detector: python validate_detection.py validates it"):
         load_model(str(trained))
-    (tmp_path / 'changed' / 'model.safetensors').write_bytes(b'1234')
+    (path / 'model.safetensors').write_bytes(b'1234')
     with pytest.raises(ValueError, match=r"changed' cannot be read"):
-        from_pretrained(tmp_path / 'changed')
-    with pytest.raises(ConfigError, match=r"changed' is no run folder, which would tell its data"):
-        score(tmp_path / 'changed')
+        from_pretrained(path)
+    with pytest.raises(ConfigError, match=r"changed' is no run folder, so its data is unknown"):
+        score(path)
 
 
-def test_another_detector_does_not_go_on(trained, folder, recipe):
+def test_another_detector_does_not_resume(trained, folder, recipe):
     with pytest.raises(ConfigError, match=r"belongs to a training with other arguments: model '.*' -> 'maskrcnn_test"):
         fit(folder, '-c', recipe, '--resume', trained, '--model', 'maskrcnn_test_resnet_fpn')
 
@@ -371,17 +336,8 @@ def test_schedule_of_coco(recipe, epochs, milestones):
     assert learning_rates(args, 7329, [0]) == pytest.approx([2e-5])
 
 
-@pytest.mark.parametrize('name', list_recipes(RECIPES))
-def test_shipped_recipes_parse(name):
-    assert parse_args(create_detection_parser(), ['-c', name]).recipe == name
-
-
-def test_left_out_flags_are_left_out():
-    assert not create_detection_parser()._option_string_actions.keys() & LEFT_OUT_OF_DETECTION.keys()
-
-
 def test_weights_of_a_checkpoint_are_those_of_the_average(trained):
     weights = load_file(trained / 'last' / 'model.safetensors')
     state = read_state(trained / 'last')
-    assert weights.keys() == state['trainable'].keys()
-    assert any(not torch.equal(weights[name], state['trainable'][name]) for name in weights)
+    assert weights.keys() == state['state_dict'].keys()
+    assert any(not torch.equal(weights[name], state['state_dict'][name]) for name in weights)

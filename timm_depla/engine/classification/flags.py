@@ -6,15 +6,7 @@ from typing import Dict
 from timm_depla import schema
 
 from ..config import DataFolder, FlagParser, KeyValues
-from ..flags import (
-    add_device_args,
-    add_loading_args,
-    add_model_args,
-    add_optimizer_args,
-    add_run_args,
-    add_schedule_args,
-    group,
-)
+from ..flags import add_device_args, add_loading_args, add_training_args, group
 
 __all__ = ['LEFT_OUT', 'LEFT_OUT_OF_VALIDATION', 'create_train_parser', 'create_validate_parser']
 
@@ -44,7 +36,7 @@ LEFT_OUT = {
     '--kd-student-feature-dim': 'timm finds it from the model',
     '--kd-teacher-feature-dim': 'timm finds it from the model',
     '--kd-token-distill-type': 'for transformers with a distillation token',
-    '--local_rank': 'torchrun and Slurm tell it through the environment',
+    '--local_rank': 'torchrun and Slurm set it in the environment',
     '--loss': 'the loss follows from --smoothing, --mixup, --cutmix, --bce-loss and --jsd-loss',
     '--model-ema-force-cpu': 'the average is validated each epoch, on the device',
     '--naflex-loss-scale': _FLEXIBLE,
@@ -87,109 +79,80 @@ LEFT_OUT_OF_VALIDATION = {
 def _add_data_args(parser: FlagParser) -> None:
     add = group(parser, 'data')
     text = partial(add, type=str, default='')
-    text('--data-dir', default=None, metavar='DIR', help='data folder, or cache of a Hugging Face data set')
+    add_loading_args(add, 'data folder, or cache of a Hugging Face data set')
     text('--dataset', metavar='NAME', help='wds/, hfds/NAME, hfids/NAME or torch/NAME (default: folder or tar)')
     text('--class-map', metavar='FILE', help='file that maps class names to indices')
-    number = partial(add, type=schema.fraction, metavar='X')
-    number('--val-fraction', help='share of each class for validation, of a folder without splits')
+    add('--val-fraction', type=schema.fraction, help='share of each class for validation, of a folder without splits')
     add('--dataset-download', help='download torch/ and hfids/ data sets')
     add('--dataset-trust-remote-code', help='let Hugging Face data sets run their own code')
     modes = ['L', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'LAB']
     add('--input-img-mode', choices=modes, help='image mode (default: L for one channel, else RGB)')
     text('--input-key', default=None, metavar='KEY', help='key of the image (wds/, hfds/, hfids/)')
     text('--target-key', default=None, metavar='KEY', help='key of the class (wds/, hfds/, hfids/)')
-    add('-b', '--batch-size', type=schema.count, default=128, metavar='N', help='images a step in each process')
-    add_loading_args(add)
-    add('--img-size', type=schema.side, metavar='N', help="image size in pixels (default: the model's)")
-    add('--in-chans', type=schema.channels, metavar='N', help="image channels (default: the model's)")
-    add('--input-size', type=schema.side, nargs=3, metavar='N', help='channels, height and width')
-    add('--crop-pct', type=schema.crop, metavar='X', help='centre crop for validation, share of the image')
+    add('-b', '--batch-size', type=schema.count, default=128, help='images a step in each process')
+    add('--img-size', type=schema.side, help="image size in pixels (default: the model's)")
+    add('--in-chans', type=schema.channels, help="image channels (default: the model's)")
+    add('--input-size', type=schema.side, nargs=3, help='channels, height and width')
+    add('--crop-pct', type=schema.crop, help='centre crop for validation, share of the image')
     add('--crop-mode', choices=['center', 'squash', 'border'], help="crop for validation (default: the model's)")
-    add('--mean', type=schema.finite, nargs='+', metavar='X', help="pixel mean (default: the model's)")
-    add('--std', type=schema.deviation, nargs='+', metavar='X', help="pixel deviation (default: the model's)")
-    text('--interpolation', type=None, choices=_INTERPOLATIONS, help="resizing (default: the model's)")
+    add('--mean', type=schema.finite, nargs='+', help="pixel mean (default: the model's)")
+    add('--std', type=schema.deviation, nargs='+', help="pixel deviation (default: the model's)")
+    add('--interpolation', default='', choices=_INTERPOLATIONS, help="resizing (default: the model's)")
 
 
 def _add_augmentation_args(parser: FlagParser) -> None:
     add = group(parser, 'augmentation and loss')
-    number = partial(add, metavar='X')
     add('--no-aug', action='store_true', help='no augmentation')
     add('--train-crop-mode', choices=['rrc', 'rkrc', 'rkrr'], help='training crop (default: rrc)')
-    number('--scale', type=schema.aspect, nargs=2, default=[0.08, 1.0], help='random crop, area')
-    number('--ratio', type=schema.aspect, nargs=2, default=[3 / 4, 4 / 3], help='random crop, aspect')
-    number('--hflip', type=schema.share, default=0.5, help='probability of a horizontal flip')
-    number('--vflip', type=schema.share, default=0.0, help='probability of a vertical flip')
-    number('--color-jitter', type=schema.non_negative, default=0.4, help='brightness, contrast, saturation')
-    number('--color-jitter-prob', type=schema.share, help='probability of colour jitter (default: always)')
-    number('--grayscale-prob', type=schema.share, default=0.0, help='probability of a grey image')
-    number('--gaussian-blur-prob', type=schema.share, default=0.0, help='probability of blur')
+    add('--scale', type=schema.aspect, nargs=2, default=[0.08, 1.0], help='random crop, area')
+    add('--ratio', type=schema.aspect, nargs=2, default=[3 / 4, 4 / 3], help='random crop, aspect')
+    add('--hflip', type=schema.share, default=0.5, help='probability of a horizontal flip')
+    add('--vflip', type=schema.share, default=0.0, help='probability of a vertical flip')
+    add('--color-jitter', type=schema.non_negative, default=0.4, help='brightness, contrast, saturation')
+    add('--color-jitter-prob', type=schema.share, help='probability of colour jitter (default: always)')
+    add('--grayscale-prob', type=schema.share, default=0.0, help='probability of a grey image')
+    add('--gaussian-blur-prob', type=schema.share, default=0.0, help='probability of blur')
     add('--aa', type=str, metavar='POLICY', help='AutoAugment, RandAugment or AugMix policy, as timm names them')
-    number(
-        '--aug-repeats', type=schema.few, default=0.0, help='times that a sample appears in the epoch, augmented anew'
-    )
-    add(
-        '--aug-splits',
-        type=schema.splits,
-        default=0,
-        metavar='N',
-        help='a clean and N - 1 augmented copies of each batch',
-    )
+    add('--aug-repeats', type=schema.few, default=0.0, help='times that an epoch has a sample, each augmented anew')
+    add('--aug-splits', type=schema.splits, default=0, help='a clean and N - 1 augmented copies of each batch')
     names = [*_INTERPOLATIONS, 'random']
     add('--train-interpolation', default='random', choices=names, help='resizing in training')
     add('--resize-backend', default='pil', choices=['pil', 'torch'], help='torch is faster and rounds differently')
-    number('--reprob', type=schema.share, default=0.0, help='probability of random erasing')
+    add('--reprob', type=schema.share, default=0.0, help='probability of random erasing')
     add('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='what fills an erased box')
-    add('--recount', type=schema.boxes, default=1, metavar='N', help='boxes to erase, at most')
+    add('--recount', type=schema.boxes, default=1, help='boxes to erase, at most')
     add('--resplit', help='leave the first augmentation split unerased')
-    number('--mixup', type=schema.alpha, default=0.0, help='mixup alpha')
-    number('--cutmix', type=schema.alpha, default=0.0, help='cutmix alpha')
-    number(
-        '--cutmix-minmax',
-        type=schema.share,
-        nargs=2,
-        help='smallest and largest side of the cutmix box, share of the image',
-    )
-    number('--mixup-prob', type=schema.share, default=1.0, help='probability of mixing')
-    number('--mixup-switch-prob', type=schema.share, default=0.5, help='probability of cutmix where mixup is on too')
+    add('--mixup', type=schema.alpha, default=0.0, help='mixup alpha')
+    add('--cutmix', type=schema.alpha, default=0.0, help='cutmix alpha')
+    add('--cutmix-minmax', type=schema.share, nargs=2, help='smallest and largest side of its box, share of the image')
+    add('--mixup-prob', type=schema.share, default=1.0, help='probability of mixing')
+    add('--mixup-switch-prob', type=schema.share, default=0.5, help='probability of cutmix where mixup is on too')
     add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='what shares the mixing parameters')
-    add(
-        '--mixup-off-epoch',
-        type=schema.whole,
-        default=0,
-        metavar='N',
-        help='mix no more from this epoch on (0: always mix)',
-    )
-    number('--smoothing', type=schema.fraction, default=0.1, help='label smoothing')
+    add('--mixup-off-epoch', type=schema.whole, default=0, help='mix no more from this epoch on (0: always mix)')
+    add('--smoothing', type=schema.fraction, default=0.1, help='label smoothing')
     add('--bce-loss', help='binary cross-entropy')
     add('--bce-sum', help='sum it over the classes instead of averaging')
-    number('--bce-target-thresh', type=schema.share, help='binarise soft targets above this')
-    number('--bce-pos-weight', type=schema.positive, help='weight of the positive class')
+    add('--bce-target-thresh', type=schema.share, help='binarise soft targets above this')
+    add('--bce-pos-weight', type=schema.positive, help='weight of the positive class')
     add('--jsd-loss', help='Jensen-Shannon consistency between augmentation splits')
 
 
 def _add_distillation_args(parser: FlagParser) -> None:
     add = group(parser, 'distillation')
-    number = partial(add, metavar='X')
     add('--kd-model-name', type=str, metavar='RUN|MODEL', help='teacher: a run, a checkpoint or a pretrained model')
     add('--kd-distill-type', default='logit', choices=['logit', 'feature'], help='what the student matches')
-    number('--distill-loss-weight', type=schema.non_negative, help='weight of the distillation loss')
-    number('--task-loss-weight', type=schema.non_negative, help='weight of the classification loss')
-    number('--kd-temperature', type=schema.positive, default=4.0, help='temperature of the soft targets')
+    add('--distill-loss-weight', type=schema.non_negative, help='weight of the distillation loss')
+    add('--task-loss-weight', type=schema.non_negative, help='weight of the classification loss')
+    add('--kd-temperature', type=schema.positive, default=4.0, help='temperature of the soft targets')
 
 
 def _create_parser(arguments: str, description: str, default_model: str, left_out: Dict[str, str]) -> FlagParser:
     """The part that the command lines of train.py and validate.py share."""
-    usage = f'%(prog)s {arguments} [--FLAG VALUE ...]'
-    parser = FlagParser(usage=usage, description=description, left_out=left_out)
+    parser = FlagParser(arguments, description, left_out)
     parser.add_argument('-m', '--model', default=default_model, metavar='NAME', help='any model of timm or timm_depla')
-    parser.add_argument(
-        '--model-kwargs',
-        nargs='*',
-        default={},
-        action=KeyValues,
-        metavar='KEY=VALUE',
-        help="model arguments, as in depla=\"{'temperature': 0.5, 'bfn': 'adaptive'}\"",
-    )
+    kwargs = dict(nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
+    example = "depla=\"{'temperature': 0.5, 'bfn': 'adaptive'}\""
+    parser.add_argument('--model-kwargs', **kwargs, help=f'model arguments, as in {example}')
     _add_data_args(parser)
     add_device_args(parser)
     return parser
@@ -200,15 +163,9 @@ def create_train_parser() -> FlagParser:
     description = 'Train an image classifier of timm or timm_depla; without a data folder, on the embedded digits.'
     parser = _create_parser('[DIR] [--recipe NAME]', description, 'resnet50_depla', LEFT_OUT)
     parser.add_argument('data', action=DataFolder, help='data folder')
-    for add_args in (
-        add_model_args,
-        add_optimizer_args,
-        add_schedule_args,
-        _add_augmentation_args,
-        _add_distillation_args,
-    ):
-        add_args(parser)
-    add_run_args(parser, ['top1', 'top5', 'loss'], 'validation')
+    add_training_args(parser, ['top1', 'top5', 'loss'], 'validation')
+    _add_augmentation_args(parser)
+    _add_distillation_args(parser)
     return parser
 
 
@@ -223,15 +180,9 @@ def create_validate_parser() -> FlagParser:
     text('--checkpoint', metavar='FILE', help='a checkpoint, or a file of weights of --model')
     add('--pretrained', help='use the pretrained weights of --model (a model without a checkpoint always does)')
     text('--split', '--val-split', dest='val_split', default='validation', metavar='NAME', help='validation split')
-    add(
-        '--num-samples',
-        '--val-num-samples',
-        type=schema.count,
-        metavar='N',
-        help='images of a streaming data set',
-        dest='val_num_samples',
-    )
-    add('--num-classes', type=schema.count, metavar='N', help='classes of a file of weights')
+    number = dict(type=schema.count, dest='val_num_samples')
+    add('--num-samples', '--val-num-samples', **number, help='images of a streaming data set')
+    add('--num-classes', type=schema.count, help='classes of a file of weights')
     add('--gp', type=str, metavar='POOL', help='global pooling: avg, max, avgmax or catavgmax')
     add('--use-train-size', help="the model's training size even where its cfg names a test size")
     add('--test-pool', help='pool over windows of the training size where images are larger')

@@ -2,7 +2,6 @@
 
 import dataclasses
 from argparse import Namespace
-from functools import partial
 from itertools import islice
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -22,11 +21,12 @@ from timm_depla.data import (
     Draw,
     SeededStream,
     TensorResizedCrop,
-    read_image,
+    count_batches,
     read_pixels,
     seed_position,
 )
 from timm_depla.errors import ConfigError, closest, require
+from timm_depla.files import open_image
 
 from ..batches import ResumableLoader, UnreadableImages, loader_kwargs
 from ..distributed import World
@@ -90,15 +90,9 @@ def _train_transform(args: Namespace, data_config: Dict[str, Any]) -> Any:
     kwargs['interpolation'] = interpolation or data_config['interpolation']
     names = ['no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob']
     kwargs.update({name: getattr(args, name) for name in (*names, 'grayscale_prob', 'gaussian_blur_prob')})
+    kwargs.update(auto_augment=args.aa, separate=args.aug_splits > 0)
     try:
-        transform = create_transform(
-            data_config['input_size'],
-            is_training=True,
-            auto_augment=args.aa,
-            use_prefetcher=True,
-            separate=args.aug_splits > 0,
-            **kwargs,
-        )
+        transform = create_transform(data_config['input_size'], is_training=True, use_prefetcher=True, **kwargs)
     except (AssertionError, KeyError, ValueError) as error:
         raise ConfigError(f'timm cannot augment as asked: {error!r}') from error
     if args.resize_backend == 'torch':
@@ -131,22 +125,14 @@ def _mixup(args: Namespace) -> Optional[Mixup]:
     if args.cutmix_minmax and not (args.cutmix_minmax[0] + 0.05 <= args.cutmix_minmax[1]):
         low, high = args.cutmix_minmax
         raise ConfigError(f'--cutmix-minmax {low} {high}: the second must be larger, by 0.05 or more')
-    return Mixup(
-        args.mixup,
-        args.cutmix,
-        args.cutmix_minmax,
-        args.mixup_prob,
-        args.mixup_switch_prob,
-        args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=args.num_classes,
-    )
+    probabilities = args.mixup_prob, args.mixup_switch_prob
+    options = dict(label_smoothing=args.smoothing, num_classes=args.num_classes)
+    return Mixup(args.mixup, args.cutmix, args.cutmix_minmax, *probabilities, args.mixup_mode, **options)
 
 
 def _prefetch(loader: Any, data_config: Dict[str, Any], device: torch.device) -> PrefetchLoader:
-    return PrefetchLoader(
-        loader, data_config['mean'], data_config['std'], channels=data_config['input_size'][0], device=device
-    )
+    mean, std, channels = data_config['mean'], data_config['std'], data_config['input_size'][0]
+    return PrefetchLoader(loader, mean, std, channels=channels, device=device)
 
 
 class TrainLoader:
@@ -175,25 +161,21 @@ class TrainLoader:
         self.collate = fast_collate if args.aug_splits else _stack
         self.mixup = _mixup(args)
         self.is_stream = isinstance(dataset, IterableImageDataset)
-        decode = read_pixels if args.resize_backend == 'torch' else read_image
-        checked = not self.is_stream and hasattr(dataset, 'reader')
-        self.dataset = CheckedImages(dataset, True, decode) if checked else dataset
         self.num_images = len(dataset)
-        names = torch.multiprocessing.Queue() if self.is_stream else getattr(self.dataset, 'unreadable', None)
-        self.unreadable = UnreadableImages(names, self.num_images, args.train_split)
         if self.is_stream:
             if args.aug_repeats or args.aug_splits:
                 raise ConfigError('--aug-repeats and --aug-splits need a data set with random access, not a stream')
+            self.dataset, names = dataset, torch.multiprocessing.Queue()
             self.dataset.set_loader_cfg(num_workers=max(args.workers, 1))
-            self._steps = len(self.dataset) // args.batch_size
+            self._steps = count_batches(len(self.dataset), args.batch_size)
         else:
-            self._open_map()
+            decode = read_pixels if args.resize_backend == 'torch' else open_image
+            self.dataset = CheckedImages(dataset, True, decode) if hasattr(dataset, 'reader') else dataset
+            names = getattr(self.dataset, 'unreadable', None)
+            self.ahead = self._open_map()
+            self.loader = _prefetch(self.ahead, data_config, world.device)
             self._steps = len(self.ahead)
-        if not self._steps:
-            raise ConfigError(
-                f'a batch of {args.batch_size} is larger than the training set of {self.num_images} images'
-                f'{f" for each of {world.size} processes" if world.size > 1 else ""}: lower --batch-size'
-            )
+        self.unreadable = UnreadableImages(names, self.num_images, args.train_split)
         self.erasing = None
         if args.reprob > 0 and not args.no_aug:
             splits = (args.aug_splits or 2) if args.resplit else 0
@@ -204,9 +186,9 @@ class TrainLoader:
         """Steps per epoch."""
         return self._steps
 
-    def _open_map(self) -> None:
-        args, world = self.args, self.world
-        replicas = dict(num_replicas=world.size, rank=world.rank)
+    def _open_map(self) -> ResumableLoader:
+        """Open a data set with random access, for all epochs."""
+        args, replicas = self.args, dict(num_replicas=self.world.size, rank=self.world.rank)
         if args.aug_repeats:
             replicas['selected_round'] = 256 if len(self.dataset) >= 256 else 0
             sampler = RepeatAugSampler(self.dataset, num_repeats=args.aug_repeats, **replicas)
@@ -214,8 +196,7 @@ class TrainLoader:
             sampler = DistributedSampler(self.dataset, seed=args.seed, **replicas)
         self.dataset.transform = self.transform
         augmented = AugMixDataset(self.dataset, args.aug_splits) if args.aug_splits > 1 else self.dataset
-        self.ahead = ResumableLoader(args, augmented, sampler, self.collate, world)
-        self.loader = _prefetch(self.ahead, self.data_config, world.device)
+        return ResumableLoader(args, augmented, sampler, self.collate, self.world)
 
     def _open_stream(self, epoch: int, start: int) -> Iterator[Any]:
         """Open a new stream for the epoch, seeded by the epoch, since a reader's shuffling keeps state."""
@@ -226,14 +207,8 @@ class TrainLoader:
         dataset.set_epoch(epoch)
         position, channels = (args.seed, epoch, world.rank), self.data_config['input_size'][0]
         stream = SeededStream(dataset, self.collate, position, args.batch_size, channels, start, self.unreadable.names)
-        loader = DataLoader(
-            stream,
-            args.batch_size,
-            collate_fn=stream.collate,
-            drop_last=True,
-            generator=torch.Generator().manual_seed(args.seed + epoch),
-            **loader_kwargs(args, world),
-        )
+        options = dict(generator=torch.Generator().manual_seed(args.seed + epoch), **loader_kwargs(args, world))
+        loader = DataLoader(stream, args.batch_size, drop_last=True, collate_fn=stream.collate, **options)
         return islice(_prefetch(loader, self.data_config, world.device), start, self._steps)
 
     def prepare(self, epoch: int) -> None:
@@ -268,9 +243,7 @@ class TrainLoader:
         return [str(self.dataset.filename(index)) for index in self.ahead.indices(epoch, step)]
 
 
-def create_val_loader(
-    args: Namespace, dataset: Any, data_config: Dict[str, Any], world: Optional[World] = None
-) -> PrefetchLoader:
+def create_val_loader(args: Namespace, dataset: Any, data_config: Dict[str, Any], world: World) -> PrefetchLoader:
     """Create the validation loader of train.py and validate.py: each image once over all processes.
 
     Its attribute `unreadable` collects the images that cannot be read.
@@ -278,17 +251,14 @@ def create_val_loader(
     Raises:
         ConfigError: If timm cannot prepare the images as asked.
     """
-    world = world or World(torch.device(args.device))
     check_channels(args, data_config)
     kwargs = {key: data_config[key] for key in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}
     try:
         transform = create_transform(data_config['input_size'], use_prefetcher=True, **kwargs)
     except (AssertionError, KeyError, ValueError) as error:
         raise ConfigError(f'timm cannot prepare the images as asked: {error!r}') from error
-    batch_size = getattr(args, 'validation_batch_size', None) or args.batch_size
-    load = partial(DataLoader, batch_size=batch_size, collate_fn=default_collate, **loader_kwargs(args, world))
+    batch_size, options = getattr(args, 'validation_batch_size', None) or args.batch_size, loader_kwargs(args, world)
     if isinstance(dataset, IterableImageDataset):
-        dataset.transform = transform
         reader = dataset.reader
         reader.dist_rank, reader.dist_num_replicas = world.rank, world.size
         if args.dataset.lower().startswith('wds/'):  # timm's split repeats and misses samples: split by shard instead
@@ -296,13 +266,13 @@ def create_val_loader(
             reader.split_info = dataclasses.replace(reader.split_info, filenames=shards)
             reader.dist_rank, reader.dist_num_replicas = 0, 1
         dataset.set_loader_cfg(num_workers=max(args.workers, 1))
-        dataset = CheckedStream(dataset)
-        loader = _prefetch(load(dataset), data_config, world.device)
+        dataset.transform = transform
+        share = dataset = CheckedStream(dataset)
     else:
-        if hasattr(dataset, 'reader'):
-            dataset = CheckedImages(dataset, False)
+        dataset = CheckedImages(dataset, False) if hasattr(dataset, 'reader') else dataset
         dataset.transform = transform
         share = Subset(dataset, range(world.rank, len(dataset), world.size))
-        loader = _prefetch(load(share, persistent_workers=args.workers > 0), data_config, world.device)
+        options['persistent_workers'] = args.workers > 0
+    loader = _prefetch(DataLoader(share, batch_size, collate_fn=default_collate, **options), data_config, world.device)
     loader.unreadable = UnreadableImages(getattr(dataset, 'unreadable', None), len(dataset), args.val_split)
     return loader

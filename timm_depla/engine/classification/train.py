@@ -10,29 +10,18 @@ import torch.nn as nn
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask
 
-from timm_depla.data import Draw, seed_position
+from timm_depla.data import Draw, digits_folder, seed_position
 from timm_depla.errors import ConfigError
 from timm_depla.files import list_digest
-from timm_depla.loading import create_model, load_model, load_weights, model_config, pretrained_file, resumed_recipe
+from timm_depla.loading import create_model, load_model, load_weights, model_config, pretrained_file
 
 from .. import training
-from ..config import parse_args, updated
-from ..device import check_compile, share_batch_norm
+from ..config import parse_training_args, updated
 from ..distributed import Interrupt, World
 from ..metrics import Metric
-from ..optimizer import assemble
 from ..plan import count_cost
 from ..run import Run
-from .datasets import (
-    check_images,
-    class_names,
-    count_classes,
-    count_streams,
-    file_names,
-    find_data,
-    open_splits,
-    split_name,
-)
+from .datasets import check_images, class_names, count_classes, file_names, open_splits, split_name
 from .flags import create_train_parser
 from .loaders import TrainLoader, create_val_loader, mixes, resolve_data
 from .validate import evaluate
@@ -151,26 +140,20 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> Classificatio
     Raises:
         ConfigError: If an argument, or a file that it names, is invalid.
     """
-    in_chans = args.in_chans or (args.input_size or [None])[0]
-    args = count_streams(updated(args, data_dir=find_data(args), in_chans=in_chans), 'train', 'val')
-    train_set, val_set = open_splits(args)
+    if not (args.data_dir or args.dataset):
+        _logger.info('no data folder given: training on the embedded handwritten digits')
+        args = updated(args, data_dir=str(digits_folder()))
+    args = updated(args, in_chans=args.in_chans or (args.input_size or [None])[0])
+    args, train_set, val_set = open_splits(args)
     if is_fresh:
         check_images(args, world, train_set, val_set)
     args = updated(args, num_classes=count_classes(args, train_set))
     model, data_config = build_model(args, world, is_fresh)
     classes = [str(name) for name in class_names(train_set)]
     config = model_config(model, rebuild_args(args), classes)
-    model = share_batch_norm(args, model, world)
     loaders = TrainLoader(args, train_set, data_config, world), create_val_loader(args, val_set, data_config, world)
-    task = create_task(args, model, world)
-    compiled = check_compile(args)
-    if compiled:
-        task.compile(**compiled)
-    run = assemble(ClassificationRun, args, world, task, model, config, loaders)
-    run.data = dict(classes=classes, files=list_digest(file_names(train_set)))
-    if compiled:
-        run.eval_model = torch.compile(run.evaluated, **compiled)
-    return run
+    data = dict(classes=classes, files=list_digest(file_names(train_set)))
+    return ClassificationRun(args, world, create_task(args, model, world), config, loaders, data)
 
 
 def train(args: Namespace) -> int:
@@ -180,13 +163,4 @@ def train(args: Namespace) -> int:
 
 def main() -> int:
     """Run the command line."""
-    parser = create_train_parser()
-    args = parse_args(parser)
-    if not args.recipe:
-        default = 'better' if args.data_dir or args.dataset else 'digits'
-        args = parse_args(parser, default_recipe=resumed_recipe(args) or default)
-    return train(args)
-
-
-if __name__ == '__main__':
-    main()
+    return train(parse_training_args(create_train_parser(), 'better', 'digits'))

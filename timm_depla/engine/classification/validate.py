@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import logging
 import math
 import time
@@ -19,7 +18,8 @@ from timm.utils import reparameterize_model
 from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 
 from timm_depla.errors import ConfigError, TrainingError, UserError, require
-from timm_depla.loading import load_model, run_arguments, trained_data, trained_on
+from timm_depla.files import format_json
+from timm_depla.loading import load_model, run_arguments, trained_data
 
 from ..batches import max_unreadable
 from ..config import parse_args, updated
@@ -27,19 +27,13 @@ from ..device import autocast, check_compile, compile_depla
 from ..distributed import Interrupt, World, explain_lost_peers, setup_world
 from ..metrics import check_results, write_results
 from ..progress import progress
-from .datasets import class_names, count_classes, count_streams, embedded_digits, open_split, split_name
+from .datasets import class_names, count_classes, open_counted, split_name
 from .flags import create_validate_parser
 from .loaders import create_val_loader, resolve_data
 
 __all__ = ['evaluate', 'validate']
 
 _logger = logging.getLogger(__name__)
-
-TABLE = (
-    'model', 'top1', 'top1_err', 'top5', 'top5_err', 'param_count', 'img_size', 'crop_pct', 'interpolation',
-    'images_per_second',
-)  # fmt: skip
-"""Columns of timm's table of results."""
 
 
 @torch.inference_mode()
@@ -59,7 +53,7 @@ def evaluate(
         loader: From `create_val_loader`: batches of images (B, C, H, W) and targets (B,); -1 leaves an image out.
         args: Arguments: `device`, `amp`, `amp_dtype`, `channels_last`.
         world: The processes that share the images.
-        interrupt: Ends the evaluation early, with the metrics of the images so far.
+        interrupt: Ends the evaluation early.
         observe: Maps each batch's logits to those to be scored.
         confusion: int64 (classes, classes), to count this process's images by class and prediction.
 
@@ -67,10 +61,11 @@ def evaluate(
         `loss`, `top1`, `top5`, and `count`, the number of images.
 
     Raises:
+        Interrupted: By `interrupt`.
         TrainingError: If more images are missing than `max_unreadable`.
     """
     model.eval()
-    loss, top1, top5, count = (torch.zeros((), dtype=torch.float64) for _ in range(4))
+    sums = torch.zeros(4, dtype=torch.float64)  # loss, top-1, top-5, images
     for images, targets in progress('validation', 'batches', iterable=loader) if world.is_primary else loader:
         if args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -78,29 +73,23 @@ def evaluate(
             logits = model(images)
         logits = (logits if observe is None else observe(logits)).float()
         correct = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
-        loss += nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction='sum').cpu()
-        top1 += correct[:, 0].sum().cpu()
-        top5 += correct.any(1).sum().cpu()
-        count += (targets >= 0).sum().cpu()
+        loss = nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
+        sums += torch.stack([loss, correct[:, 0].sum(), correct.any(1).sum(), (targets >= 0).sum()]).cpu()
         if confusion is not None:
             pairs = torch.stack([targets, logits.argmax(1)])[:, targets >= 0].cpu()
             confusion.index_put_(tuple(pairs), torch.ones_like(pairs[0]), accumulate=True)
         loader.unreadable.collect()
         if interrupt is not None and interrupt.signal:
             break
-    total = world.all_reduce_sum(*(value.item() for value in (loss, top1, top5, count)))
-    expected, is_whole = loader.unreadable.num_images, interrupt is None or not interrupt.signal
-    if is_whole and (expected - total[3] > max_unreadable(expected) or not total[3]):
+    if interrupt is not None:
+        interrupt.check()
+    loss, top1, top5, count = world.all_reduce_sum(*sums.tolist())
+    expected = loader.unreadable.num_images
+    if expected - count > max_unreadable(expected) or not count:
         raise TrainingError(
-            f'validation got {total[3]:.0f} images with a class that can be read, of {expected}: check the split'
+            f'validation got {count:.0f} images with a class that can be read, of {expected}: check the split'
         )
-    number = max(total[3], 1.0)
-    return {
-        'loss': total[0] / number,
-        'top1': 100 * total[1] / number,
-        'top5': 100 * total[2] / number,
-        'count': total[3],
-    }
+    return {'loss': loss / count, 'top1': 100 * top1 / count, 'top5': 100 * top5 / count, 'count': count}
 
 
 def is_data(target: str) -> bool:
@@ -168,23 +157,8 @@ def _average(confusion: torch.Tensor, kind: str, world: World) -> Dict[str, floa
     return {f'{kind}_{name}': round(100 * float(score), 4) for name, score in zip(names, scores[:3], strict=True)}
 
 
-def _find_data(args: Namespace, target: str) -> Namespace:
-    """The arguments, with the data of the target's run if they name none."""
-    if args.data_dir is not None or args.dataset:
-        return args
-    trained = trained_data(target)
-    if not trained and trained_on(target, 'digits'):
-        trained = {'data_dir': embedded_digits()}
-    if not trained:
-        raise ConfigError(
-            f"'{target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
-        )
-    return updated(args, **{key: getattr(args, key) or value for key, value in trained.items()})
-
-
-def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
-    """Open the data set and the model."""
-    dataset = open_split(args, args.val_split)
+def _load(args: Namespace, target: str, dataset: Any) -> nn.Module:
+    """Load the model of a data set's classes."""
     options = dict(num_classes=args.num_classes, in_chans=args.in_chans, global_pool=args.gp or None)
     options = {key: value for key, value in options.items() if value is not None}
     if args.model and Path(target).is_file() and 'num_classes' not in options:
@@ -196,21 +170,19 @@ def _open(args: Namespace, target: str) -> Tuple[Any, nn.Module]:
             f"'{target}' has {model.num_classes} classes, '{args.data_dir or args.dataset}' has {len(classes)}"
         )
     trained = list(model.pretrained_cfg.get('label_names') or ())
-    if (
-        trained
-        and classes
-        and (changed := [pair for pair in zip(trained, map(str, classes), strict=False) if pair[0] != pair[1]])
-    ):
+    if changed := [pair for pair in zip(trained, map(str, classes), strict=False) if pair[0] != pair[1]]:
         pairs = ', '.join(f'{old!r} is {new!r} here' for old, new in changed[:3])
         _logger.warning("'%s' was trained on other classes, or in another order: %s", target, pairs)
-    return dataset, model
+    return model
 
 
 def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
     """A target's row of `validate`."""
-    args = _find_data(args, target)
-    args = count_streams(updated(args, in_chans=args.in_chans or (args.input_size or [None])[0]), 'val')
-    dataset, model = _open(args, target)
+    if args.data_dir is None and not args.dataset:
+        args = updated(args, **{key: getattr(args, key) or value for key, value in trained_data(target).items()})
+    args = updated(args, in_chans=args.in_chans or (args.input_size or [None])[0])
+    args, dataset = open_counted(args, 'val')
+    model = _load(args, target, dataset)
     data_config = resolve_data(args, model, use_test_size=not args.use_train_size)
     if args.reparam:
         model = reparameterize_model(model.eval())
@@ -231,46 +203,35 @@ def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
     loader.unreadable.collect(wait=True)
     if real is not None:
         metrics.update(top1=real.get_accuracy(k=1), top5=real.get_accuracy(k=5))
-    if not math.isfinite(metrics['loss']):
-        raise ConfigError(
-            f"'{target}': the loss is {metrics['loss']}: its weights, or mean and std, do not fit the data"
-        )
     top1, top5, loss, images = (metrics[key] for key in ('top1', 'top5', 'loss', 'count'))
+    if not math.isfinite(loss):
+        raise ConfigError(f"'{target}': the loss is {loss}: its weights, or mean and std, do not fit the data")
     scores = f'top-1 {top1:.2f}  top-5 {top5:.2f}  loss {loss:.3f}'
     split = args.val_split if args.val_fraction else split_name(args, args.val_split)
     data = f'{args.data_dir or args.dataset} {split}'
     _logger.info('%s on %s, %d images: %s  %.0f images/s', target, data, images, scores, rate)
-    return dict(
-        model=target,
-        top1=round(top1, 4),
-        top1_err=round(100 - top1, 4),
-        top5=round(top5, 4),
-        top5_err=round(100 - top5, 4),
-        **({} if confusion is None else _average(confusion, args.metrics_avg, world)),
-        param_count=round(parameters / 1e6, 2),
-        img_size=data_config['input_size'][-1],
-        crop_pct=data_config['crop_pct'],
-        interpolation=data_config['interpolation'],
-        images_per_second=round(rate, 1),
-        loss=loss,
-        images=int(images),
-    )
+    accuracies = {'top1': top1, 'top1_err': 100 - top1, 'top5': top5, 'top5_err': 100 - top5}
+    row = {'model': target, **{key: round(value, 4) for key, value in accuracies.items()}}
+    if confusion is not None:
+        row.update(_average(confusion, args.metrics_avg, world))
+    row.update(param_count=round(parameters / 1e6, 2), img_size=data_config['input_size'][-1])
+    row.update({key: data_config[key] for key in ('crop_pct', 'interpolation')}, images_per_second=round(rate, 1))
+    return {**row, 'loss': loss, 'images': int(images)}
 
 
 def _validate_target(args: Namespace, target: str, world: World) -> Dict[str, Any]:
     """A target's row; tries a smaller batch if memory runs out and `args.retry` is set."""
-    batch_size = args.batch_size
+    args = updated(args, train_num_samples=None, seed=0)
     while True:
         try:
-            return _measure(updated(args, batch_size=batch_size, train_num_samples=None, seed=0), target, world)
+            return _measure(args, target, world)
         except torch.OutOfMemoryError as error:
-            smaller = decay_batch_step(batch_size)
+            size, smaller = args.batch_size, decay_batch_step(args.batch_size)
             if not (args.retry and smaller and check_batch_size_retry(str(error))):
-                raise ConfigError(
-                    f"'{target}': memory ran out with --batch-size {batch_size}; lower it or add --retry"
-                ) from error
-            _logger.warning("'%s': memory ran out with a batch of %d, trying %d", target, batch_size, smaller)
-            batch_size = smaller
+                message = f"'{target}': memory ran out with --batch-size {size}; lower it or add --retry"
+                raise ConfigError(message) from error
+            _logger.warning("'%s': memory ran out with a batch of %d, trying %d", target, size, smaller)
+            args = updated(args, batch_size=smaller)
 
 
 def validate(args: Namespace) -> List[Dict[str, Any]]:
@@ -298,16 +259,15 @@ def validate(args: Namespace) -> List[Dict[str, Any]]:
                 raise
             _logger.error('%s: %s', target, error)
     rows.sort(key=lambda row: row['top1'], reverse=True)
-    columns = [key for key in rows[0] if key not in ('loss', 'images')] if rows else TABLE
-    table = [{key: row[key] for key in columns} for row in rows]
+    table = [{key: value for key, value in row.items() if key not in ('loss', 'images')} for row in rows]
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator='\n')
+    writer = csv.DictWriter(text, table[0] if table else (), lineterminator='\n')
     writer.writeheader()
     writer.writerows(table)
     if len(targets) > 1:
         print(text.getvalue(), end='', flush=True)
     if args.results_file:
-        content = text.getvalue() if args.results_format == 'csv' else json.dumps(table, indent=4) + '\n'
+        content = text.getvalue() if args.results_format == 'csv' else f'{format_json(table)}\n'
         write_results(args.results_file, content)
     if len(rows) < len(targets):
         raise ConfigError(f'{len(targets) - len(rows)} of the {len(targets)} models could not be validated')
@@ -317,7 +277,3 @@ def validate(args: Namespace) -> List[Dict[str, Any]]:
 def main() -> None:
     """Run the command line."""
     validate(parse_args(create_validate_parser()))
-
-
-if __name__ == '__main__':
-    main()

@@ -6,21 +6,13 @@ from timm_depla import schema
 from timm_depla.detection.coco import METRICS
 
 from ..config import RECIPES, DataFolder, FlagParser, KeyValues
-from ..flags import (
-    add_device_args,
-    add_loading_args,
-    add_model_args,
-    add_optimizer_args,
-    add_run_args,
-    add_schedule_args,
-    group,
-)
+from ..flags import add_device_args, add_loading_args, add_training_args, group
 
 __all__ = ['LEFT_OUT_OF_DETECTION', 'create_detection_parser', 'create_detection_validate_parser']
 
 _CLASSIFIER = 'it is for classifiers'
 _HEADS = 'use --model-kwargs with the names of torchvision, such as min_size=600 or box_detections_per_img=50'
-_STREAM = 'a COCO-format data set tells its number of images'
+_STREAM = 'the annotations give the number of images'
 LEFT_OUT_OF_DETECTION = {
     '--drop': _CLASSIFIER,
     '--drop-block': 'an argument of the backbone: use --model-kwargs backbone_kwargs="{\'drop_block_rate\': 0.1}"',
@@ -35,12 +27,12 @@ LEFT_OUT_OF_DETECTION = {
     '--layer-decay-min-scale': 'detectors have no layer groups in timm',
     '--layer-decay-no-opt-scale': 'detectors have no layer groups in timm',
     '--mean': _HEADS,
-    '--num-classes': 'the categories of the data set tell',
+    '--num-classes': 'it follows from the categories of the data set',
     '--pretrained': 'use --pretrained-backbone, or --initial-checkpoint for a whole detector',
     '--std': _HEADS,
     '--torchcompile': 'image sizes change from batch to batch: use --torchcompile-blocks',
     '--train-num-samples': _STREAM,
-    '--trunk-lr-scale': _CLASSIFIER,
+    '--backbone-lr-scale': _CLASSIFIER,
     '--val-num-samples': _STREAM,
     '--validation-batch-size': 'images are validated one by one, so that none is padded',
 }
@@ -48,17 +40,14 @@ LEFT_OUT_OF_DETECTION = {
 
 
 def _create_parser(arguments: str, description: str) -> FlagParser:
-    usage = f'%(prog)s {arguments} [--FLAG VALUE ...]'
-    options = dict(left_out=LEFT_OUT_OF_DETECTION, recipes=RECIPES / 'detection')
-    return FlagParser(usage=usage, description=description, **options)
-
-
-def _add_data_args(parser: FlagParser) -> None:
+    """The part that both command lines share."""
+    parser = FlagParser(arguments, description, LEFT_OUT_OF_DETECTION, RECIPES / 'detection')
     add = group(parser, 'data')
-    add('--data-dir', type=str, metavar='DIR', help='data folder: DIR/SPLIT, DIR/annotations/instances_SPLIT.json')
-    add_loading_args(add)
+    add_loading_args(add, 'data folder: DIR/SPLIT, DIR/annotations/instances_SPLIT.json')
     evaluators = ['pycocotools', 'faster-coco-eval']
     add('--evaluator', default=evaluators[0], choices=evaluators, help='what measures average precision')
+    add_device_args(parser)
+    return parser
 
 
 def create_detection_parser() -> FlagParser:
@@ -66,31 +55,19 @@ def create_detection_parser() -> FlagParser:
     description = 'Train a detector on COCO-format data; without a data folder, on digits in scenes.'
     parser = _create_parser('[DIR] [--recipe NAME]', description)
     parser.add_argument('data', action=DataFolder, help='data folder')
-    detector = 'maskrcnn_resnet50_fpn_depla'
-    parser.add_argument('-m', '--model', default=detector, metavar='NAME', help='HEAD_BACKBONE_NECK: see the docs')
+    add = group(parser, 'detector')
+    name = dict(type=str, default='maskrcnn_resnet50_fpn_depla', metavar='NAME')
+    add('-m', '--model', **name, help='HEAD_BACKBONE_NECK: see the docs')
     kwargs = dict(nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
-    parser.add_argument('--model-kwargs', **kwargs, help="arguments of create_detector: ours and torchvision's")
-    parser.add_argument(
-        '-b', '--batch-size', type=schema.count, default=2, metavar='N', help='images a step in each process'
-    )
-    _add_data_args(parser)
-    add_device_args(parser)
-    add = group(parser, 'backbone')
+    add('--model-kwargs', **kwargs, help="arguments of create_detector: ours and torchvision's")
+    add('-b', '--batch-size', type=schema.count, default=2, help='images a step in each process')
     add('--pretrained-backbone', help="start from the backbone's published weights")
-    add(
-        '--trainable-backbone-layers',
-        type=schema.whole,
-        metavar='N',
-        help='layers to train, from the end (default: see docs)',
-    )
+    add('--trainable-backbone-layers', type=schema.whole, help='layers to train, from the end (default: see docs)')
     norms = ['batch', 'frozen']
     add('--backbone-norm', choices=norms, help="what becomes of BatchNorm (default: 'frozen' with trained weights)")
-    for add_args in (add_model_args, add_optimizer_args, add_schedule_args):
-        add_args(parser)
-    add = group(parser, 'augmentation')
-    add('--hflip', type=schema.share, default=0.5, metavar='X', help='probability of a horizontal flip')
+    add('--hflip', type=schema.share, default=0.5, help='probability of a horizontal flip')
     metrics = [f'{prefix}{name}' for prefix in ('', 'mask_') for name in METRICS[:6]]
-    add_run_args(parser, metrics, 'val')
+    add_training_args(parser, metrics, 'val')
     return parser
 
 
@@ -99,14 +76,10 @@ def create_detection_validate_parser() -> FlagParser:
     description = 'Average precision of a detector: of a run, a checkpoint, or a file of weights of --model.'
     parser = _create_parser('RUN|CHECKPOINT|FILE', description)
     parser.add_argument('target', metavar='RUN|CHECKPOINT|FILE', help='what to validate')
-    _add_data_args(parser)
-    add_device_args(parser)
     add = group(parser, 'validation')
     text = partial(add, type=str, default='')
     text('--split', '--val-split', dest='val_split', metavar='NAME', help="split (default: the run's, or val)")
     text('-m', '--model', metavar='NAME', help='the detector that a file of weights belongs to')
-    add(
-        '--classes', type=schema.count, metavar='N', help='its classes, with the background, if labels are category ids'
-    )
+    add('--classes', type=schema.count, help='its classes, background included, if labels are category ids')
     text('--results-file', metavar='FILE', help="write the detections in COCO's format for submissions")
     return parser

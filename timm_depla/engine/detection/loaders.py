@@ -1,8 +1,6 @@
 """COCO-format data for training and validating detectors, in an order that can be resumed."""
 
-import logging
 from argparse import Namespace
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -10,73 +8,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
-from timm_depla.data import UnreadableError, read_or_next
-from timm_depla.data.scenes import scenes_folder
+from timm_depla.data import UnreadableError, find_annotations, read_or_next
 from timm_depla.detection.coco import CocoDetection, create_transform
 from timm_depla.errors import ConfigError
 
 from ..batches import ResumableLoader, UnreadableImages, loader_kwargs
-from ..config import find_name
 from ..distributed import World
 
-__all__ = [
-    'DetectionLoader',
-    'ValidationLoader',
-    'annotated_split',
-    'embedded_scenes',
-    'find_data',
-    'open_split',
-    'open_splits',
-]
-
-_logger = logging.getLogger(__name__)
+__all__ = ['DetectionLoader', 'ValidationLoader', 'open_split', 'open_splits']
 
 Batch = Tuple[List[Tensor], List[Dict[str, Any]]]  # images (3, H, W), targets of CocoDetection
-
-
-def embedded_scenes() -> str:
-    """The folder of the digits in scenes.
-
-    Raises:
-        ConfigError: If they cannot be written.
-    """
-    try:
-        return str(scenes_folder())
-    except (ModuleNotFoundError, OSError) as error:
-        raise ConfigError(str(error)) from error
-
-
-def find_data(args: Namespace) -> str:
-    """The data folder of a training run: the one given, or digits in scenes.
-
-    Raises:
-        ConfigError: If the scenes cannot be written.
-    """
-    if args.data_dir:
-        return args.data_dir
-    _logger.info('no data folder given: training on digits in scenes')
-    return embedded_scenes()
-
-
-def annotated_split(args: Namespace, split: str) -> str:
-    """The name of a split whose annotations are there, in any case, with or without a year: val may be val2017.
-
-    Raises:
-        ConfigError: If there is none, or several.
-    """
-    annotations = Path(args.data_dir, 'annotations')
-    found = sorted(path.stem.removeprefix('instances_') for path in annotations.glob('instances_*.json'))
-    without_year = defaultdict(list)
-    for name in found:
-        without_year[name.rstrip('0123456789')].append(name)
-    alike = without_year.get(find_name(split.rstrip('0123456789'), without_year), [])
-    if split in found or len(alike) == 1:
-        return split if split in found else alike[0]
-    raise ConfigError(
-        f"no annotation file '{annotations / f'instances_{split}.json'}': expected DIR/SPLIT and "
-        'DIR/annotations/instances_SPLIT.json'
-        + (f'; there are the splits {", ".join(found)}: name them with --train-split, --val-split' if found else '')
-    )
 
 
 def open_split(args: Namespace, split: str, is_training: bool = False) -> CocoDetection:
@@ -85,11 +26,10 @@ def open_split(args: Namespace, split: str, is_training: bool = False) -> CocoDe
     Raises:
         ConfigError: If it cannot be opened.
     """
-    folder, name = Path(args.data_dir), annotated_split(args, split)
-    annotations = folder / 'annotations' / f'instances_{name}.json'
+    name, annotations = find_annotations(args.data_dir, split)
     transform = create_transform(is_training, args.hflip if is_training else 0.0)
     try:
-        return CocoDetection(folder / name, annotations, is_training, transform)
+        return CocoDetection(Path(args.data_dir, name), annotations, is_training, transform)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -139,7 +79,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     ]
 
 
-class DetectionLoader:
+class DetectionLoader(ResumableLoader):
     """The training batches, on the run's device, from any step of any epoch on.
 
     Args:
@@ -152,38 +92,23 @@ class DetectionLoader:
     """
 
     def __init__(self, args: Namespace, dataset: CocoDetection, world: World):
+        checked = _Checked(dataset, is_training=True)
+        sampler = DistributedSampler(dataset, world.size, world.rank, seed=args.seed)
+        super().__init__(args, checked, sampler, _collate, world)
         self.dataset = dataset
         self.device = world.device
         self.num_images = len(dataset)
-        checked = _Checked(dataset, is_training=True)
         self.unreadable = UnreadableImages(checked.unreadable, self.num_images, args.train_split)
-        sampler = DistributedSampler(dataset, world.size, world.rank, seed=args.seed)
-        self.batches = ResumableLoader(args, checked, sampler, _collate, world)
-        if not len(self.batches):
-            raise ConfigError(
-                f'a batch of {args.batch_size} is larger than the training set of {self.num_images} images'
-                f'{f" for each of {world.size} processes" if world.size > 1 else ""}: lower --batch-size'
-            )
-
-    def __len__(self) -> int:
-        """Steps per epoch."""
-        return len(self.batches)
-
-    def prepare(self, epoch: int) -> None:
-        """Let the workers start to load an epoch in the background."""
-        self.batches.prepare(epoch)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Images (3, H, W) from 0 to 1 and targets, as torchvision's detectors take them."""
-        if start >= len(self):
-            return
-        self.batches.seek(epoch, start)
-        for batch in self.batches:
-            yield _to(batch, self.device)
+        if start < len(self):
+            self.seek(epoch, start)
+            yield from (_to(batch, self.device) for batch in self)
 
     def files(self, epoch: int, step: int) -> List[str]:
         """The files of a batch."""
-        return [self.dataset.filename(index) for index in self.batches.indices(epoch, step)]
+        return [self.dataset.filename(index) for index in self.indices(epoch, step)]
 
 
 class ValidationLoader:
@@ -202,8 +127,8 @@ class ValidationLoader:
         self.device = world.device
         self.unreadable = UnreadableImages(None, len(dataset), args.val_split)
         share = Subset(_Checked(dataset, is_training=False), range(world.rank, len(dataset), world.size))
-        workers = dict(persistent_workers=args.workers > 0, **loader_kwargs(args, world))
-        self.loader = DataLoader(share, batch_size=1, collate_fn=_collate, **workers)
+        options = dict(persistent_workers=args.workers > 0, **loader_kwargs(args, world))
+        self.loader = DataLoader(share, batch_size=1, collate_fn=_collate, **options)
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -12,24 +12,23 @@ from timm.task import TrainingTask
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
-from timm_depla.data import Draw, seed_position
+from timm_depla.data import Draw, find_annotations, seed_position
+from timm_depla.data.scenes import scenes_folder
 from timm_depla.detection import create_detector, detector_config
 from timm_depla.detection.coco import METRICS, CocoDetection
 from timm_depla.detection.rcnn import split_name
 from timm_depla.errors import ConfigError
 from timm_depla.files import list_digest
-from timm_depla.loading import create_model, load_weights, pretrained_file, resumed_recipe
+from timm_depla.loading import create_model, load_weights, pretrained_file
 
 from .. import training
-from ..config import parse_args, updated
-from ..device import share_batch_norm
+from ..config import parse_training_args, updated
 from ..distributed import Interrupt, World
 from ..metrics import Metric
-from ..optimizer import assemble
 from ..plan import count_cost
 from ..run import Run
 from .flags import create_detection_parser
-from .loaders import DetectionLoader, ValidationLoader, annotated_split, find_data, open_splits
+from .loaders import DetectionLoader, ValidationLoader, open_splits
 from .validate import evaluate
 
 __all__ = ['build', 'train']
@@ -77,7 +76,7 @@ class DetectionRun(Run):
 
     def evaluate(self, model: nn.Module, interrupt: Interrupt) -> Dict[str, float]:
         scores = evaluate(model, self.val_loader, self.args, self.world, interrupt).scores
-        return {metric.name: scores[metric.name] for metric in self.metrics} if scores else {}
+        return {metric.name: scores[metric.name] for metric in self.metrics}
 
     def subject(self) -> Dict[str, str]:
         args, transform = self.args, self.model.transform
@@ -85,7 +84,7 @@ class DetectionRun(Run):
         size = [32 * math.ceil(side / 32) for side in (max(transform.min_size), transform.max_size)]
         macs = count_cost(self.model.backbone, (3, *size))['macs'] / 1e9
         images, val_images = self.loader.num_images, self.val_loader.unreadable.num_images
-        splits = [annotated_split(args, split) for split in (args.train_split, args.val_split)]
+        splits = [find_annotations(args.data_dir, split)[0] for split in (args.train_split, args.val_split)]
         return {
             'model': f'{args.model}, {parameters:.2f} M parameters, {macs:.1f} G multiply-adds in backbone and neck at '
             f'{size[0]} x {size[1]}',
@@ -113,28 +112,22 @@ def build_model(args: Namespace, dataset: CocoDetection, world: World, is_fresh:
         ConfigError: If there is no such detector, or initial weights do not fit.
     """
     seed_position(args.seed, Draw.INIT)
-    is_pretrained = bool(args.pretrained_backbone or args.pretrained_path)
+    is_pretrained = (args.pretrained_backbone or args.pretrained_path) and is_fresh and not args.dry_run
+    options = {name: getattr(args, name) for name in ('trainable_backbone_layers', 'backbone_norm')}
+    options.update(num_classes=len(dataset.category_ids) + 1, pretrained_backbone=bool(is_pretrained))
     kwargs = dict(args.model_kwargs)
     try:
         if args.pretrained_path and is_fresh:
             kwargs['backbone_kwargs'] = {**kwargs.get('backbone_kwargs', {}), **pretrained_weights(args)}
-        model = create_detector(
-            args.model,
-            num_classes=len(dataset.category_ids) + 1,
-            pretrained_backbone=is_pretrained and is_fresh and not args.dry_run,
-            trainable_backbone_layers=args.trainable_backbone_layers,
-            backbone_norm=args.backbone_norm,
-            **kwargs,
-        )
+        model = create_detector(args.model, **options, **kwargs)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"cannot create detector '{args.model}': {error}") from error
     if args.initial_checkpoint and is_fresh:
         _logger.info('%s: %s', args.initial_checkpoint, load_weights(model, args.initial_checkpoint, _HEADS))
     if args.grad_checkpointing:
         body = model.backbone.body
-        body = (
-            body if hasattr(body, 'set_grad_checkpointing') else getattr(body, 'model', body)
-        )  # timm's feature getter
+        if not hasattr(body, 'set_grad_checkpointing'):
+            body = getattr(body, 'model', body)  # of timm's feature getter
         if not hasattr(body, 'set_grad_checkpointing'):
             raise ConfigError(f"--grad-checkpointing: the backbone of '{args.model}' has none, leave it out")
         body.set_grad_checkpointing()
@@ -147,8 +140,11 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> DetectionRun:
     Raises:
         ConfigError: If an argument, or a file that it names, is invalid.
     """
+    if not args.data_dir:
+        _logger.info('no data folder given: training on digits in scenes')
+        args = updated(args, data_dir=str(scenes_folder()))
     norm = args.backbone_norm or ('frozen' if args.pretrained_backbone or args.pretrained_path else 'batch')
-    args = updated(args, data_dir=find_data(args), backbone_norm=norm)
+    args = updated(args, backbone_norm=norm)
     train_set, val_set = open_splits(args)
     model = build_model(args, train_set, world, is_fresh)
     if model.roi_heads.has_mask() and not (train_set.has_masks and val_set.has_masks):
@@ -156,13 +152,11 @@ def build(args: Namespace, world: World, is_fresh: bool = True) -> DetectionRun:
         raise ConfigError(f"'{args.model}' learns masks, which the annotations have not: give --model {boxes}")
     rebuild = dict(args.model_kwargs, backbone_norm=args.backbone_norm)
     config = detector_config(args.model, train_set.class_names, train_set.category_ids, rebuild)
-    model = share_batch_norm(args, model, world)
     loaders = DetectionLoader(args, train_set, world), ValidationLoader(args, val_set, world)
     task = DetectionTask(model, device=world.device, verbose=False)
-    run = assemble(DetectionRun, args, world, task, model, config, loaders)
     files = (f'{train_set.image_ids[i]} {Path(train_set.filename(i)).name}' for i in range(len(train_set)))
-    run.data = dict(classes=list(train_set.class_names), files=list_digest(files))
-    return run
+    data = dict(classes=list(train_set.class_names), files=list_digest(files))
+    return DetectionRun(args, world, task, config, loaders, data)
 
 
 def train(args: Namespace) -> int:
@@ -172,13 +166,4 @@ def train(args: Namespace) -> int:
 
 def main() -> int:
     """Run the command line."""
-    parser = create_detection_parser()
-    args = parse_args(parser)
-    if not args.recipe:
-        default = 'coco_1x' if args.data_dir else 'scenes'
-        args = parse_args(parser, default_recipe=resumed_recipe(args) or default)
-    return train(args)
-
-
-if __name__ == '__main__':
-    main()
+    return train(parse_training_args(create_detection_parser(), 'coco_1x', 'scenes'))

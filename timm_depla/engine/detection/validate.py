@@ -14,7 +14,7 @@ from timm_depla.data import UnreadableError
 from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import CocoDetection, evaluate_coco, to_results
 from timm_depla.errors import ConfigError
-from timm_depla.loading import load_weights, run_arguments, trained_data, trained_on
+from timm_depla.loading import load_weights, run_arguments, trained_data
 
 from ..config import parse_args, updated
 from ..device import autocast, compile_depla
@@ -22,7 +22,7 @@ from ..distributed import Interrupt, World, explain_lost_peers, setup_world
 from ..metrics import check_results, write_results
 from ..progress import progress
 from .flags import create_detection_validate_parser
-from .loaders import ValidationLoader, embedded_scenes, open_split
+from .loaders import ValidationLoader, open_split
 
 __all__ = ['Evaluation', 'evaluate', 'validate']
 
@@ -34,8 +34,7 @@ class Evaluation:
     """Result of an evaluation.
 
     Attributes:
-        scores: COCO's metrics of boxes, 'AP' to 'AR_L', and of masks, 'mask_AP' to 'mask_AR_L', from 0 to 1; empty if
-            it was interrupted.
+        scores: COCO's metrics of boxes, 'AP' to 'AR_L', and of masks, 'mask_AP' to 'mask_AR_L', from 0 to 1.
         tables: COCO's tables, by kind: 'bbox' and 'segm'. In the primary process only.
         results: The detections in COCO's format. In the primary process only.
         images: Number of validated images.
@@ -58,7 +57,10 @@ def evaluate(
         loader: The images.
         args: Arguments: `device`, `amp`, `amp_dtype`, `evaluator`.
         world: The processes that share the images.
-        interrupt: Ends the evaluation early, without scores.
+        interrupt: Ends the evaluation early.
+
+    Raises:
+        Interrupted: By `interrupt`.
     """
     model.eval()
     found: List[Dict[str, Any]] = []
@@ -69,8 +71,8 @@ def evaluate(
             found += to_results(target['image_id'], detection, loader.category_ids)
         if interrupt is not None and interrupt.signal:
             break
-    if world.all_reduce_max(interrupt.signal if interrupt is not None else 0):
-        return Evaluation()
+    if interrupt is not None:
+        interrupt.check()
     shares = world.gather(found)
     evaluation = Evaluation(images=len(loader.dataset))
     if world.is_primary:
@@ -114,13 +116,7 @@ def validate(args: Namespace) -> Evaluation:
         ConfigError: If the target does not load, the data is missing or unreadable, or their categories do not match.
     """
     split = args.val_split or run_arguments(args.target).get('val_split', 'val')
-    args = updated(args, data_dir=args.data_dir or trained_data(args.target).get('data_dir'), val_split=split)
-    if not args.data_dir and trained_on(args.target, 'digits-in-scenes'):
-        args = updated(args, data_dir=embedded_scenes())
-    if not args.data_dir:
-        raise ConfigError(
-            f"'{args.target}' is no run folder, which would tell its data: check the path, or name it with --data-dir"
-        )
+    args = updated(args, data_dir=args.data_dir or trained_data(args.target)['data_dir'], val_split=split)
     check_results(args.results_file)
     world = setup_world(args.device)
     model, dataset = _open(args)
@@ -145,7 +141,3 @@ def validate(args: Namespace) -> Evaluation:
 def main() -> None:
     """Run the command line."""
     validate(parse_args(create_detection_validate_parser()))
-
-
-if __name__ == '__main__':
-    main()

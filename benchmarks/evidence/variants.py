@@ -1,0 +1,92 @@
+"""The networks that are compared: timm models or detectors, with their arguments."""
+
+from typing import Any, Callable, Dict, NamedTuple
+
+import torch.nn as nn
+from timm.layers import NonLocalAttn
+from timm.models import register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet, test_resnet
+
+from timm_depla.models.resnet_depla import test_resnet_depla
+
+# A narrow ResNet, of 0.8 M parameters with its bottlenecks in stage 3: 8 x 8 positions at 64 pixels, 6 x 6 at 48.
+NARROW = dict(channels=(16, 32, 56, 160), stem_width=8)
+
+
+class Variant(NamedTuple):
+    """A network of the study.
+
+    Args:
+        label: Its name in the tables.
+        model: Its name in timm, or among the detectors.
+        kwargs: Its arguments.
+        rate_of: The variant whose learning rate it takes; tuned on its own if empty.
+    """
+
+    label: str
+    model: str
+    kwargs: Dict[str, Any] = {}
+    rate_of: str = ''
+
+    @property
+    def is_detector(self) -> bool:
+        return self.model.startswith('maskrcnn_')
+
+
+def _narrow(entrypoint: Callable[..., ResNet], stage: int, kwargs: Dict[str, Any]) -> ResNet:
+    """The narrow ResNet: one block a stage, in `stage` four bottlenecks; no max-pooling, for these images are small."""
+    blocks = [Bottleneck if number == stage else BasicBlock for number in range(1, 5)]
+    layers = [4 if number == stage else 1 for number in range(1, 5)]
+    model = entrypoint(**{**NARROW, 'block': blocks, 'layers': layers, **kwargs})
+    model.maxpool = nn.Identity()
+    return model
+
+
+@register_model
+def narrow_resnet(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
+    """The base. The other networks differ in `stage`."""
+    return _narrow(test_resnet, stage, kwargs)
+
+
+@register_model
+def narrow_resnet_depla(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
+    """The base with DEPLA in the last three blocks of `stage`."""
+    return _narrow(test_resnet_depla, stage, {**kwargs, 'depla': dict(stage=stage) | kwargs.get('depla', {})})
+
+
+@register_model
+def narrow_resnet_nl(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
+    """The base with timm's non-local blocks where another has DEPLA."""
+    model = narrow_resnet(stage=stage, **kwargs)
+    for block in getattr(model, f'layer{stage}')[1:]:
+        block.se = NonLocalAttn(block.bn3.num_features)
+    return model
+
+
+NORM = dict(neck_norm='batchnorm2d')
+
+VARIANTS: Dict[str, Variant] = {
+    'base': Variant('base', 'narrow_resnet'),
+    'se': Variant('SE', 'narrow_resnet', dict(block_args=dict(attn_layer='se'))),
+    'gc': Variant('GC', 'narrow_resnet', dict(block_args=dict(attn_layer='gca'))),
+    'cbam': Variant('CBAM', 'narrow_resnet', dict(block_args=dict(attn_layer='cbam'))),
+    'nl': Variant('non-local', 'narrow_resnet_nl'),
+    'depla': Variant('DEPLA', 'narrow_resnet_depla'),
+    'fpn': Variant('FPN', 'maskrcnn_test_resnet_fpn'),
+    'fpn-depla-0.2': Variant(
+        'FPN-DEPLA, T = 0.2', 'maskrcnn_test_resnet_fpn_depla', dict(depla=dict(temperature=0.2)), 'fpn-depla-0.5'
+    ),
+    'fpn-depla-0.5': Variant('FPN-DEPLA, T = 0.5', 'maskrcnn_test_resnet_fpn_depla', dict(depla=dict(temperature=0.5))),
+    'fpn-depla-1.0': Variant(
+        'FPN-DEPLA, T = 1.0', 'maskrcnn_test_resnet_fpn_depla', dict(depla=dict(temperature=1.0)), 'fpn-depla-0.5'
+    ),
+    'fpn-norm': Variant('FPN, norms in the pyramid', 'maskrcnn_test_resnet_fpn', NORM, 'fpn-depla-0.5'),
+    'backbone-fishnet': Variant('FishNet', 'maskrcnn_test_fishnet_fpn'),
+    'backbone-fishnet-depla': Variant('FishNet-DEPLA', 'maskrcnn_test_fishnet_depla_fpn'),
+    'backbone-fishnet-norm': Variant(
+        'FishNet, norms in the pyramid', 'maskrcnn_test_fishnet_fpn', NORM, 'backbone-fishnet'
+    ),
+    'backbone-fishnet-depla-norm': Variant(
+        'FishNet-DEPLA, norms in the pyramid', 'maskrcnn_test_fishnet_depla_fpn', NORM, 'backbone-fishnet-depla'
+    ),
+}
