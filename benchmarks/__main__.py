@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME` runs a benchmark, saves its record, writes docs/benchmarks.md and draws its plots."""
+"""`python -m benchmarks NAME` runs a benchmark, saves its record and writes docs/benchmarks.md."""
 
 import argparse
 import re
@@ -35,8 +35,11 @@ MEASURED = {  # what of the package each measures, beside its own file; in the o
 }
 BENCHMARKS = {name: import_module(f'benchmarks.{name}') for name in MEASURED}
 DOCS = record.ROOT / 'docs' / 'benchmarks.md'
-PLOTTED = ('grid', 'speed-rivals')  # records whose plot adds to their table
 OLDER = '\\*'
+EARLIER = (
+    'Commit 7087eaf has the tables of forms that are no longer in the code (`grid-paths-*`, `neck-paths`), and of '
+    '`grid-bf16`, `grid-onnx`, `bound-batch32` and `speed-fishnet`.'
+)
 
 
 def sources(benchmark: str) -> List[str]:
@@ -58,7 +61,7 @@ def render_summary() -> str:
             mark = '' if record.changes(entry) == [] else OLDER
             for row in getattr(BENCHMARKS[benchmark], 'summary', lambda _: [])(entry['results']):
                 rows.append([*row, f'[{name}](#{name}){mark}'])
-    return record.table(['', '', 'over, or on', 'section'], rows)
+    return record.table(['what', 'ratio, unless it says otherwise', 'over, or on', 'section'], rows)
 
 
 def render_origin(entry: Dict[str, Any]) -> str:
@@ -85,20 +88,15 @@ def render_docs() -> str:
     for benchmark, entries in records().items():
         parts += [f'## {benchmark}', BENCHMARKS[benchmark].__doc__.strip().replace('\n\n', '\n')]
         for name, entry in entries.items():
-            parts += [f'### {name}'] if name != benchmark else []
-            parts += [BENCHMARKS[benchmark].render(entry['results'])]
-            parts += [f'![{name}, drawn](plots/{name}.svg)'] if name in PLOTTED else []
+            text = BENCHMARKS[benchmark].render(entry['results'])
+            if name != benchmark:
+                parts += [f'### {name}', text]
+            elif text.startswith('|'):
+                parts += [text]
+            else:  # a sentence that ends the paragraph
+                parts[-1] += f'\n{text}'
             parts += [render_origin(entry)]
-    return '\n\n'.join(parts) + '\n'
-
-
-def draw_plots() -> None:
-    """Draw the plots of docs/benchmarks.md from the records; the same records give the same bytes."""
-    folder = DOCS.parent / 'plots'
-    folder.mkdir(exist_ok=True)
-    for benchmark, entries in records().items():
-        for name in set(PLOTTED) & set(entries):
-            record.save_plot(BENCHMARKS[benchmark].plot(entries[name]['results']), folder / f'{name}.svg')
+    return '\n\n'.join([*parts, '## earlier', EARLIER]) + '\n'
 
 
 def main() -> None:
@@ -108,7 +106,7 @@ def main() -> None:
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
         module.add_args(command)
         command.add_argument('--record', default=name, metavar='NAME', help=f'of its file, {name}[-SUFFIX]')
-    commands.add_parser('docs', help='write docs/benchmarks.md and its plots from the records')
+    commands.add_parser('docs', help='write docs/benchmarks.md from the records')
     args = parser.parse_args()
     setup_default_logging()
     if args.name != 'docs':
@@ -120,7 +118,6 @@ def main() -> None:
         record.save(args.record, command, vars(args), sources(args.name), results)
         print(module.render(results))
     DOCS.write_text(render_docs())
-    draw_plots()
 
 
 if __name__ == '__main__':

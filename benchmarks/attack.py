@@ -1,10 +1,10 @@
 """Mistakes and hostile files, drawn from seeds: each gives a message, never a traceback, a hang or silence.
 
-Command lines combine a script's flags with valid and invalid values. A run folder is damaged in one place, gets a link
-or a pipe, or an args.yaml that asks for what only a user may ask for. Published weights get another config.json. Each
-case runs what the command runs, in its own process, with a time limit. "Silent" counts invalid numbers that a flag
-accepted, and damaged checkpoints that were used. "Executed", "fetched" and "written outside" count cases where a
-command ran, a host was looked up that the user did not name, or a file outside of the case's folder changed.
+Command lines have valid and invalid values. A run folder is damaged in one place, gets a link or a pipe, or an
+args.yaml that asks for what only a user may ask for. Published weights get another config.json. Each case runs what the
+command runs, in its own process, with a time limit. "Silent" is an invalid number that a flag accepts, or a damaged
+checkpoint that is used. "Fetched" is a host that the user did not name, "written outside" a file outside of the case's
+folder.
 """
 
 import argparse
@@ -160,12 +160,12 @@ def render(results: Dict[str, Any]) -> str:
     )
     rows = [[kind, *(found.get(kind, 0) for found in results.values())] for kind in kinds]
     never = ', '.join(kind for kind, *counts in rows if not any(counts))
-    return f'{table(["", *results], [row for row in rows if any(row[1:])])}\n\nNo case: {never or "none"}.'
+    return f'No case: {never or "-"}.\n\n{table(["", *results], [row for row in rows if any(row[1:])])}'
 
 
 def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
     cases = sum(found['cases'] for found in results.values())
     wrong = sum(len(found['wrong']) for found in results.values())
     return [
-        ('mistakes and attacks that got no message', f'{wrong} of {cases:,}', 'command lines, hostile files and others')
+        ('mistakes and attacks without a message', f'{wrong} of {cases:,}', 'command lines, hostile files and others')
     ]

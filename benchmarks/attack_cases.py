@@ -172,18 +172,16 @@ def _resume(run: Path, *argv: Any) -> None:
     train('--resume', run, '--epochs', 2, '--workers', 0, *argv)
 
 
-def _try_each(*calls: Callable[[], None]) -> List[SystemExit]:
-    """Make all calls; returns the messages, or raises the first that tells an unexpected error."""
+def _try_each(*calls: Callable[[], None]) -> None:
+    """Make all calls; raises the first message, one that tells an unexpected error before the others."""
     messages = []
     for call in calls:
         try:
             call()
         except SystemExit as message:
             messages.append(message)
-    for message in messages:
-        if ': unexpected ' in str(message):
-            raise message
-    return messages
+    if messages:
+        raise max(messages, key=lambda message: ': unexpected ' in str(message))
 
 
 def attack_run(draw: random.Random, scratch: Path, run: Path) -> bool:
@@ -192,9 +190,7 @@ def attack_run(draw: random.Random, scratch: Path, run: Path) -> bool:
     shutil.copytree(run, copy, symlinks=True)
     what, is_checkpoint = damage(draw, copy)
     print(what)
-    messages = _try_each(lambda: validate(copy, '--workers', 0), lambda: _resume(copy))
-    if messages:
-        raise messages[0]
+    _try_each(lambda: validate(copy, '--workers', 0), lambda: _resume(copy))
     return is_checkpoint and (copy / 'best').resolve().name in what
 
 
@@ -210,11 +206,8 @@ def attack_links(draw: random.Random, scratch: Path, run: Path) -> bool:
     is_publishing = draw.random() < 0.3
     if is_publishing:
         (scratch / 'out').mkdir()
-        path = (
-            scratch
-            / 'out'
-            / draw.choice([n for file in ('README.md', 'config.json', SUMS) for n in (file, f'.{file}.part')])
-        )
+        names = [name for file in ('README.md', 'config.json', SUMS) for name in (file, f'.{file}.part')]
+        path = scratch / 'out' / draw.choice(names)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
@@ -232,9 +225,7 @@ def attack_links(draw: random.Random, scratch: Path, run: Path) -> bool:
     if is_publishing:
         publish_run(copy, '--output', scratch / 'out')
         return False
-    messages = _try_each(lambda: _resume(copy, '--resume-with-changes'), lambda: validate(copy, '--workers', 0))
-    if messages:
-        raise messages[0]
+    _try_each(lambda: _resume(copy, '--resume-with-changes'), lambda: validate(copy, '--workers', 0))
     return False
 
 
@@ -287,13 +278,12 @@ def attack_yaml(draw: random.Random, scratch: Path, runs: Path) -> bool:
         lambda: publish_run(copy, '--output', scratch / 'out'),
         lambda: train('--recipe', copy / 'args.yaml', '--output', scratch, '--dry-run', '--workers', 0),
     ]  # fmt: skip
-    if messages := _try_each(*draw.sample(calls, 2)):
-        raise messages[0]
+    _try_each(*draw.sample(calls, 2))
     return False
 
 
 def attack_model(draw: random.Random, scratch: Path, runs: Path) -> bool:
-    """A network with arguments or hosts that do not fit."""
+    """A network with arguments or a backbone that do not fit."""
     names = ['depla', 'layers', 'block', 'stem_width', 'channels', 'pretrained', 'num_classes', 'drop_rate', 'device',
              'name', 'features_only', 'pretrained_cfg_overlay', 'act_layer', 'norm_layer', 'base_width', 'out_channels',
              'typo', 'anchor_sizes', 'min_size', 'box_score_thresh', 'backbone_kwargs', 'image_mean']  # fmt: skip
@@ -306,9 +296,9 @@ def attack_model(draw: random.Random, scratch: Path, runs: Path) -> bool:
     model = draw.choice(['test_resnet_depla', 'test_fishnet_depla', 'backbone_depla', 'backbone_depla', 'detector'])
     words = [word(name) for name in draw.sample(names, draw.choice([0, 1, 1, 2]))]
     if model == 'backbone_depla':
-        hosts = [name for name in timm.list_models('test_*') if 'depla' not in name]
-        host = draw.choice([*hosts, 'vgg11', 'alexnet', 'vit_tiny_patch16_224', 5, None, '', '../x', 'hf-hub:evil/x'])
-        words += [f'backbone={host!r}', *draw.choice([[], [], ['depla={"modules": []}'], ['depla={"modules": ["x"]}']])]
+        names = [name for name in timm.list_models('test_*') if 'depla' not in name]
+        name = draw.choice([*names, 'vgg11', 'alexnet', 'vit_tiny_patch16_224', 5, None, '', '../x', 'hf-hub:evil/x'])
+        words += [f'backbone={name!r}', *draw.choice([[], [], ['depla={"modules": []}'], ['depla={"modules": ["x"]}']])]
     kwargs = ['--model-kwargs', *words] if words else []
     print(model, [text[:100] for text in words])
     if model == 'detector':
@@ -331,21 +321,8 @@ def attack_number(draw: random.Random, scratch: Path, runs: Path) -> bool:
         words += [action.option_strings[-1], *(draw.choice(EXTREMES) for _ in range(count))]
     print(words)
     more = draw.choice([[], ['--model-ema'], ['--mixup', 0.2], ['--opt', 'adamw', '--layer-decay', 0.5]])
-    base = [
-        '--recipe',
-        'digits',
-        '--img-size',
-        32,
-        '--workers',
-        0,
-        '--epochs',
-        2,
-        '--stop-epoch',
-        1,
-        '--warmup-epochs',
-        0,
-    ]
-    train(runs / 'few', *base, '--batch-size', 10, '--output', scratch, *more, *words)
+    base = '--recipe digits --img-size 32 --workers 0 --epochs 2 --stop-epoch 1 --warmup-epochs 0 --batch-size 10'
+    train(runs / 'few', *base.split(), '--output', scratch, *more, *words)
     return False
 
 

@@ -1,10 +1,10 @@
 """The block alone against its floor: the time to copy its bytes and to multiply its matrices.
 
-Forward reads X and Y and writes the output. Backward reads X, Y and the output's gradient, writes two gradients, and
-has twice the multiply-adds. The floor is the time of these bytes at the copy bandwidth (read and written) and of the
-multiply-adds at the rate of a large matrix product, both measured in turn with the block. A timing repeats the call
-until the block has 5 G multiply-adds, at most 20 times. The shares of a training step are those of PyTorch's profiler,
-whose own time is in the small operations.
+Forward reads X and Y and writes the output; backward reads three maps, writes two, and has twice the multiply-adds. The
+floor is the time of these bytes at the copy bandwidth (read and written) and of the multiply-adds at the rate of a
+large matrix product, both measured in turn with the block. A timing repeats the call until the block has 5 G
+multiply-adds, at most 20 times. The shares of a step are those of PyTorch's profiler, whose own time is in the small
+operations.
 """
 
 import argparse

@@ -1,11 +1,10 @@
 """What a model costs a GPU at least, counted without one.
 
-The model runs on fake tensors, which have no data, in channels-last format under autocast to bfloat16, in the form that
-it has on a GPU. Each operation that PyTorch dispatches is a kernel, unless it only makes a view or allocates; a
-convolution's backward pass has one for each gradient. A kernel takes at least the time of its inputs and outputs at the
-GPU's bandwidth, and of its multiply-adds at its matrix rate; device time is the sum. Eager execution takes at least the
-time to launch all kernels. The GPU is an H100 SXM by its maker's numbers (3.35 TB/s, 989 TFLOPS dense in bfloat16), and
-a launch takes 5 us. The operations are those of a CPU's autocast, whose types differ a little.
+The model runs on fake tensors in channels-last format under autocast to bfloat16, in the form that it has on a GPU.
+Each operation that PyTorch dispatches is a kernel, unless it only makes a view or allocates; a convolution's backward
+pass has one for each gradient. A kernel takes at least the time of its inputs and outputs at the GPU's bandwidth, and
+of its multiply-adds at its matrix rate; device time is the sum. Eager execution takes at least the time of all
+launches, 5 us each. The GPU is an H100 SXM by its maker's numbers (3.35 TB/s, 989 TFLOPS dense in bfloat16).
 """
 
 import argparse

@@ -1,11 +1,10 @@
 """Training that is killed repeatedly ends bit for bit like uninterrupted training.
 
-The runs have everything that is random or has state: the digits with AutoAugment, random erasing, mixup, cutmix,
-stochastic depth and a weight average; in detection, digits in scenes with flips, random sizes and a weight average. The
-moments take turns: while a checkpoint is written, at any moment, in validation, each by SIGKILL, and by SIGUSR1, after
-which training must save and exit by itself. Every fifth kill hits `hub.publish`. A killed run is resumed with another
-number of workers until it ends. Its weights, optimizer state, all other state and its summary are then compared with
-those of an uninterrupted run. A killed publication is repeated, and its weights, configuration and recipe are compared.
+The runs have everything that is random or has state: augmentation, erasing, mixup, cutmix, stochastic depth and an
+average of the weights; in detection, flips, random sizes and an average. The moments take turns: while a checkpoint is
+written, at any moment, in validation, each by SIGKILL, and by SIGUSR1, after which training must save and exit by
+itself. Every fifth kill hits `hub.publish`. A killed run is resumed with another number of workers until it ends. Its
+weights, states and summary are compared with those of an uninterrupted run, as is what was published.
 """
 
 import argparse
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -123,7 +123,7 @@ def kill(process: subprocess.Popen, count: int, run: Path, seed: int) -> str:
         code = process.wait(timeout=120)
         if code == 0:
             return ''
-        if 'resume with: python' not in log.read_text():
+        if 'go on with: python' not in log.read_text():
             raise RuntimeError(f'SIGUSR1 was not answered: {log.read_text()}')
     else:
         time.sleep(0.2)  # what a surviving rank does meanwhile
@@ -154,10 +154,9 @@ def kill_publishing(run: Path, output: Path, expected: Path, seconds: float, see
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     """Count the kills by what they hit, the runs, and those that ended differently."""
-    hits: Dict[str, int] = {}
-    positions: List[str] = []
+    hits: Counter = Counter()
     different: List[str] = []
-    runs, kills, published = 0, 0, 0
+    runs = 0
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch)
         reference, expected = output / 'reference', output / 'published'
@@ -167,52 +166,44 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         if args.kills >= 5 and publish(reference, expected).wait():  # with fewer, none hits publishing
             raise RuntimeError((output / 'published.log').read_text())
         seconds = time.monotonic() - began
-        while kills < args.kills:
+        while hits.total() < args.kills:
             name, ended = f'run{runs}', False
             while not ended:
-                seed = args.seed + kills
+                seed = args.seed + hits.total()
                 process = start(args, output, name, seed % (args.max_workers + 1))
-                hit = kill(process, args.processes, output / name, seed) if kills < args.kills else ''
-                if hit:
-                    kills += 1
-                    hits[hit] = hits.get(hit, 0) + 1
+                hit = kill(process, args.processes, output / name, seed) if hits.total() < args.kills else ''
+                hits.update([hit] if hit else [])
                 ended = process.wait() == 0
-                log = (output / f'{name}.log').read_text()
                 if not (hit or ended):
-                    raise RuntimeError(log)
-                found = re.search(r'resuming from .*: epoch (\d+), step (\d+)', log)
-                positions.append(f'{found[1]}:{found[2]}' if found else 'start')
-                print(f'{kills:3} kills  {name} from {positions[-1]}  {hit or "ended"}', flush=True)
+                    raise RuntimeError((output / f'{name}.log').read_text())
+                print(f'{hits.total():3} kills  {name} {hit or "ended"}', flush=True)
             runs += 1
             wrong = differences(output / name, reference)
-            while not wrong and published < kills // 5 and kills < args.kills:
-                kills, published = kills + 1, published + 1
-                folder = output / f'published{published}'
-                wrong += kill_publishing(output / name, folder, expected, seconds, args.seed + kills)
+            while not wrong and hits['publishing'] < hits.total() // 5 and hits.total() < args.kills:
+                hits['publishing'] += 1
+                folder, seed = output / f'published{hits["publishing"]}', args.seed + hits.total()
+                wrong += kill_publishing(output / name, folder, expected, seconds, seed)
                 wrong += differences(output / name, reference)
-                print(f'{kills:3} kills  {name} in publishing', flush=True)
+                print(f'{hits.total():3} kills  {name} in publishing', flush=True)
             different += [f'{name}: {", ".join(wrong)}'] if wrong else []
-    if published:
-        hits['publishing'] = published
-    return dict(
-        task=args.task, processes=args.processes,
-        kills=kills, hits=hits, runs=runs, starts=positions, identical=runs - len(different),
-        different=different,
-    )  # fmt: skip
+    counts = dict(kills=hits.total(), hits=dict(+hits), runs=runs, identical=runs - len(different))
+    return dict(task=args.task, processes=args.processes, **counts, different=different)
+
+
+def _task(results: Dict[str, Any]) -> str:
+    count = results['processes']
+    return f'{results.get("task", "classification")}, {count} process{"es" if count > 1 else ""}'
 
 
 def render(results: Dict[str, Any]) -> str:
-    task = results.get('task', 'classification').capitalize()
-    hits = ', '.join(f'{count} {name}' for name, count in sorted(results['hits'].items()))
+    hits = ', '.join(f'{name} {count}' for name, count in sorted(results['hits'].items()))
     more = ''.join(f'; {text}' for text in results['different'])
     return (
-        f'{task}, {results["processes"]} process{"es" if results["processes"] > 1 else ""}: {results["kills"]} kills '
-        f'({hits}) over {results["runs"]} runs. {results["identical"]} of {results["runs"]} ended bit for bit like the '
-        f'uninterrupted one{more}.'
+        f'In {_task(results)}: {results["kills"]} kills over {results["runs"]} runs ({hits}). {results["identical"]} '
+        f'of {results["runs"]} ended bit for bit like the uninterrupted one{more}.'
     )
 
 
 def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
-    processes = f', {results["processes"]} processes' if results['processes'] > 1 else ''
-    on = f'{results["kills"]} kills, {results.get("task", "classification")}{processes}'
-    return [('killed runs that end bit for bit', f'{results["identical"]} of {results["runs"]}', on)]
+    ended, on = f'{results["identical"]} of {results["runs"]}', f'{results["kills"]} kills, {_task(results)}'
+    return [('killed runs that ended bit for bit', ended, on)]

@@ -29,10 +29,6 @@ BASE = dict(layers=(1, 1, 4, 1), stem_width=8, channels=(16, 32, 48, 64))  # wha
 Call = Callable[[Tensor], Any]
 
 
-def _eager(model: nn.Module, batches: List[Tensor]) -> Call:
-    return model
-
-
 def _export(model: nn.Module, batches: List[Tensor], path: Path) -> str:
     torch.onnx.export(model, (batches[0],), dynamo=True, verbose=False).save(path)
     return str(path)
@@ -106,31 +102,26 @@ def pt2e_int8(model: nn.Module, batches: List[Tensor]) -> Call:
     return compiled
 
 
-def torchao_int8(model: nn.Module, batches: List[Tensor]) -> Call:
-    """`torchao.quantization.quantize_(model, Int8WeightOnlyConfig())`"""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+def _torchao(config: str) -> Callable[[nn.Module, List[Tensor]], Call]:
+    def quantize(model: nn.Module, batches: List[Tensor]) -> Call:
+        from torchao import quantization
 
-    quantize_(model, Int8WeightOnlyConfig())
-    return model
+        quantization.quantize_(model, getattr(quantization, config)())
+        return model
 
-
-def torchao_int8_dynamic(model: nn.Module, batches: List[Tensor]) -> Call:
-    """`torchao.quantization.quantize_(model, Int8DynamicActivationInt8WeightConfig())`"""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return model
+    quantize.__doc__ = f'`torchao.quantization.quantize_(model, {config}())`'
+    return quantize
 
 
 RUNTIMES: Dict[str, Callable[[nn.Module, List[Tensor]], Call]] = {
-    'PyTorch': _eager,
+    'PyTorch': lambda model, batches: model,
     'ONNX Runtime': onnxruntime,
     'ONNX Runtime, int8': onnxruntime_int8,
     'OpenVINO': openvino,
     'OpenVINO, int8': openvino_int8,
     'PT2E, int8': pt2e_int8,
-    'torchao, int8 weights': torchao_int8,
-    'torchao, int8': torchao_int8_dynamic,
+    'torchao, int8 weights': _torchao('Int8WeightOnlyConfig'),
+    'torchao, int8': _torchao('Int8DynamicActivationInt8WeightConfig'),
 }
 
 
@@ -188,5 +179,5 @@ def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
     found = {name: row['top1'] for name, row in results.items() if name != 'batch_size'}
     if 'PyTorch' not in found:
         return []
-    loss = f'{min(found.values()) - found["PyTorch"]:+.2f} points'
-    return [(f'worst of {len(found) - 1} runtimes less PyTorch', loss, 'top-1 of the digits')]
+    loss = f'{min(found.values()) - found["PyTorch"]:+.2f}'
+    return [(f'top-1 of the worst of {len(found) - 1} runtimes, difference in points', loss, 'PyTorch, the digits')]

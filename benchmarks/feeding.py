@@ -1,10 +1,9 @@
 """What a training image costs to load with the recipe `better`: CPU time by step, ours and the alternatives.
 
-The JPEGs are those of the benchmark `pipeline`. All loaders take turns in one process with one thread, batch by batch,
-so the times are those of a core. All but DALI, which takes its own files, read the same from memory. timm is the
-transforms and the collate function of its `train.py`, whose mixing happens here; ours mixes on the device. torchvision
-is its transforms v2 on tensors, decoded by TorchCodec. DALI is NVIDIA's on the CPU alone, where `pip install
-nvidia-dali-cuda120` has been run. Both have their own AutoAugment, bilinear interpolation alone, and no mixing.
+The JPEGs are those of `pipeline`. All loaders take turns in one process with one thread, batch by batch, and read the
+same files from memory, but for DALI. timm is the transforms and the collate function of its `train.py`, whose mixing
+happens here; ours mixes on the device. torchvision is its transforms v2 on tensors, decoded by TorchCodec. DALI is
+NVIDIA's (`nvidia-dali-cuda120`) on the CPU alone. Both have their own AutoAugment, bilinear interpolation, no mixing.
 """
 
 import argparse
@@ -178,5 +177,5 @@ def render(results: Dict[str, Any]) -> str:
 
 def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
     speeds, on = _speeds(results), 'timm, on a core'
-    names = {'ours': 'images loaded a second', OURS_TORCH: 'with `--resize-backend torch`'}
+    names = {'ours': 'images loaded a second', OURS_TORCH: 'images loaded a second, `--resize-backend torch`'}
     return [(what, speeds[name], on) for name, what in names.items()]

@@ -1,8 +1,7 @@
-"""The price of DEPLA by model and batch size.
+"""The price of DEPLA by model and batch size: `speed` for each, over the model's own base.
 
-The benchmark `speed` for each model and batch size, over the model's own base. A cell of the table takes turns for
-about `--seconds`, five at least. `compiled` is by torch.compile, which on a CPU needs a C++ compiler. `onnx` is the
-exported model in ONNX Runtime, with as many threads as PyTorch. `bf16` is under autocast to bfloat16.
+A cell takes turns for about `--seconds`, five at least. `compiled` is by torch.compile, which on a CPU needs a C++
+compiler. `onnx` is the exported model in ONNX Runtime. `bf16` is under autocast to bfloat16.
 """
 
 import argparse
@@ -16,7 +15,7 @@ from timm_depla.engine.distributed import keep_memory
 
 from .deploy import onnxruntime
 from .flags import add_flags
-from .pairs import ratio_interval, ratio_text, time_rounds
+from .pairs import ratio_text, time_rounds
 from .record import table
 from .speed import KINDS, create_model, measure, trained
 
@@ -120,29 +119,3 @@ def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
         step = _ratio(cells, 'fishnet150_depla', '8', KINDS[1])
         found.append(('training step of `fishnet150_depla`', step, '`fishnet150`, batch 8, CPU'))
     return found
-
-
-def plot(results: Dict[str, Any]) -> Any:
-    """The ratios by batch size, a line for each model."""
-    from matplotlib.figure import Figure
-
-    lines: Dict[str, Dict[int, Any]] = {}
-    for key, cell in results['cells'].items():
-        if '+' not in key:
-            name, batch_size = key.split('/')
-            lines.setdefault(name, {})[int(batch_size)] = cell
-    figure = Figure(figsize=(9, 3.2), layout='constrained')
-    for axes, kind in zip(figure.subplots(1, 2, sharey=True), KINDS, strict=True):
-        for name, cells in lines.items():
-            found = [ratio_interval(cell[kind]) for cell in cells.values()]
-            errors = [[m - low for m, low, _ in found], [high - m for m, _, high in found]]
-            middles = [middle for middle, _, _ in found]
-            axes.errorbar(list(cells), middles, yerr=errors, marker='o', markersize=4, capsize=2, label=name)
-        axes.axhline(1, color='0.7', linewidth=1)
-        axes.set_xscale('log', base=2)
-        axes.set_xticks(list(cells), list(cells))
-        axes.set_xlabel('batch size')
-        axes.set_title(kind)
-    figure.axes[0].set_ylabel('time over that of the base')
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside upper center', ncols=len(lines))
-    return figure

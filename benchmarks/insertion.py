@@ -1,14 +1,13 @@
 """DEPLA inserted into each of timm's networks by `insert_depla`, where it goes by default.
 
-Each architecture of `timm.list_models()` is created on the meta device, gets DEPLA, and sees an image of its own size.
-That tests shapes, not values, which `tests/models/test_insertion.py` compares. There is no default place where blocks
-work on tokens, where no block at 1/16 takes and gives one map of one shape, or where timm names no such stage.
-`modules` may name blocks elsewhere.
+Each architecture of timm is created on the meta device, gets DEPLA, and sees an image of its own size: that tests
+shapes, not values. There is no default place where blocks work on tokens, where no block at 1/16 takes and gives one
+map of one shape, or where timm names no such stage; `modules` may name blocks elsewhere. A family is a file of timm.
 """
 
 import argparse
-from collections import Counter, defaultdict
-from typing import Any, Dict, List, Tuple
+from collections import Counter
+from typing import Dict, List, Tuple
 
 import timm
 import torch
@@ -17,14 +16,14 @@ import timm_depla
 
 from .flags import add_flags
 
-FEW = 5
+TAKES = 'takes DEPLA'
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, model='*')
 
 
-def insert(name: str) -> Dict[str, str]:
+def insert(name: str) -> Tuple[str, str]:
     """A network's family, and why DEPLA has no place in it, empty if it has.
 
     Raises:
@@ -32,8 +31,7 @@ def insert(name: str) -> Dict[str, str]:
     """
     with torch.device('meta'):
         model = timm.create_model(name).eval()
-    x = torch.zeros(1, *model.pretrained_cfg['input_size'], device='meta')
-    row = dict(family=type(model).__module__.rpartition('.')[2], reason='')
+    x, reason = torch.zeros(1, *model.pretrained_cfg['input_size'], device='meta'), ''
     try:
         with torch.no_grad():
             shape = model(x).shape
@@ -41,57 +39,36 @@ def insert(name: str) -> Dict[str, str]:
             if model(x).shape != shape:
                 raise RuntimeError(f"'{name}' with DEPLA gives another shape than {shape}")
     except ValueError as error:
-        row['reason'] = str(error).partition(':')[0].partition(f'{type(model).__name__} ')[2]
-    return row
+        reason = str(error).partition(':')[0].partition(f'{type(model).__name__} ')[2]
+    return type(model).__module__.rpartition('.')[2], reason
 
 
-def run(args: argparse.Namespace) -> Dict[str, Any]:
-    families: Dict[str, List[Any]] = defaultdict(lambda: [0, defaultdict(list)])
+def run(args: argparse.Namespace) -> Dict[str, Dict[str, int]]:
+    """How many networks of each family take DEPLA, and by reason how many do not."""
+    results: Dict[str, Dict[str, int]] = {TAKES: Counter()}
     for name in timm.list_models(args.model):
         if name not in timm_depla.list_models():
-            row = insert(name)
-            print(name, row, flush=True)
-            family = families[row['family']]
-            family[0] += not row['reason']
-            if row['reason']:
-                family[1][row['reason']].append(name)
-    return {  # how many take it, and by reason how many do not: their names where they are few
-        family: [yes, {reason: names if yes and len(names) < FEW else len(names) for reason, names in no.items()}]
-        for family, (yes, no) in families.items()
-    }
+            family, reason = insert(name)
+            print(name, family, reason, flush=True)
+            results.setdefault(reason or TAKES, Counter())[family] += 1
+    return results
 
 
-def _counts(no: Dict[str, Any]) -> Dict[str, int]:
-    return {reason: len(found) if isinstance(found, list) else found for reason, found in no.items()}
+def _taken(results: Dict[str, Dict[str, int]]) -> str:
+    return f'{sum(results[TAKES].values()):,} of {sum(sum(counts.values()) for counts in results.values()):,}'
 
 
-def _total(results: Dict[str, Any]) -> Tuple[int, Counter]:
-    """How many networks take DEPLA, and how many do not by reason."""
-    reasons: Counter = Counter()
-    for _, no in results.values():
-        reasons.update(_counts(no))
-    return sum(yes for yes, _ in results.values()), reasons
-
-
-def render(results: Dict[str, Any]) -> str:
-    taken, reasons = _total(results)
-    whole = [f'{name} {yes}' for name, (yes, no) in sorted(results.items()) if not no]
-    part = [
-        f'{name} {yes} of {yes + sum(_counts(no).values())}'
-        for name, (yes, no) in sorted(results.items())
-        if yes and no
-    ]
-    none = [f'{name} {sum(_counts(no).values())}' for name, (yes, no) in sorted(results.items()) if not yes]
+def render(results: Dict[str, Dict[str, int]]) -> str:
+    lists: Dict[str, List[str]] = {'All': [], 'Some': [], 'None': []}
+    for family, total in sorted(sum(map(Counter, results.values()), Counter()).items()):
+        yes = results[TAKES].get(family, 0)
+        part = 'All' if yes == total else 'Some' if yes else 'None'
+        lists[part].append(f'{family} {yes} of {total}' if part == 'Some' else f'{family} {total}')
+    reasons = Counter({reason: sum(counts.values()) for reason, counts in results.items() if reason != TAKES})
     others = ', '.join(f'{count} {reason}' for reason, count in reasons.most_common())
-    return '\n- '.join([
-        f'{taken:,} of {taken + reasons.total():,} networks take DEPLA. What the others do: {others}. By family '
-        '(file of timm):\n',
-        f'Every network takes it: {", ".join(whole)}.',
-        f'Some do: {", ".join(part)}.',
-        f'None does: {", ".join(none)}.',
-    ])  # fmt: skip
+    families = '\n'.join(f'- {part} of the family: {", ".join(found)}.' for part, found in lists.items())
+    return f'{_taken(results)} networks take DEPLA. What the others do: {others}.\n\n{families}'
 
 
-def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
-    taken, reasons = _total(results)
-    return [('networks that take DEPLA', f'{taken:,} of {taken + reasons.total():,}', 'all of timm')]
+def summary(results: Dict[str, Dict[str, int]]) -> List[Tuple[str, str, str]]:
+    return [('networks that take DEPLA', _taken(results), 'all of timm')]

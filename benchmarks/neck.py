@@ -108,6 +108,6 @@ def render(results: Dict[str, Any]) -> str:
 
 
 def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
-    on = f'`{results["base"]}`, {results["img_size"]} pixels, CPU'
-    kinds = ('detector', 'detector training memory', 'neck training')
-    return [(f'FPN-DEPLA: {KINDS[kind]}', _ratio(results, kind), on) for kind in kinds]
+    on = f'FPN, {results["img_size"]} pixels, CPU'
+    kinds = {'detector': 'inference', 'detector training memory': 'memory of a training step'}
+    return [(f'{what} of Mask R-CNN with FPN-DEPLA', _ratio(results, kind), on) for kind, what in kinds.items()]

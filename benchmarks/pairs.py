@@ -70,13 +70,9 @@ def median_interval(values: Sequence[float]) -> Tuple[float, float, float]:
     return statistics.median(ordered), ordered[low], ordered[count - 1 - low]
 
 
-def ratio_interval(samples: Samples, column: int = 0) -> Tuple[float, float, float]:
-    """Median and 95% interval of the ratio of a column to the base's, row by row."""
-    return median_interval([row[column] / row[-1] for row in samples])
-
-
 def ratio_text(samples: Samples, column: int = 0) -> str:
-    middle, low, high = ratio_interval(samples, column)
+    """Median and 95% interval of the ratio of a column to the base's, row by row."""
+    middle, low, high = median_interval([row[column] / row[-1] for row in samples])
     return f'{middle:.3f} ({low:.3f} to {high:.3f})'
 
 

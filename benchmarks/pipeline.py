@@ -1,10 +1,9 @@
 """Reading and augmenting images with the recipe `better`: ours over a plain loop of timm's parts.
 
-The images are JPEGs like ImageNet's average, 500 x 375 pixels at quality 90, cut at random from ten photographs of
-scikit-image and scikit-learn; each photograph is a class. Loading is an epoch's batches as the loading processes give
-them, decoded, cropped and augmented: what feeds a GPU, which does the rest. Input is with the rest on the CPU, mixed
-and normalised. Training is that of the benchmark `throughput`. With `--resize-backend torch`, TorchCodec decodes to the
-same pixels and PyTorch resizes them, with the same crops, interpolations and random numbers. Two processes load.
+The images are JPEGs like ImageNet's average, 500 x 375 pixels at quality 90, cut from ten photographs of scikit-image
+and scikit-learn, a class each. Loading is an epoch's batches as two processes give them, decoded, cropped and
+augmented: what feeds a GPU. Input is with the rest on the CPU, mixed and normalised. Training is that of `throughput`.
+With `--resize-backend torch`, TorchCodec decodes to the same pixels, and PyTorch resizes them.
 """
 
 import argparse
@@ -155,9 +154,9 @@ def render(results: Dict[str, Any]) -> str:
     header = ['images a second', 'plain', 'ours', 'ratio by epoch', OURS_TORCH, 'ratio by epoch']
     top1 = ', '.join(f'{score:.2f} {name}' for name, score in sorted(results['loop']['top1'].items()))
     return (
-        f'{results["size"]} pixels, `{results["model"]}`, {len(seconds) - 1} epochs in turn after one to warm up.\n\n'
-        f'{table(header, rows)}\n\nLast top-1: {top1}. With `--resize-backend torch`, {100 * pixels["share"]:.2f}% of '
-        f'the values of a crop change, by at most {pixels["largest"]} of 255.'
+        f'{results["size"]} pixels, `{results["model"]}`, {len(seconds) - 1} epochs in turn after one to warm up. '
+        f'Last top-1: {top1}. With `--resize-backend torch`, {100 * pixels["share"]:.2f}% of '
+        f'the values of a crop change, by at most {pixels["largest"]} of 255.\n\n' + table(header, rows)
     )
 
 

@@ -3,7 +3,6 @@
 import ast
 import hashlib
 import json
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -69,13 +68,3 @@ def table(header: List[str], rows: List[List[Any]]) -> str:
     """A Markdown table."""
     lines = [header, ['---'] * len(header), *rows]
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
-
-
-def save_plot(figure: Any, path: Path) -> None:
-    """Save a figure as SVG with text as text and a line a path; the same figure gives the same bytes."""
-    import matplotlib
-
-    matplotlib.rcParams.update({'svg.hashsalt': '', 'svg.fonttype': 'none'})
-    figure.savefig(path, format='svg', metadata={'Date': None})
-    text = path.read_text(encoding='utf-8')
-    path.write_text(re.sub(r' d="[^"]*"', lambda match: ' '.join(match[0].split('\n')), text), encoding='utf-8')

@@ -83,7 +83,7 @@ def render(results: Dict[str, Any]) -> str:
 def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
     sizes = list(results['sizes'])
     return [
-        (f'growth of the {name}: exponent', _exponent(results, _columns(results, i)[0]),
-         f'pixels, {sizes[0]} to {sizes[-1]} a side, CPU')
+        (f'exponent of time over pixels: {name}', _exponent(results, _columns(results, i)[0]),
+         f'{sizes[0]} to {sizes[-1]} pixels, CPU')
         for i, name in enumerate(results['names']) if name in ('block, plain', 'non-local block')
     ]  # fmt: skip

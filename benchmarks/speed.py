@@ -19,7 +19,7 @@ from timm_depla.engine.distributed import keep_memory
 from timm_depla.layers import set_fused_depla
 
 from .flags import add_flags
-from .pairs import median_text, peak_memory, ratio_interval, ratio_text, time_rounds
+from .pairs import median_text, peak_memory, ratio_text, time_rounds
 from .record import table
 
 IMAGENET = 1_281_167  # training images
@@ -144,34 +144,11 @@ def render(results: Dict[str, Any]) -> str:
 
 
 def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
-    """A step of DEPLA on a GPU, and of other modules."""
+    """A step of DEPLA on a GPU, or of other modules on a CPU."""
     names = results['names']
-    wanted = ['seresnet50', 'resnet50:nl', *(['resnet50_depla'] if results['device'] == 'cuda' else [])]
+    wanted = ['resnet50_depla'] if results['device'] == 'cuda' else ['seresnet50', 'resnet50:nl']
     return [
         (f'training step of `{name}`', ratio_text(results['training step'], column), f'`{names[-1]}`, {_on(results)}')
         for column, name in enumerate(trained(names)[:-1])
         if name in wanted
     ]
-
-
-def plot(results: Dict[str, Any]) -> Any:
-    """Ratios to the base, with their intervals."""
-    from matplotlib.figure import Figure
-
-    *names, base = results['names']
-    axes = (figure := Figure(figsize=(6, 1.2 + 0.4 * len(names)), layout='constrained')).subplots()
-    for kind, marker, shift in zip(KINDS, 'os', (-0.1, 0.1), strict=True):
-        for i in range(len(names)):
-            middle, low, high = ratio_interval(results[kind], i)
-            style = dict(fmt=marker, color=f'C{KINDS.index(kind)}', capsize=2, label=None if i else kind)
-            axes.errorbar([middle], [i + shift], xerr=[[middle - low], [high - middle]], **style)
-    axes.axvline(1, color='0.7', linewidth=1)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    if axes.get_xlim()[1] > 2:
-        axes.set_xscale('log')
-        axes.set_xticks(ticks := (1, 1.2, 1.5, 2, 3, 5), ticks)
-        axes.minorticks_off()
-    axes.set_xlabel(f'time over that of {base}: median and 95% interval')
-    figure.legend(loc='outside upper center', ncols=len(KINDS))
-    return figure

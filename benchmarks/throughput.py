@@ -1,9 +1,8 @@
 """Our training against a plain loop of timm's parts: samples, schedule, accuracy, and images per second.
 
-Both train the digits recipe from the same weights, each in its own process, and take turns epoch by epoch. An epoch is
-training, validation and the checkpoint. The plain loop is the least that does what timm's own train.py does: timm's
-loaders, model, optimizer, schedule, loss, accuracy and checkpoint saver, without exact resume and without checks. The
-first epoch of each does not count.
+Both train the digits recipe from the same weights, each in its own process, and take turns epoch by epoch; the first
+does not count. The plain loop is the least that does what timm's own train.py does: its loaders, model, optimizer,
+schedule, loss, accuracy and checkpoint saver, without exact resume and without checks.
 """
 
 import argparse
@@ -215,7 +214,7 @@ def render(results: Dict[str, Any]) -> str:
         'last top-1',
     ]
     same = 'the same' if results['same_rates'] else 'NOT the same'
-    return f'{table(header, rows)}\n\nLearning rates of the {results["steps"]} steps: {same}.'
+    return f'Learning rates of the {results["steps"]} steps: {same}.\n\n{table(header, rows)}'
 
 
 def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:

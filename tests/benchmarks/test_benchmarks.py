@@ -1,52 +1,87 @@
-"""The benchmarks run, and docs/benchmarks.md matches their records."""
+"""The benchmarks run, their records name the code that they measured, and docs/benchmarks.md is made of them."""
 
 import sys
 
 import pytest
 
 from benchmarks import __main__ as benchmarks
+from benchmarks import record
+
+SPEED = 'speed --model test_resnet_depla test_resnet:cbam test_resnet_depla+fused --base test_resnet --amp'
+GRID = 'grid --model test_resnet_depla --img-size 64 --seconds 0.1 --batch-size'
+SCALING = 'scaling --model test_resnet_depla --base test_resnet --img-size 64 96 --pairs 2'
+PIPELINE = 'pipeline --model test_resnet_depla --images 80 --img-size 32 --batch-size 16 --epochs 2'
 
 
 def test_docs_are_generated_from_the_records():
+    """After a change of measured code, `python -m benchmarks docs` marks the records."""
     assert benchmarks.DOCS.read_text() == benchmarks.render_docs()
-
-
-SPEED = (
-    'speed --model test_resnet_depla test_resnet:cbam --base test_resnet --img-size 64 --batch-size 2 --pairs 2 --amp'
-)
-SCALING = 'scaling --model test_resnet_depla --base test_resnet --img-size 64 96 --pairs 2'
-ONNX = 'grid --model test_resnet_depla --batch-size 2 --img-size 64 --seconds 0.1 --mode onnx --record grid-onnx'
-PIPELINE = 'pipeline --model test_resnet_depla --images 80 --img-size 32 --batch-size 16 --epochs 2'
+    for name in record.names():
+        assert (record.FOLDER / f'{name}.json').read_text() == record.format_json(record.load(name)) + '\n'
 
 
 @pytest.mark.parametrize(
     'arguments,expected',
     [
-        ('cost --model test_resnet_depla', '| `test_resnet_depla` | 128 |'),
-        (SPEED, '2 of inference and 2 of training step'),
-        ('block --shape 2x32x6x7 --pairs 2', '| adaptive, (2, 32, 6, 7), contiguous | backward |'),
+        ('cost --model resnet50_depla', '| `resnet50_depla` | 4.18 | 1.022 |'),
+        (f'{SPEED} --img-size 64 --batch-size 2 --pairs 2', 'Batch 2 at 64 pixels, CPU, bfloat16; 2 turns.'),
+        ('block --shape 2x32x6x7 --pairs 2', '| adaptive, (2, 32, 6, 7), contiguous | '),
         (SCALING, '| non-local block |'),
-        ('bound --model resnet50_depla --batch-size 8', '| `resnet50_depla` | training step | 9'),
-        ('grid --model test_resnet_depla --batch-size 1 2 --img-size 64 --seconds 0.1', '| `test_resnet_depla` | 2 | '),
-        (ONNX, 'CPU, onnx'),
-        ('init --batch-size 2', '`rpn.logits.conv.weight`'),
-        ('neck --img-size 96 --pairs 2', 'neck, training step'),
-        ('feeding --rounds 2 --batch-size 4', '| torchvision v2 |'),
-        pytest.param(PIPELINE, 'values of a crop', marks=pytest.mark.slow),
+        ('bound --model resnet50_depla --batch-size 8', '| `resnet50_depla` | 1.0'),
+        (f'{GRID} 1 2 --path plain fused', '| `test_resnet_depla` | 2 | '),
+        (f'{GRID} 2 --mode onnx --record grid-onnx', 'CPU, onnx'),
+        ('init --batch-size 2', 'gradient of `rpn.logits.conv.weight`'),
+        ('insertion --model test_vit*', '0 of 4 networks take DEPLA. What the others do: 4 works on tokens'),
+        ('neck --img-size 96 --pairs 2 --path plain', 'pyramid, training step'),
+        ('feeding --pairs 2 --batch-size 4', '| torchvision v2 |'),
+        pytest.param(PIPELINE, 'of the values of a crop', marks=pytest.mark.slow),
         pytest.param('throughput --epochs 2 --img-size 32', 'the 44 steps: the same', marks=pytest.mark.slow),
     ],
 )
 def test_runs_and_writes_its_record(arguments, expected, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(benchmarks.record, 'FOLDER', tmp_path)
+    monkeypatch.setattr(record, 'FOLDER', tmp_path)
     monkeypatch.setattr(benchmarks, 'DOCS', tmp_path / 'benchmarks.md')
     monkeypatch.setattr(sys, 'argv', ['benchmarks', *arguments.split()])
     benchmarks.main()
     assert expected in capsys.readouterr().out
+    assert [record.changes(record.load(name)) for name in record.names()] == [[]]
     docs = (tmp_path / 'benchmarks.md').read_text()
-    assert expected in docs
-    assert f'`python -m benchmarks {arguments.split()[0]}' in docs
-    if '![' in docs:
-        plot = tmp_path / 'plots' / f'{arguments.split()[0]}.svg'
-        drawn = plot.read_bytes()
-        benchmarks.draw_plots()
-        assert drawn.startswith(b'<?xml') and plot.read_bytes() == drawn
+    assert expected in docs and f'<code>python -m benchmarks {arguments}</code>; ' in docs
+
+
+def test_fused_form_has_no_training_step():
+    """In a record and in one of before, where it had."""
+    names, sizes = ['a', 'a+fused', 'b'], dict(batch_size=1, img_size=2, device='cpu', amp=False, torchcompile=False)
+    results = {'inference': [[2, 3, 1]], 'training step': [[4, 1]], 'names': names, 'peak memory': [5, 1], **sizes}
+    assert '| `a+fused` | 3.000 s | 3.000 (3.000 to 3.000) |  |  |' in benchmarks.BENCHMARKS['speed'].render(results)
+    cell = {'inference': [[2, 1]], 'training step': [[7, 1]], 'memory': [8, 1]}
+    results = dict(mode='eager', img_size=2, cells={'a/1': cell, 'a+fused/1': cell})
+    text = benchmarks.BENCHMARKS['grid'].render(results)
+    assert text.count('2.000 (') == 2 and text.count('7.000 (') == 1 and text.count('8.000') == 1
+
+
+@pytest.mark.parametrize('name', ['speed-x', 'grids', 'grid-../x', ''])
+def test_record_of_another_name_is_refused_before_it_is_timed(name, monkeypatch, capsys):
+    monkeypatch.setattr(benchmarks.BENCHMARKS['grid'], 'run', None)
+    monkeypatch.setattr(sys, 'argv', ['benchmarks', 'grid', '--record', name])
+    with pytest.raises(SystemExit):
+        benchmarks.main()
+    assert f"--record must be 'grid' or 'grid-SUFFIX', not '{name}'" in capsys.readouterr().err
+
+
+def test_a_record_tells_which_code_has_changed_since(monkeypatch, tmp_path):
+    code = '"""About."""\n\n\ndef run(x):\n    return x + 1  # one more\n\n\ndef render(x):\n    return str(x)\n'
+    same = code.replace('About', 'Other').replace('  # one more', '').replace('str(x)', 'repr(x)')
+    monkeypatch.setattr(record, 'ROOT', tmp_path)
+    (tmp_path / 'folder').mkdir()
+    entry = None
+    for text, changed in ((code, []), (same, []), (code.replace('1', '2'), ['a.py', 'folder'])):
+        for path in ('a.py', 'folder/b.py'):
+            (tmp_path / path).write_text(text)
+        record.digest.cache_clear()
+        entry = entry or {'sources': {source: record.digest(source) for source in ('a.py', 'folder')}}
+        assert record.changes(entry) == changed
+    (tmp_path / 'folder' / 'b.py').rename(tmp_path / 'folder' / 'c.py')
+    record.digest.cache_clear()
+    assert record.changes({'sources': entry['sources']}) == ['a.py', 'folder'] and record.changes({}) is None
+    record.digest.cache_clear()

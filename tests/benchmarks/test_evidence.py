@@ -1,7 +1,6 @@
 """The study of docs/evidence.md: its data, networks and statistics, and the reproduction of a run's number."""
 
 import gzip
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +8,11 @@ import pytest
 import timm
 import torch
 
-from benchmarks.evidence import fashion, report, scattered, starts, study
-from benchmarks.evidence.arms import ARMS
-from benchmarks.evidence.proxies import PROXIES
-from timm_depla.detection.rcnn import split_name
-
-NARROW = [name for name, arm in ARMS.items() if arm.model.startswith('narrow_resnet')]
+from benchmarks.evidence import fashion, report, scattered, study
+from benchmarks.evidence.proxies import PROXIES, arguments
+from benchmarks.evidence.variants import VARIANTS
+from timm_depla.detection import create_detector
+from timm_depla.detection.fpn import FeaturePyramidNetworkDepla
 
 
 @pytest.fixture
@@ -70,32 +68,27 @@ def test_scattered_objects(small):
     assert len(lit) == 100 and np.std([image.mean() for image in lit]) > 40
 
 
-def test_control_has_as_many_parameters():
-    for proxy in PROXIES.values():
-        count = {}
-        for name in ('base', 'depla', 'pooled'):
-            model = timm.create_model(ARMS[name].model, device='meta', **ARMS[name].kwargs, **proxy.kwargs)
-            count[name] = sum(parameter.numel() for parameter in model.parameters())
-        assert count['pooled'] - count['base'] == pytest.approx(count['depla'] - count['base'], rel=0.01)
+@pytest.mark.parametrize('name', VARIANTS)
+def test_variants_exist(name):
+    variant = VARIANTS[name]
+    assert not variant.rate_of or not VARIANTS[variant.rate_of].rate_of
+    if variant.is_detector:
+        model = create_detector(variant.model, num_classes=11, **variant.kwargs)
+        assert model.roi_heads.box_predictor.cls_score.out_features == 11
+        assert ('fpn-depla' in name) == isinstance(model.backbone.fpn, FeaturePyramidNetworkDepla)
+    for data in () if variant.is_detector else PROXIES:
+        kwargs = arguments(variant, data)
+        model = timm.create_model(variant.model, device='meta', num_classes=10, in_chans=1, **kwargs)
+        last = model.layer2 if data == 'fashion' else model.layer3
+        assert len(last) == 4 and model.num_classes == 10
 
 
-@pytest.mark.parametrize('name', ARMS)
-def test_arms_exist(name):
-    arm = ARMS[name]
-    if arm.task == 'classification':
-        for proxy in PROXIES.values():
-            kwargs = {**arm.kwargs, **(proxy.kwargs if name in NARROW else {})}
-            assert timm.create_model(arm.model, device='meta', num_classes=10, in_chans=1, **kwargs).num_classes == 10
-    else:
-        assert split_name(arm.model)[2].startswith('fpn')
-
-
-@pytest.mark.parametrize('data,arm', [('digits', 'adaptive'), ('garments', 'nl'), ('fashion', 'depla-sgd')])
-def test_a_run_gives_its_number_again(data, arm, small):
-    job = study.Job(data, arm, 3, 0.003)
+@pytest.mark.parametrize('data,variant', [('digits', 'se'), ('garments', 'nl'), ('fashion', 'depla')])
+def test_a_run_gives_its_number_again(data, variant, small):
+    job = study.Job(data, variant, 3, 0.003)
     first, again = study.train(job), study.train(job)
     assert first['results'] == again['results'] == study.load(job)['results']
-    assert first['command'] == f'python -m benchmarks.evidence train {data} {arm} --seed 3 --lr 0.003'
+    assert first['command'] == f'python -m benchmarks.evidence train {data} {variant} --seed 3 --lr 0.003'
     assert study.train(job._replace(seed=4))['results'] != first['results']
 
 
@@ -106,32 +99,20 @@ def test_a_run_without_its_gpu_says_so(small):
     assert not study.RECORDS.exists()
 
 
-def fake(data, arm, seed, rate, score):
+def fake(data, variant, seed, rate, score):
     """Put a run on record."""
-    study.save(dict(data=data, arm=arm, seed=seed, lr=rate, results={study.metric(arm): [0.0, score]}))
+    key, scale = ('eval_AP', 0.01) if VARIANTS[variant].is_detector else ('eval_top1', 1)
+    study.save(dict(data=data, variant=variant, seed=seed, lr=rate, results={key: [0.0, scale * score]}))
 
 
-def tune(data, arm, rate, score):
-    for seed in study.TUNING_SEEDS:
-        fake(data, arm, seed, rate, score)
-
-
-def test_insertion_starts_as_the_base_ended(small):
-    """Both arms start from the base of their seed, which is trained once."""
-    with pytest.raises(SystemExit, match='run garments base'):
-        study.train(study.Job('garments', 'inserted', 0, 1e-6))
-    for rate in study.RATES[:4]:
-        tune('garments', 'base', rate, 90 - rate)
-    jobs = [study.Job('garments', arm, 0, 1e-6) for arm in ('again', 'inserted')]
-    first, second = (study.train(job)['results']['train_loss'][0] for job in jobs)
-    trunks = list((small / 'cache' / 'timm_depla' / 'trunks').iterdir())
-    assert [folder.name.rpartition('-')[0] for folder in trunks] == ['garments-base-0-0.001']
-    assert first == pytest.approx(second, rel=1e-5)  # of the only batch of an epoch, before the first update
+def tune(data, variant, rate, score):
+    for job in study.tuning_jobs(data, variant, rate):
+        fake(*job, score)
 
 
 def test_grid_goes_on_beyond_a_best_rate_at_its_edge(small):
     assert study.tuning('digits', 'base') == {0.003: None, 0.009: None, 0.027: None}
-    assert list(study.tuning('digits', 'base-sgd')) == [0.027, 0.081, 0.243]
+    assert list(study.tuning('scenes', 'fpn')) == [0.009, 0.027, 0.081]
     for rate, top1 in ((0.003, 88.0), (0.009, 90.0), (0.027, 89.0)):
         tune('digits', 'base', rate, top1)
         tune('digits', 'se', rate, -top1 if rate == 0.009 else rate)
@@ -146,60 +127,51 @@ def test_grid_goes_on_beyond_a_best_rate_at_its_edge(small):
 
 
 def test_tables(small, monkeypatch):
-    for arm, gain in (('base', 0.0), ('depla', 3.0), ('adaptive', -3.0), ('pooled', 3.01)):
+    for variant, gain in (('base', 0.0), ('depla', 3.0), ('se', -3.0), ('gc', 0.01)):
         for rate in study.RATES:
-            tune('digits', arm, rate, 90 + rate)
+            tune('digits', variant, rate, 90 + rate)
         for seed in range(10):
-            fake('digits', arm, seed, study.RATES[-1], 85 + gain + seed % 5)
-    assert study.best_rate('digits', 'base') == study.RATES[-1] and study.best_rate('digits', 'se') is None
+            fake('digits', variant, seed, study.RATES[-1], 85 + gain + seed % 5)
+    for rate, score in zip(study.RATES[2:6], (50, 60, 65, 55), strict=True):
+        tune('scenes', 'fpn-depla-0.5', rate, score)
+        tune('scenes', 'fpn', rate, score)
+    for seed in range(5):
+        fake('scenes', 'fpn-depla-1.0', seed, 0.081, 70 + seed)
+        fake('scenes', 'fpn', seed, 0.081, 60 + seed)
+    assert study.best_rate('digits', 'base') == study.RATES[-1] and study.best_rate('digits', 'nl') is None
     # ten seeds each, of a standard deviation of 1.491: an error of 1.491 sqrt(2 / 10) = 0.667, times 2.101
     found = report.difference('digits', 'depla', 'base')
     assert (found.mean, found.half) == pytest.approx((3.0, 1.401), abs=1e-3)
-    text = report.claims()
-    assert '| digits | DEPLA less base | +3.00 ± 1.40 | < 0.001 | +1.7 | **gains** |' in text
-    assert '| digits | adaptive DEPLA less base | -3.00 ± 1.40 | < 0.001 | +1.9 | **costs** |' in text
-    assert '| digits | DEPLA less control: pooled bottleneck | -0.01 ± 1.40 | 0.988 |  | **undecided** |' in text
-    assert len(text.splitlines()) == 5 and len(report.calibration().splitlines()) == 2
+    assert report.compare('claims').splitlines()[2:] == [
+        '| digits | DEPLA less base | +3.00 ± 1.40 | < 0.001 | +1.7 | **gains** |'
+    ]
+    assert report.compare('calibration').splitlines()[2:] == [
+        '| digits | SE less base | -3.00 ± 1.40 | < 0.001 |  | **costs** |',
+        '| digits | GC less base | +0.01 ± 1.40 | 0.988 |  | **undecided** |',
+    ]
+    assert report.compare('detection').splitlines()[2:] == [
+        '| scenes | FPN-DEPLA, T = 1.0 less FPN | +10.00 ± 2.31 | < 0.001 | +1.0 | **gains** |'
+    ]
     for name in report.PAGES:
-        (small / name).write_text(
-            '\n\n'.join(f'<!-- {mark} -->\n\n<!-- end -->' for mark in ('claims', 'networks', 'tuning'))
-        )
+        (small / name).write_text('\n\n'.join(f'<!-- {mark} -->\n\n<!-- end -->' for mark in ('networks', 'tuning')))
     monkeypatch.setattr(report, 'DOCS', small)
     report.write()
     once = (small / 'evidence.md').read_text()
     report.write()
-    assert (small / 'evidence.md').read_text() == once and once.count('<!-- end -->') == 3
-    assert (
-        '| digits | base | 0.825 | 2.187 | 87.00 ± 1.07 | 85.00 86.00 ' in once and (small / 'evidence.svg').is_file()
-    )
+    assert (small / 'evidence.md').read_text() == once and once.count('<!-- end -->') == 2
+    assert '| digits | base | 0.825 | 2.187 | 87.00 ± 1.07 | 85.00 86.00 ' in once
+    assert '| scenes | FPN |  |  | 50.00 | 60.00 | 65.00 ' in once.replace('|  |  |  |', '|  |  |')
+    assert (small / 'evidence.svg').is_file()
 
 
 def test_holm():
     """Of p values 0.01, 0.04, 0.03 and 0.005: times 4 the least, then 3, 2 and 1, none below the one before."""
     found = [report.Difference(1.0, 1.0, p) for p in (0.01, 0.04, 0.03, 0.005)]
-    assert report.correct([*found, None]) == pytest.approx([0.03, 0.06, 0.06, 0.02, None])
-    assert [report.verdict(found[0], p) for p in (0.03, 0.06, None)] == ['gains', 'undecided', 'not run']
-
-
-def test_starts_of_detectors(tmp_path, monkeypatch):
-    monkeypatch.setattr(starts, 'RECORDS', tmp_path / 'starts.jsonl')
-    monkeypatch.setattr(starts, 'STEPS', 2)
-    for variant in starts.VARIANTS[:2]:
-        starts.measure(variant, 0)
-    plain, large = (json.loads(line)['results'] for line in starts.RECORDS.read_text().splitlines())
-    assert large['features'] == plain['features'] and large['pyramid'] == pytest.approx(3 * plain['pyramid'], rel=1e-3)
-    assert large['loss_mask'] > 1.5 * plain['loss_mask'] > 0
-    rows = starts.starts().splitlines()[2:]
-    assert [row.split(' | ')[0] for row in rows] == ['| ResNet', '| ResNet, features times 3']
+    assert report.correct(found) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert [report.verdict(found[0], p) for p in (0.03, 0.06)] == ['gains', 'undecided']
 
 
 def test_docs_are_what_the_records_say():
-    parts = dict(
-        evidence=('calibration', 'claims', 'detection'),
-        protocol=('networks', 'tuning'),
-        search=('conditioning', 'starts', 'seeds', 'search'),
-    )
-    for name, tables in parts.items():
-        text = (report.DOCS / f'{name}.md').read_text()
-        for part in tables:
-            assert f'<!-- {part} -->' not in text or getattr(report, part)() in text
+    made, texts = report.tables(), [(report.DOCS / name).read_text() for name in report.PAGES]
+    for mark, content in made.items():
+        assert sum(f'<!-- {mark} -->\n{content}\n<!-- end -->' in text for text in texts) == 1, mark

@@ -149,7 +149,7 @@ def create_detector(
         backbone_kwargs: Arguments of the backbone.
         depla: Arguments of FPN-DEPLA, such as temperature.
         neck_norm: timm's name of a norm after each convolution of the pyramid, such as 'batchnorm2d'; by default none,
-            as in the paper. From scratch, detectors over FishNet learn sooner with one (docs/search.md).
+            as in the paper. From scratch, detectors over FishNet learn sooner with one (docs/protocol.md).
         out_channels: Channels of the pyramid; the heads' widths are in proportion.
         anchor_sizes: Sizes of the anchors in pixels, one for each of the five levels.
         **kwargs: Arguments of torchvision's FasterRCNN or MaskRCNN.
