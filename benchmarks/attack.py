@@ -1,10 +1,9 @@
 """Mistakes and hostile files, drawn from seeds: each gives a message, never a traceback, a hang or silence.
 
-Command lines have valid and invalid values. A run folder is damaged in one place, gets a link or a pipe, or an
-args.yaml that asks for what only a user may ask for. Published weights get another config.json. Each case runs what the
-command runs, in its own process, with a time limit. "Silent" is an invalid number that a flag accepts, or a damaged
-checkpoint that is used. "Fetched" is a host that the user did not name, "written outside" a file outside of the case's
-folder.
+A run folder is damaged in one place, gets a link or a pipe, or an args.yaml that asks for what only a user may ask for.
+Each case runs what the command runs, in its own process, with a time limit. "Silent" is an invalid number that a flag
+accepts, or a damaged checkpoint that is used. "Fetched" is a host that the user did not name, "written outside" a file
+outside of the case's folder.
 """
 
 import argparse
