@@ -7,11 +7,12 @@ from typing import Any, Dict
 import torch
 import torch.nn as nn
 
+from timm_depla.compile import compile_blocks
 from timm_depla.errors import ConfigError
 
 from .distributed import World
 
-__all__ = ['autocast', 'check_compile', 'set_up_device']
+__all__ = ['autocast', 'check_compile', 'compile_depla', 'set_up_device']
 
 
 def set_up_device(args: Namespace, world: World) -> None:
@@ -29,13 +30,26 @@ def autocast(args: Namespace) -> torch.autocast:
     return torch.autocast(torch.device(args.device).type, dtype=getattr(torch, args.amp_dtype), enabled=args.amp)
 
 
-def check_compile(args: Namespace) -> Dict[str, Any]:
-    """Arguments of `torch.compile`, which torch must know; empty if nothing is compiled."""
-    if not getattr(args, 'torchcompile', None):  # detectors are not compiled
+def check_compile(args: Namespace, flag: str = 'torchcompile') -> Dict[str, Any]:
+    """Arguments of `torch.compile`, which torch must know, for what the flag compiles; empty if that is nothing."""
+    backend = getattr(args, flag, None)
+    if not backend:
         return {}
-    kwargs = dict(backend=args.torchcompile, mode=args.torchcompile_mode)
+    kwargs = dict(backend=backend, mode=args.torchcompile_mode)
     try:
         torch.compile(nn.Identity(), **kwargs)
     except RuntimeError as error:
-        raise ConfigError(f"--torchcompile '{args.torchcompile}': {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--{flag.replace('_', '-')} '{backend}': {str(error).splitlines()[0]}") from error
     return kwargs
+
+
+def compile_depla(args: Namespace, *models: nn.Module) -> None:
+    """Compile the blocks with DEPLA if `args.torchcompile_blocks` is set, which only networks with DEPLA take."""
+    compiled = check_compile(args, 'torchcompile_blocks')
+    if compiled and check_compile(args):
+        raise ConfigError('--torchcompile compiles the blocks, too: leave out --torchcompile-blocks')
+    try:
+        for model in models if compiled else ():
+            compile_blocks(model, **compiled)
+    except ValueError as error:
+        raise ConfigError(f'--torchcompile-blocks: {error}') from error

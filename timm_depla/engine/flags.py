@@ -16,6 +16,7 @@ OWN_FLAGS = {
     '--recipe', '--dry-run', '--checkpoint-minutes', '--deterministic', '--resume-with-changes', '--log-tensorboard',
     '--evaluator', '--pretrained-backbone', '--trainable-backbone-layers', '--backbone-norm', '--classes',
     '--resize-backend', '--backbone-lr-scale', '--save-epochs', '--stop-epoch', '--val-fraction',
+    '--torchcompile-blocks',
 }  # fmt: skip
 """Flags that timm's scripts do not have."""
 
@@ -55,6 +56,8 @@ def add_device_args(parser: FlagParser) -> None:
     add('--amp-dtype', default='float16', choices=['float16', 'bfloat16'], help='its lower precision')
     add('--torchcompile', type=str, nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
     add('--torchcompile-mode', type=str, metavar='MODE', help="mode of torch.compile, such as 'max-autotune'")
+    blocks = 'compile the blocks with DEPLA alone'
+    add('--torchcompile-blocks', type=str, nargs='?', const='inductor', metavar='BACKEND', help=blocks)
 
 
 def add_training_args(parser: FlagParser, metrics: Sequence[str], val_split: str) -> None:

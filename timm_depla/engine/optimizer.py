@@ -18,7 +18,7 @@ from timm_depla.errors import ConfigError, closest
 from timm_depla.layers import Depla
 
 from .config import updated
-from .device import check_compile
+from .device import check_compile, compile_depla
 from .distributed import World
 from .state import TrainState
 
@@ -104,6 +104,7 @@ def create_state(args: Namespace, world: World, task: TrainingTask, steps: int) 
     optimizer, scheduler, num_epochs = create_optimizer(args, trainable, math.ceil(steps / args.grad_accum_steps))
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+    compile_depla(args, trainable, *([task.get_trainable_module(ema=True)] if args.model_ema else []))
     if compiled := check_compile(args):
         task.compile(**compiled)
         task.compile_ema(**compiled)

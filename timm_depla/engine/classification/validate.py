@@ -23,7 +23,7 @@ from timm_depla.loading import load_model, run_arguments, trained_data
 
 from ..batches import max_unreadable
 from ..config import parse_args, updated
-from ..device import autocast, check_compile
+from ..device import autocast, check_compile, compile_depla
 from ..distributed import Interrupt, World, explain_lost_peers, setup_world
 from ..metrics import check_results, write_results
 from ..progress import progress
@@ -191,6 +191,7 @@ def _measure(args: Namespace, target: str, world: World) -> Dict[str, Any]:
         model, pools = apply_test_time_pool(model, data_config)
         data_config['crop_pct'] = 1.0 if pools else data_config['crop_pct']
     model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    compile_depla(args, model)
     if compiled := check_compile(args):
         model = torch.compile(model, **compiled)
     observe, real = _scoring(args, dataset)

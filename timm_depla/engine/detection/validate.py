@@ -17,7 +17,7 @@ from timm_depla.errors import ConfigError
 from timm_depla.loading import load_weights, run_arguments, trained_data
 
 from ..config import parse_args, updated
-from ..device import autocast
+from ..device import autocast, compile_depla
 from ..distributed import Interrupt, World, explain_lost_peers, setup_world
 from ..metrics import check_results, write_results
 from ..progress import progress
@@ -121,6 +121,7 @@ def validate(args: Namespace) -> Evaluation:
     world = setup_world(args.device)
     model, dataset = _open(args)
     model.to(world.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    compile_depla(args, model)
     if unknown := set(dataset.category_ids) - set(model.category_ids):
         raise ConfigError(f"'{args.target}' does not know the categories {sorted(unknown)[:5]} of '{args.data_dir}'")
     loader = ValidationLoader(args, dataset, world, model.category_ids)
