@@ -34,6 +34,7 @@ from .flags import add_flags
 from .record import table
 
 SECONDS = 120  # time limit of a case
+OUTSIDE = 'written outside'
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +87,7 @@ def _case(attack: Callable[..., bool], seed: int, target: Path, log: Path) -> No
             traceback.print_exc()
         if lookups and attack is not attack_command:  # there, the user may have named it
             outcome = f'fetched {lookups[0]}'
-        outcome = 'written outside' if _digest(home, outside) != before else outcome
+        outcome = OUTSIDE if _digest(home, outside) != before else outcome
         outcome = 'executed' if list(Path(scratch).rglob('executed')) else outcome
         os.chdir('/')
         tempfile.tempdir = None
@@ -146,17 +147,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def render(results: Dict[str, Any]) -> str:
-    kinds = (
-        'refused',
-        'accepted',
-        'traceback',
-        'unexpected',
-        'hang',
-        'silent',
-        'executed',
-        'fetched',
-        'written outside',
-    )
+    kinds = ['refused', 'accepted', 'traceback', 'unexpected', 'hang', 'silent', 'executed', 'fetched', OUTSIDE]
     rows = [[kind, *(found.get(kind, 0) for found in results.values())] for kind in kinds]
     never = ', '.join(kind for kind, *counts in rows if not any(counts))
     return f'No case: {never or "-"}.\n\n{table(["", *results], [row for row in rows if any(row[1:])])}'
