@@ -6,6 +6,7 @@ import shlex
 import sys
 from html import escape
 from importlib import import_module
+from inspect import isgenerator
 from typing import Any, Dict, List
 
 from timm.utils import setup_default_logging
@@ -17,6 +18,7 @@ MEASURED = {  # what of the package each measures, beside its own file; in the o
     'grid': (LAYERS, MODELS),
     'neck': (LAYERS, DETECTION),
     'speed': (LAYERS, MODELS),
+    'gpu': ('timm_depla',),
     'cost': (LAYERS, MODELS),
     'bound': (LAYERS, MODELS),
     'block': (LAYERS,),
@@ -85,7 +87,10 @@ def render_docs() -> str:
         f'each table stands what of the measured code has changed since; {OLDER} marks such records here.',
         render_summary(),
     ]
-    for benchmark, entries in records().items():
+    found = records()
+    for benchmark, entries in {benchmark: found.get(benchmark, {}) for benchmark in BENCHMARKS}.items():
+        if not entries and benchmark != 'gpu':
+            continue
         parts += [f'## {benchmark}', BENCHMARKS[benchmark].__doc__.strip().replace('\n\n', '\n')]
         for name, entry in entries.items():
             text = BENCHMARKS[benchmark].render(entry['results'])
@@ -96,6 +101,11 @@ def render_docs() -> str:
             else:  # a sentence that ends the paragraph
                 parts[-1] += f'\n{text}'
             parts += [render_origin(entry)]
+        if not entries:
+            parts += [
+                BENCHMARKS[benchmark].render(BENCHMARKS[benchmark].NOTHING),
+                f'`python -m benchmarks {benchmark}`',
+            ]
     return '\n\n'.join([*parts, '## earlier', EARLIER]) + '\n'
 
 
@@ -113,9 +123,10 @@ def main() -> None:
         if not re.fullmatch(rf'{args.name}(-[\w-]+)?', args.record):
             parser.error(f"--record must be '{args.name}' or '{args.name}-SUFFIX', not '{args.record}'")
         module = BENCHMARKS[args.name]
-        results = module.run(args)
         command = f'python -m benchmarks {shlex.join(sys.argv[1:])}'
-        record.save(args.record, command, vars(args), sources(args.name), results)
+        found = module.run(args)
+        for results in found if isgenerator(found) else [found]:
+            record.save(args.record, command, vars(args), sources(args.name), results)
         print(module.render(results))
     DOCS.write_text(render_docs())
 

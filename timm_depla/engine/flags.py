@@ -15,7 +15,8 @@ __all__ = ['OWN_FLAGS', 'add_device_args', 'add_loading_args', 'add_training_arg
 OWN_FLAGS = {
     '--recipe', '--dry-run', '--checkpoint-minutes', '--deterministic', '--resume-with-changes', '--log-tensorboard',
     '--evaluator', '--pretrained-backbone', '--trainable-backbone-layers', '--backbone-norm', '--classes',
-    '--resize-backend', '--backbone-lr-scale', '--save-epochs', '--stop-epoch', '--val-fraction', '--torchcompile-blocks',
+    '--resize-backend', '--backbone-lr-scale', '--save-epochs', '--stop-epoch', '--val-fraction',
+    '--torchcompile-blocks',
 }  # fmt: skip
 """Flags that timm's scripts do not have."""
 
