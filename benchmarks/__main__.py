@@ -1,6 +1,7 @@
 """`python -m benchmarks NAME` runs a benchmark, saves its record and writes docs/benchmarks.md."""
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -12,6 +13,7 @@ from typing import Any, Dict, List
 from timm.utils import setup_default_logging
 
 from . import record
+from .pairs import KEEP_MEMORY
 
 LAYERS, MODELS, DETECTION = 'timm_depla/layers', 'timm_depla/models', 'timm_depla/detection'
 MEASURED = {  # what of the package each measures, beside its own file; in the order of the page
@@ -82,9 +84,10 @@ def render_docs() -> str:
     """The text of docs/benchmarks.md: a summary, and a section for each benchmark."""
     parts = [
         '# Benchmarks',
-        'Models take turns with their base in one process, so ratios hold where times do not. In brackets are 95% '
-        'intervals. The figures come from the records in `benchmarks/records/`, which hold more than the tables. Below '
-        f'each table stands what of the measured code has changed since; {OLDER} marks such records here.',
+        'Models take turns with their base in one process, so ratios hold where times do not; on a CPU, glibc [keeps '
+        'freed memory](training.md). In brackets are 95% intervals. The figures come from the records in '
+        '`benchmarks/records/`, which hold more than the tables. Below each table stands what of the measured code has '
+        f'changed since; {OLDER} marks such records here.',
         render_summary(),
     ]
     found = records()
@@ -132,4 +135,6 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    if not KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, '-m', 'benchmarks', *sys.argv[1:]], {**os.environ, **KEEP_MEMORY})
     main()

@@ -17,7 +17,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_depla.engine.distributed import keep_memory
 from timm_depla.layers import Depla
 
 from .flags import add_flags
@@ -51,6 +50,13 @@ def _infer(block: Depla, x: torch.Tensor, y: torch.Tensor) -> None:
 
 def _step(block: Depla, x: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor) -> None:
     torch.autograd.grad(block(x, y), [x, y, *block.parameters()], gradient)
+
+
+def _backward(block: Depla, x: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor) -> None:
+    """As `_step`, which PyTorch's counter does not take."""
+    for tensor in (x, y, *block.parameters()):
+        tensor.grad = None
+    block(x, y).backward(gradient)
 
 
 def _repeat(call: Callable[[], Any], times: int) -> None:
@@ -87,7 +93,7 @@ def _measure(bfn: str, shape: List[int], memory_format: torch.memory_format, rou
     samples = time_rounds([partial(_repeat, call, times) for call in calls], rounds)
     return dict(
         macs=macs, bytes=x.nbytes, samples=[[seconds / times for seconds in sample] for sample in samples],
-        memory=[peak_memory(step) for step in steps], profile=_profile(steps[0], times),
+        memory=list(map(peak_memory, steps)), profile=_profile(partial(_backward, block, x, y, gradient), times),
     )  # fmt: skip
 
 
@@ -108,7 +114,6 @@ def _profile(step: Callable[[], Any], times: int) -> Dict[str, Dict[str, float]]
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     torch.manual_seed(0)
-    keep_memory()
     return {
         f'{bfn}, ({", ".join(shape.split("x"))}), {name}': _measure(
             bfn, [int(side) for side in shape.split('x')], memory_format, args.pairs

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Tuple
 import timm
 from timm.utils import reparameterize_model
 
-from timm_depla.engine.plan import count_cost, count_macs
+from timm_depla.models.cost import count_cost, count_macs
 
 from .flags import add_flags
 from .record import table

@@ -123,7 +123,7 @@ def kill(process: subprocess.Popen, count: int, run: Path, seed: int) -> str:
         code = process.wait(timeout=120)
         if code == 0:
             return ''
-        if 'go on with: python' not in log.read_text():
+        if 'resume with: python' not in log.read_text():
             raise RuntimeError(f'SIGUSR1 was not answered: {log.read_text()}')
     else:
         time.sleep(0.2)  # what a surviving rank does meanwhile

@@ -11,8 +11,6 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 
-from timm_depla.engine.distributed import keep_memory
-
 from .deploy import onnxruntime
 from .flags import add_flags
 from .pairs import ratio_text, time_rounds
@@ -64,7 +62,6 @@ def _measure(name: str, batch_size: int, args: argparse.Namespace) -> Dict[str, 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     torch.manual_seed(0)
-    keep_memory()
     cells = {}
     for name in args.model:
         for batch_size in args.batch_size:

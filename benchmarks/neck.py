@@ -1,7 +1,7 @@
 """FPN-DEPLA over FPN at the size of detection: the whole detector, and the pyramid alone.
 
 One image, in turn. The untrained detectors score the same 1,000 proposals and report nothing. A training step is
-forward and backward. The C library keeps freed memory, as in train_detection.py.
+forward and backward.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from timm_depla.detection import create_detector
-from timm_depla.engine.distributed import keep_memory
 
 from .flags import add_flags
 from .pairs import median_text, peak_memory, ratio_text, time_rounds
@@ -69,7 +68,6 @@ def create_detectors(
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     torch.manual_seed(0)
-    keep_memory()
     size = args.img_size
     specs = [args.model, *(f'{args.model}+{path}' for path in args.path), args.base]
     detectors, image, target = create_detectors([spec.partition('+')[0] for spec in specs], size, size)

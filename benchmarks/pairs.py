@@ -12,6 +12,7 @@ import torch
 from scipy.stats import ttest_1samp
 from torch.profiler import ProfilerActivity, profile
 
+KEEP_MEMORY = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '2147483647'}  # for glibc: docs/training.md
 Samples = Sequence[Sequence[float]]  # a row for each round, a column for each call; that of the base is the last
 
 

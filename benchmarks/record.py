@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from timm_depla.files import format_json
 from timm_depla.hub.record import create_record
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +19,18 @@ def save(name: str, command: str, arguments: Dict[str, Any], sources: Sequence[s
     digests = {source: digest(source) for source in sources}
     record = create_record(command, results, arguments=arguments, sources=digests)
     FOLDER.mkdir(exist_ok=True)
-    (FOLDER / f'{name}.json').write_text(format_json(record, width=2000) + '\n')
+    (FOLDER / f'{name}.json').write_text(format_record(record) + '\n')
+
+
+def format_record(value: Any, levels: int = 3, indent: str = '') -> str:
+    """JSON with a line for each entry of the outer dictionaries, such as a row of a table, three levels deep."""
+    if levels and isinstance(value, dict) and any(isinstance(item, dict) for item in value.values()):
+        entries = [
+            f'{indent} {json.dumps(str(key))}: {format_record(item, levels - 1, indent + " ")}'
+            for key, item in value.items()
+        ]
+        return '{\n' + ',\n'.join(entries) + f'\n{indent}}}'
+    return json.dumps(value)
 
 
 def load(name: str) -> Dict[str, Any]:

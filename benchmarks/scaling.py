@@ -14,7 +14,6 @@ import timm
 import torch
 from timm.layers import NonLocalAttn
 
-from timm_depla.engine.distributed import keep_memory
 from timm_depla.layers import Depla
 
 from .flags import add_flags
@@ -38,7 +37,6 @@ def _step(block: torch.nn.Module, inputs: List[torch.Tensor]) -> None:
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     torch.manual_seed(0)
-    keep_memory()
     names = ['block, plain', 'block, adaptive', 'non-local block', args.model, args.base]
     blocks = [Depla(CHANNELS), Depla(CHANNELS, bfn='adaptive'), NonLocalAttn(CHANNELS)]
     models = [timm.create_model(name) for name in (args.model, args.base)]

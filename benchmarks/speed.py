@@ -1,9 +1,9 @@
 """Time and memory of models over a base.
 
 Models take turns in one process. A training step is forward and backward, without the optimizer. Memory is that of the
-weights and buffers and the most that PyTorch allocates in a step. On a CPU, the C library keeps freed memory, as in
-train.py. `MODEL:NAME` has timm's attention layer NAME in its residual blocks. `MODEL+plain` runs under
-`set_fused_depla(False)`. `MODEL+fused` is the result of timm's `reparameterize_model`, for inference alone.
+weights and buffers and the most that PyTorch allocates in a step. `MODEL:NAME` has timm's attention layer NAME in its
+residual blocks. `MODEL+plain` runs under `set_fused_depla(False)`. `MODEL+fused` is the result of timm's
+`reparameterize_model`, for inference alone.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import timm
 import torch
 from timm.utils import reparameterize_model
 
-from timm_depla.engine.distributed import keep_memory
 from timm_depla.layers import set_fused_depla
 
 from .flags import add_flags
@@ -105,7 +104,6 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise SystemExit('no CUDA GPU here: run this command on a machine with one, or leave out --device cuda')
     torch.manual_seed(0)
-    keep_memory()
     specs = [*args.model, args.base]
     x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
     time = partial(time_rounds, rounds=args.pairs, device=args.device)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import timm
 import torch
+import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from timm_depla.engine.classification import validate as validation
@@ -36,6 +37,13 @@ def gpu_autocast(dtype):
         finally:
             torch.set_autocast_enabled('cuda', False)
             torch.set_autocast_dtype('cuda', torch.float16)  # PyTorch's default
+
+
+def change_arguments(run, **values):
+    """Change the args.yaml of a run; returns its path."""
+    path = run / 'args.yaml'
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **values}))
+    return path
 
 
 def flip_bit(file):

@@ -1,5 +1,6 @@
 """Untrusted files: images that are decompression bombs, of another format, or of more than eight bits."""
 
+import json
 import os
 import struct
 import zlib
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_depla.files import find_change, list_sums, open_image
+from timm_depla.files import find_change, format_json, list_sums, open_image
 
 
 def png(*chunks):
@@ -52,6 +53,13 @@ def test_sixteen_bits_keep_their_scale(tmp_path):
     Image.fromarray(levels).save(tmp_path / 'image.png')
     found = np.asarray(open_image(tmp_path / 'image.png', 'L')).astype(int)
     assert np.abs(found - levels / 257).max() <= 0.5
+
+
+def test_json_has_a_line_a_key_and_reads_back():
+    value = {'a': list(range(9)), 'b': {'c': 'x' * 90, 'd': None}, 'e': {'f': [0.1]}}
+    text = format_json(value)
+    assert json.loads(text) == value and format_json(value['e']) == '{"f": [0.1]}'
+    assert [line.strip()[:3] for line in text.splitlines()] == ['{', '"a"', '"b"', '"c"', '"d"', '},', '"e"', '}']
 
 
 def test_changed_file_is_named(tmp_path):

@@ -21,7 +21,7 @@ ALLOWED = {
     'loading': {'data', 'detection', 'errors', 'files', 'models', 'timm_runs'},
     'engine': {'data', 'errors', 'files', 'layers', 'loading', 'models', 'schema', 'timm_runs', 'version'}
     | {'compile', 'detection'},
-    'hub': {'commands', 'data', 'detection', 'engine', 'errors', 'files', 'loading', 'timm_runs', 'version'},
+    'hub': {'commands', 'data', 'detection', 'engine', 'errors', 'files', 'loading', 'models', 'timm_runs', 'version'},
     'visualize': {'capture', 'commands', 'data', 'detection', 'errors', 'files', 'layers', 'loading'},
     'predict': {'commands', 'data', 'detection', 'engine', 'errors', 'files', 'schema', 'visualize'},
     'demo': {'capture', 'commands', 'data', 'errors', 'files', 'predict', 'schema', 'visualize'},

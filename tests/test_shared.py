@@ -7,8 +7,7 @@ import shutil
 import pytest
 import timm
 import torch
-import yaml
-from helpers import fit, flip_bit, run, validate
+from helpers import change_arguments, fit, flip_bit, run, validate
 from safetensors.torch import load_file, save_file
 
 from timm_depla.data import digits_folder
@@ -101,25 +100,21 @@ ASKED = {
 @pytest.mark.parametrize('key', ASKED)
 def test_file_of_a_run_asks_for_nothing(key, shared):
     """What fetches, sends or loads must stand on the command line; the message has the words for it."""
-    arguments = yaml.safe_load((shared / 'args.yaml').read_text())
-    (shared / 'args.yaml').write_text(yaml.safe_dump({**arguments, key: ASKED[key]}))
-    flag = f'--{key.replace("_", "-")}'
+    path, flag = str(change_arguments(shared, **{key: ASKED[key]})), f'--{key.replace("_", "-")}'
     with pytest.raises(ConfigError, match=rf"args.yaml' asks for {flag}( .*)?, which the file"):
-        parse_args(create_train_parser(), ['--recipe', str(shared / 'args.yaml')])
+        parse_args(create_train_parser(), ['--recipe', path])
     words = [flag] if ASKED[key] is True else [flag, ASKED[key]]
-    args = parse_args(create_train_parser(), ['--recipe', str(shared / 'args.yaml'), *words])
-    assert getattr(args, key) == ASKED[key]
+    assert getattr(parse_args(create_train_parser(), ['--recipe', path, *words]), key) == ASKED[key]
 
 
 def test_start_and_place_are_the_command_line_s(shared):
     """Resuming needs no initial weights; a file says neither where a run is written nor how it starts."""
-    arguments = yaml.safe_load((shared / 'args.yaml').read_text())
     planted = dict(output='/etc', experiment='../x', resume='auto', dry_run=True, pretrained=True)
-    (shared / 'args.yaml').write_text(yaml.safe_dump({**arguments, **planted}))
-    args = parse_args(create_train_parser(), ['--resume', str(shared)], str(shared / 'args.yaml'))
+    path = str(change_arguments(shared, **planted))
+    args = parse_args(create_train_parser(), ['--resume', str(shared)], path)
     assert (args.output, args.experiment, args.dry_run, args.pretrained) == ('output', '', False, False)
     with pytest.raises(ConfigError, match='asks for --pretrained, which'):
-        parse_args(create_train_parser(), ['--recipe', str(shared / 'args.yaml')])
+        parse_args(create_train_parser(), ['--recipe', path])
 
 
 def test_every_flag_is_shared_or_not():

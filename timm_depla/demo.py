@@ -133,11 +133,7 @@ def pixels_of(drawing: Optional[Dict[str, Any]]) -> Optional[Tensor]:
 
 @lru_cache(maxsize=4)
 def open_model(target: str) -> nn.Module:
-    """Load a classifier with DEPLA, and cache it.
-
-    Raises:
-        ConfigError: If it does not load, is no classifier, or has no DEPLA block.
-    """
+    """Load a classifier with DEPLA, and cache it; ConfigError if it is anything else."""
     model = load_any(target)
     if not hasattr(model, 'pretrained_cfg'):
         raise ConfigError(f"'{target}' is a detector, the page takes classifiers: see `timm-depla visualize`")
@@ -149,11 +145,7 @@ def open_model(target: str) -> nn.Module:
 
 
 def examples(images: Optional[str] = None) -> List[str]:
-    """The images of a folder, twenty at most; by default digits, one of each class, if they can be written.
-
-    Raises:
-        ConfigError: If the folder has none.
-    """
+    """The images of a folder, twenty at most; by default digits, one of each class, if they can be written."""
     if images:
         files = [str(file) for file in find_images(images)]
         return files[:: math.ceil(len(files) / 20)]
@@ -327,11 +319,7 @@ def main() -> None:
 
 
 def find_models(targets: List[str]) -> Dict[str, str]:
-    """The models of the page, by name: the targets, or the shipped classifiers of digits.
-
-    Raises:
-        ConfigError: If there are none, or one does not load.
-    """
+    """The models of the page, by name: the targets, or the shipped classifiers of digits; ConfigError if none."""
     models = {Path(target).name: target for target in targets}
     if not models and WEIGHTS.is_dir():
         models = {folder.name: f'local-dir:{folder}' for folder in sorted(WEIGHTS.glob('*.digits'), reverse=True)}

@@ -113,11 +113,7 @@ def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: 
 
 
 def load_any(target: str) -> nn.Module:
-    """Load a classifier or detector from a run, checkpoint or published folder, or a model with pretrained weights.
-
-    Raises:
-        ConfigError: If it does not load.
-    """
+    """Load a run, checkpoint, published folder or pretrained model, classifier or detector; ConfigError if none."""
     folder = Path(target.removeprefix('local-dir:'))
     if is_detector(folder):
         try:
@@ -130,8 +126,7 @@ def load_any(target: str) -> nn.Module:
 def prepare(model: nn.Module, pixels: Tensor, name: str = 'the image') -> Tuple[Tensor, Any]:
     """Convert an image, uint8 (3, H, W), to the one to show, (3, H, W) from 0 to 1, and to the model's input.
 
-    Raises:
-        ConfigError: If it is too small.
+    ConfigError if it is too small.
     """
     height, width = pixels.shape[1:]
     if min(height, width) < _MIN_SIDE:
@@ -146,11 +141,7 @@ def prepare(model: nn.Module, pixels: Tensor, name: str = 'the image') -> Tuple[
 
 
 def read_input(model: nn.Module, file: Path) -> Tuple[Tensor, Any]:
-    """Read an image file and `prepare` it.
-
-    Raises:
-        ConfigError: If it is no image, or too small.
-    """
+    """Read an image file and `prepare` it; ConfigError if it is no image, or too small."""
     try:
         pixels = read_image(file)
     except OSError as error:
@@ -198,11 +189,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the command.
-
-    Raises:
-        ConfigError: If the model or the image does not load, or there is no such block.
-    """
+    """Run the command; ConfigError if the model or the image does not load, or there is no such block."""
     model = load_any(args.model)
     try:
         blocks = find_blocks(model)

@@ -17,7 +17,7 @@ def test_docs_are_generated_from_the_records():
     """After a change of measured code, `python -m benchmarks docs` marks the records."""
     assert benchmarks.DOCS.read_text() == benchmarks.render_docs()
     for name in record.names():
-        assert (record.FOLDER / f'{name}.json').read_text() == record.format_json(record.load(name)) + '\n'
+        assert (record.FOLDER / f'{name}.json').read_text() == record.format_record(record.load(name)) + '\n'
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_docs_are_generated_from_the_records():
         (f'{GRID} 1 2 --path plain fused', '| `test_resnet_depla` | 2 | '),
         (f'{GRID} 2 --mode onnx --record grid-onnx', 'CPU, onnx'),
         ('init --batch-size 2', 'gradient of `rpn.logits.conv.weight`'),
-        ('insertion --model test_vit*', '0 of 4 networks take DEPLA. What the others do: 4 works on tokens'),
+        ('insertion --model test_vit*', '0 of 5 networks take DEPLA. What the others do: 5 works on tokens'),
         ('neck --img-size 96 --pairs 2 --path plain', 'pyramid, training step'),
         ('feeding --pairs 2 --batch-size 4', '| torchvision v2 |'),
         pytest.param(PIPELINE, 'of the values of a crop', marks=pytest.mark.slow),

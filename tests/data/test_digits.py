@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from timm_depla.data import digits_folder
+from timm_depla.errors import ConfigError
 
 
 @pytest.fixture(scope='module')
@@ -46,6 +47,11 @@ def test_reused_as_it_is_and_written_again_when_damaged(folder, caplog):
         digits_folder(folder)
         assert Image.open(image).size == (8, 8)
     assert caplog.text.count('is incomplete or was changed; writing it again') == 2
+
+
+def test_folder_that_cannot_be_written():
+    with pytest.raises(ConfigError, match="cannot write '/proc/nowhere/digits': "):
+        digits_folder('/proc/nowhere/digits')
 
 
 def test_first_starts_at_once(tmp_path):

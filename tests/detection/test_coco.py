@@ -79,7 +79,7 @@ def test_flip_moves_boxes_and_masks_with_the_image(folder):
     assert torch.equal(other['boxes'][:, [2, 0]], 320 - target['boxes'][:, [0, 2]])
 
 
-def test_gaps_crowds_polygons_and_images_without_objects(folder, tmp_path):
+def test_gaps_crowds_polygons_and_images_without_objects(folder, tmp_path, caplog):
     def change(content):
         for category in content['categories']:
             category['id'] = 7 * category['id'] + 3
@@ -92,9 +92,8 @@ def test_gaps_crowds_polygons_and_images_without_objects(folder, tmp_path):
         content['annotations'] = [a for a in content['annotations'] if a['image_id'] != 9]
         content['images'].reverse()
 
-    dataset = rewrite(folder, tmp_path, change)()
-    assert dataset.category_ids == [7 * i + 3 for i in range(1, 11)]
-    original, changed = load(folder), dataset
+    original, changed = load(folder), rewrite(folder, tmp_path, change)()
+    assert changed.category_ids == [7 * i + 3 for i in range(1, 11)]
     index = original.image_ids.index(original.coco.anns[2]['image_id'])
     assert changed.image_ids == original.image_ids
     crowds = sum(a['iscrowd'] for a in changed.coco.imgToAnns[changed.image_ids[index]])
@@ -102,8 +101,10 @@ def test_gaps_crowds_polygons_and_images_without_objects(folder, tmp_path):
     empty = changed[changed.image_ids.index(9)][1]
     assert empty['boxes'].shape == (0, 4)
     assert empty['masks'].shape == (0, 320, 320)
+    caplog.set_level(logging.INFO)
     training = rewrite(folder, tmp_path, change)(is_training=True)
     assert 9 not in training.image_ids
+    assert f'left out {len(changed) - len(training)} images without objects' in caplog.text
 
 
 def test_degenerate_boxes_are_left_out_counted_and_named(folder, tmp_path, caplog):

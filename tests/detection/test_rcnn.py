@@ -141,6 +141,7 @@ def test_trains_and_detects(name):
 def test_out_channels_scale_the_heads_of_torchvision():
     small = create_detector('maskrcnn_resnet50_fpn', num_classes=5, out_channels=64).state_dict()
     assert small['roi_heads.box_head.fc7.weight'].shape == (256, 256)
+    assert small['roi_heads.mask_head.0.0.weight'].shape == (64, 64, 3, 3)
     assert small['roi_heads.mask_predictor.conv5_mask.weight'].shape == (64, 64, 2, 2)
 
 

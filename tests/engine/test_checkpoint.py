@@ -146,12 +146,11 @@ def test_state_comes_back_as_it_was(tmp_path):
         'optimizer': {'state': {0: {'step': torch.tensor(3.0), 'm': torch.randn(2, 3)}}, 'groups': [[0.9, 1]]},
         'floats': [0.1, float('inf'), 1e-300], 'none': None, 'flag': True, 'half': torch.ones(2, dtype=torch.bfloat16),
     }  # fmt: skip
-    for name, data in pack_state({**state, 'position': (1, 2)}).items():
-        (tmp_path / name).write_bytes(data)
-    torch.testing.assert_close(read_state(tmp_path), state, rtol=0, atol=0)
+    write_checkpoint(tmp_path / 'state', pack_state({**state, 'position': (1, 2)}))
+    torch.testing.assert_close(read_state(tmp_path / 'state'), state, rtol=0, atol=0)
     with pytest.raises(TypeError, match='no state of type set'):
         pack_state({'a': {1}})
     for text in ('[]', '{"a": {"tensor": "9"}}', '{"a": {"tensor": []}}', '{', '1'):
-        (tmp_path / 'state.json').write_text(text)
+        (tmp_path / 'state' / 'state.json').write_text(text)
         with pytest.raises(ValueError):
-            read_state(tmp_path)
+            read_state(tmp_path / 'state')

@@ -134,11 +134,6 @@ def test_flags_are_documented():
     assert (docs / 'flags.md').read_text() == runpy.run_path(str(docs / 'flags.py'))['render']()
 
 
-def test_validate_parser():
-    args = create_validate_parser().parse_args(['run', '--data-dir', 'data', '-b', '3'])
-    assert (args.targets, args.data_dir, args.batch_size, args.model) == (['run'], 'data', 3, '')
-
-
 @pytest.mark.parametrize(
     'argv',
     [

@@ -50,11 +50,13 @@ def test_val_interval_and_plain_lines(tmp_path, caplog):
     folder = train(tmp_path, '--val-interval', '2', '--log-interval', '10', '--epochs', '3')
     assert 'epoch 0  step 10/22' in (folder / 'log.txt').read_text()
     rows = list(csv.DictReader((folder / 'summary.csv').open()))
-    assert [bool(row['eval_top1']) for row in rows] == [False, True, True]
-    assert [bool(row['train_loss']) for row in rows] == [True] * 3
-    assert all(
-        float(row['seconds']) * float(row['images_per_second']) == pytest.approx(22 * 64, rel=0.01) for row in rows
-    )
+    assert [(bool(row['eval_top1']), bool(row['train_loss'])) for row in rows] == [
+        (False, True),
+        (True, True),
+        (True, True),
+    ]
+    images = [float(row['seconds']) * float(row['images_per_second']) for row in rows]
+    assert images == pytest.approx([22 * 64] * 3, rel=0.01)
     lines = [record.message for record in caplog.records if 'images/s' in record.message]
     assert [line.split('  ')[1] for line in lines] == ['step 10/22', 'step 20/22'] * 3
     assert all('lr ' in line and 'loss ' in line and line.endswith(' left') for line in lines)
@@ -66,10 +68,7 @@ def test_unreadable_images_are_counted_once(caplog):
     for file in ('a', 'a', 'b'):
         names.put((file, 'cause'))
     images.collect()
-    assert [record.message for record in caplog.records] == [
-        'skipped an unreadable image, 1 so far: a: cause',
-        'skipped an unreadable image, 2 so far: b: cause',
-    ]
+    assert [message[-18:] for message in caplog.messages] == ['1 so far: a: cause', '2 so far: b: cause']
     names.put(('c', 'cause'))
     with pytest.raises(TrainingError, match="3 of the 200 images of the split 'train' cannot be read, more than 1%"):
         images.collect()

@@ -56,6 +56,16 @@ def images(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope='module')
+def whole(images, tmp_path_factory):
+    """An uninterrupted run with every checkpoint."""
+    output = tmp_path_factory.mktemp('whole')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, 'prune', lambda *_: None)
+        fit(images, *FAST, '--output', output, '--experiment', 'run')
+    return output / 'run'
+
+
 @pytest.fixture
 def args(images, tmp_path):
     return [images, *FAST, '--output', tmp_path]
@@ -141,11 +151,10 @@ def test_resume_refuses_another_training(same, tmp_path, caplog):
     assert state['position'] == [2, 0]
 
 
-def test_changed_batch_keeps_the_images_seen(args, tmp_path, keep_all):
-    fit(*args, '--experiment', 'run')
-    go_back(tmp_path / 'run', tmp_path / 'back', '0001-000003')  # 24 images into the epoch
-    fit(*args, '--experiment', 'back', '--resume', 'auto', '--batch-size', 4, '--resume-with-changes')
-    names = [folder.name for folder in list_checkpoints(tmp_path / 'back')]
+def test_changed_batch_keeps_the_images_seen(whole, same, tmp_path, keep_all):
+    go_back(whole, tmp_path / 'run', '0001-000003')  # 24 images into the epoch
+    fit(*same, '--batch-size', 4, '--resume-with-changes')
+    names = [folder.name for folder in list_checkpoints(tmp_path / 'run')]
     assert '0001-000006' in names and '0001-000005' not in names  # where it resumes, and nothing before
 
 
@@ -162,20 +171,19 @@ def test_resume_without_checkpoints(args, tmp_path):
 
 
 @pytest.mark.parametrize('seed', range(4))
-def test_damage_is_passed_over(seed, args, tmp_path, keep_all, caplog):
+def test_damage_is_passed_over(seed, whole, same, tmp_path, caplog):
     """The newest checkpoint is truncated or changed: the one before it is used, and said so."""
-    fit(*args, '--experiment', 'whole')
-    go_back(tmp_path / 'whole', tmp_path / 'back', '0001-000002')
-    file = tmp_path / 'back' / 'checkpoints' / '0001-000002' / ('state.safetensors', 'model.safetensors')[seed % 2]
+    go_back(whole, tmp_path / 'run', '0001-000002')
+    file = tmp_path / 'run' / 'checkpoints' / '0001-000002' / ('state.safetensors', 'model.safetensors')[seed % 2]
     data = bytearray(file.read_bytes())
     data[len(data) * seed // 4] ^= 8
     file.write_bytes(data if seed < 2 else data[: len(data) // 2])
-    fit(*args, '--experiment', 'back', '--resume', 'auto')
+    fit(*same)
     assert '0001-000002 is damaged' in caplog.text
-    assert differences(tmp_path / 'back', tmp_path / 'whole') == []
+    assert differences(tmp_path / 'run', whole) == []
 
 
-def test_full_disk(same, args, tmp_path):
+def test_full_disk(whole, same, tmp_path):
     """A limit on the size of files stands for a full disk: the run stops with a message, the old checkpoint stays."""
     fit(*same, '--stop-epoch', 1)
     before = {p: p.read_bytes() for p in (tmp_path / 'run' / 'checkpoints').glob('*/*')}
@@ -186,8 +194,7 @@ def test_full_disk(same, args, tmp_path):
     assert re.search(r"error: cannot write '.*checkpoints/0001-\d+': File too large; earlier checkpoints", text)
     assert before == {p: p.read_bytes() for p in (tmp_path / 'run' / 'checkpoints').glob('*/*')}
     fit(*same)
-    fit(*args, '--experiment', 'whole')
-    assert differences(tmp_path / 'run', tmp_path / 'whole') == []
+    assert differences(tmp_path / 'run', whole) == []
 
 
 def start(*argv, **options):
@@ -271,59 +278,44 @@ def test_unreadable_images(images, tmp_path, caplog):
         fit(*args, '--experiment', 'validation')
 
 
-def test_another_training_from_an_older_checkpoint_does_not_mix_with_the_old(args, tmp_path, keep_all, caplog):
+def test_another_training_from_an_older_checkpoint_does_not_mix_with_the_old(whole, args, tmp_path, keep_all, caplog):
     """The later checkpoints are set aside, and the folder is the new training's; without changes nothing is moved."""
-    assert fit(*args, '--experiment', 'run') == 0
-    run_folder, old = tmp_path / 'run', tmp_path / 'run' / 'checkpoints' / '0001-000000'
-    whole = {path.name for path in list_checkpoints(run_folder)}
+    run_folder = shutil.copytree(whole, tmp_path / 'run', symlinks=True)
+    old, names = run_folder / 'checkpoints' / '0001-000000', {path.name for path in list_checkpoints(whole)}
     assert fit(*args, '--resume', old) == 0
-    assert {path.name for path in list_checkpoints(run_folder)} == whole
+    assert {path.name for path in list_checkpoints(run_folder)} == names
     before = (run_folder / 'last' / 'model.safetensors').read_bytes()
     with pytest.raises(ConfigError, match='with other arguments: without the state of the optimizer'):
         fit(*args, '--resume', old, '--no-resume-opt')
     assert fit(*args, '--resume', old, '--weight-decay', 0.1, '--resume-with-changes') == 0
     (replaced,) = run_folder.glob('replaced-after-0001-000000-*')
-    assert {path.name for path in replaced.iterdir()} == {name for name in whole if name > '0001-000000'}
+    assert {path.name for path in replaced.iterdir()} == {name for name in names if name > '0001-000000'}
     assert f'the checkpoints after 0001-000000 are in {replaced} now' in caplog.text
     assert (run_folder / 'last' / 'model.safetensors').read_bytes() != before
     state = read_state(run_folder / 'last')
     assert state['position'] == [2, 0] and state['arguments']['weight_decay'] == 0.1
 
 
-def test_other_data_of_the_same_size_is_another_training(images, tmp_path):
-    """Renamed images come in another order, and renamed classes mean something else."""
-    data = tmp_path / 'data'
-    shutil.copytree(images, data)
-    args = ['--data-dir', data, *FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto']
-    fit(*args, '--stop-epoch', 1)
-    first = sorted((data / 'train').rglob('*.png'))[0]
-    first.rename(first.with_name(f'z{first.name}'))
-    with pytest.raises(ConfigError, match='with other arguments: the names of the training images, or their order'):
-        fit(*args)
-    first.with_name(f'z{first.name}').rename(first)
-    names = sorted(path.name for path in (data / 'train').iterdir())
+def test_other_data_is_another_training(images, tmp_path):
+    """Renamed images come in another order: a change of the run's own folder only. Other classes are never resumed."""
+    names, other = 'the names of the training images, or their order', 'to a training on other data: '
+    args = [*FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--stop-epoch', 1, '--data-dir']
+    shutil.copytree(images, tmp_path / 'data')
+    fit(*args, tmp_path / 'data')
+    moved = (tmp_path / 'data').rename(tmp_path / 'moved')
+    fit(*args, moved)  # the same names: the same data
+    (moved / 'train' / 'class0' / '00.png').rename(moved / 'train' / 'class0' / 'z.png')
+    with pytest.raises(ConfigError, match=f'{other}{names}'):
+        fit(*args, moved, '--resume-with-changes')
+    data = moved.rename(tmp_path / 'data')
+    with pytest.raises(ConfigError, match=f'with other arguments: {names}'):
+        fit(*args, data)
+    assert fit(*args, data, '--resume-with-changes') == 0
     for split in ('train', 'validation'):
-        (data / split / names[0]).rename(data / split / 'zebra')
+        (data / split / 'class0').rename(data / split / 'zebra')
     for more in ([], ['--resume-with-changes']):
-        with pytest.raises(ConfigError, match=f"to a training on other data: classes '{names[0]}' -> '{names[1]}'"):
-            fit(*args, *more)
-
-
-def test_another_data_folder_is_not_resumed_with(images, tmp_path):
-    """Of the same classes and size; images may be mended in the run's own folder, by --resume-with-changes."""
-    data = tmp_path / 'data'
-    shutil.copytree(images, data)
-    args = [*FAST, '--output', tmp_path, '--experiment', 'run', '--resume', 'auto', '--resume-with-changes']
-    fit('--data-dir', data, *args, '--stop-epoch', 1)
-    data.rename(tmp_path / 'moved')
-    fit('--data-dir', tmp_path / 'moved', *args, '--stop-epoch', 1)  # the same names: the same data
-    first = sorted((tmp_path / 'moved' / 'train').rglob('*.png'))[0]
-    first.rename(first.with_name(f'z{first.name}'))
-    shutil.copytree(tmp_path / 'moved', tmp_path / 'other')
-    with pytest.raises(ConfigError, match=r'a training on other data: the names of the training images'):
-        fit('--data-dir', tmp_path / 'other', *args)
-    (tmp_path / 'moved').rename(data)
-    assert fit('--data-dir', data, *args) == 0
+        with pytest.raises(ConfigError, match=f"{other}classes 'class0' -> 'class1'"):
+            fit(*args, data, *more)
 
 
 def test_diverged_run_goes_back_to_before(same, tmp_path, caplog):

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import ROOT, fit, run
+from helpers import ROOT, change_arguments, fit, run
 from hub_server import serve
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -201,6 +201,7 @@ def test_card(name, published):
     results = record['results']
     assert card.data.license == 'mit'
     assert card.data.library_name == {'classifier': 'timm', 'detector': 'timm_depla'}[name]
+    assert len(card.data.eval_results) == 2
     for result in card.data.eval_results:
         key = {'top-1 accuracy (%)': 'top1', 'top-5 accuracy (%)': 'top5'}.get(result.metric_name)
         key = key or result.metric_name.replace('box ', '').replace('mask ', 'mask_')
@@ -301,22 +302,6 @@ def test_changes_of_a_published_model(published):
     assert torch.equal(features.layer3[0].conv1.weight, original.layer3[0].conv1.weight)
 
 
-def test_pretrained_tag_that_names_a_repository(published, tmp_path):
-    """As a cfg of ours will, once there are weights."""
-    with serve() as hub:
-        hub.commit('user/name', {name: (published / 'classifier' / name).read_bytes() for name in FILES})
-        script = """
-overlay = dict(hf_hub_id='user/name', num_classes=10)
-model = timm.create_model('test_resnet_depla', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10)
-torch.save(model.state_dict(), sys.argv[1] + '/weights')
-"""
-        run_script(script, tmp_path, HF_ENDPOINT=hub.url)
-    weights = torch.load(tmp_path / 'weights')
-    expected = load_file(published / 'classifier' / 'model.safetensors')
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-
-
 def test_transformers_loads_a_published_folder(published):
     transformers = pytest.importorskip('transformers')
     folder = published / 'classifier'
@@ -370,13 +355,12 @@ def test_nothing_of_the_machine_is_published(runs, tmp_path):
     """Paths in any argument, and the name of the user."""
     copy = tmp_path / 'run'
     shutil.copytree(runs / 'classifier', copy, symlinks=True)
-    trained = yaml.safe_load((copy / 'args.yaml').read_text())
     data = tmp_path / 'secret'
     shutil.copytree(digits_folder(), data / 'digits')
     (data / 'classes.txt').write_text('\n'.join(map(str, range(10))))
-    trained.update(data_dir=str(data / 'digits'), val_split=str(data / 'digits' / 'validation'))
-    trained.update(class_map=str(data / 'classes.txt'), aa=f'see {data}/notes', opt_kwargs={'x': f'~{tmp_path}'})
-    (copy / 'args.yaml').write_text(yaml.safe_dump(trained))
+    planted = dict(data_dir=str(data / 'digits'), val_split=str(data / 'digits' / 'validation'))
+    planted.update(class_map=str(data / 'classes.txt'), aa=f'see {data}/notes', opt_kwargs={'x': f'~{tmp_path}'})
+    change_arguments(copy, **planted)
     write(copy, tmp_path / 'out', dataset_name='digits')
     for name in set(FILES) - {'model.safetensors'}:
         text = (tmp_path / 'out' / name).read_text()

@@ -51,8 +51,10 @@ def test_backbone_is_unchanged_and_every_weight_of_depla_can_learn(backbone):
 
 
 def test_modules_by_name():
-    model = timm_depla.insert_depla(create('resnet18'), dict(modules=['layer2.1', 'layer4.1'], bfn='adaptive'))
+    model = create('resnet18').train()
+    timm_depla.insert_depla(model, dict(modules=['layer2.1', 'layer4.1'], bfn='adaptive'))
     assert inserted(model) == ['layer2.1', 'layer4.1']
+    assert all(module.training and not module._forward_hooks for module in model.modules())
     assert all(hasattr(module.bfn, 'query') for module in model.modules() if isinstance(module, Depla))
     with pytest.raises(ValueError, match=r'^layer2.1 and 1 more of ResNet has DEPLA'):
         timm_depla.insert_depla(model, dict(modules=inserted(model)))
@@ -140,5 +142,5 @@ def test_backbone_learns_at_its_own_rate():
         rate = 0.01 if '.depla.' in name or name.startswith('head.fc') else 0.001
         decay = 0.05 if parameter.ndim > 1 and not name.endswith('.bias') else 0
         assert groups[id(parameter)] == [pytest.approx(rate), decay], name
-    with pytest.raises(ConfigError, match='--trunk-lr-scale and --layer-decay both scale the rate'):
+    with pytest.raises(ConfigError, match='--backbone-lr-scale and --layer-decay both scale the rate'):
         create_optimizer(updated(args, layer_decay=0.7), model, 10)

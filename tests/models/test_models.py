@@ -11,8 +11,8 @@ from timm.utils import reparameterize_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_depla
-from timm_depla.engine.plan import count_cost, count_macs
 from timm_depla.layers import Depla
+from timm_depla.models.cost import count_cost, count_macs
 
 TINY = ['test_resnet_depla', 'test_regnet_depla', 'test_fishnet', 'test_fishnet_depla']
 RESNETS = [

@@ -60,14 +60,14 @@ def test_fused_form_is_the_block(memory_format):
         torch.testing.assert_close(torch.relu(refined), out)
 
 
-LEFT_OUT = [('cpu', 1, 0), ('cpu', 8, 2), ('cuda', 8, 0), ('cuda', 96, 1)]
+LEFT_OUT = [('cpu', 1, 64, 0), ('cpu', 8, 64, 2), ('cpu', 8, 256, 1), ('cuda', 8, 64, 0), ('cuda', 96, 64, 1)]
 
 
-@pytest.mark.parametrize('device,batch,count', LEFT_OUT)
-def test_fused_form_of_large_maps(device, batch, count):
-    """On a CPU, the norms of candidate and output are left out; on a GPU the candidate's. Tensors have no data."""
+@pytest.mark.parametrize('device,batch,base_width,count', LEFT_OUT)
+def test_fused_form_of_large_maps(device, batch, base_width, count):
+    """On a CPU, the norms of a narrow candidate and of the output are left out; on a GPU the candidate's."""
     with FakeTensorMode():
-        block = timm.create_model('resnet50_depla', device=device).layer3[1]
+        block = timm.create_model('resnet50_depla', base_width=base_width, device=device).layer3[1]
         x = torch.empty(batch, 1024, 14, 14, device=device)
         assert count_left_out(block.train(), x) == count
         with set_fused_depla(False):

@@ -47,6 +47,7 @@ def scenes_folder(root: Optional[os.PathLike] = None) -> Path:
 
 
 def _write(folder: Path) -> None:
+    require('pycocotools', 'detection')
     for number, (split, count) in enumerate(IMAGES.items()):
         _write_split(folder, split, number, count)
 
@@ -122,7 +123,6 @@ def _texture(random: np.random.Generator) -> np.ndarray:
 
 def _annotate(mask: np.ndarray) -> Dict[str, Any]:
     """COCO's description of a mask: run lengths, area, and the tight box as x, y, width and height."""
-    require('pycocotools', 'detection')
     from pycocotools import mask as coco_mask
 
     encoded = coco_mask.encode(np.asfortranarray(mask))

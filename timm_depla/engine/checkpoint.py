@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -79,10 +80,15 @@ def _sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def write_checkpoint(folder: Path, contents: Dict[str, bytes]) -> None:
-    """Write a folder of files atomically, or raise a TrainingError; an intact one that exists already is kept."""
+def write_checkpoint(folder: Path, contents: Dict[str, Any]) -> None:
+    """Write a folder of files atomically, or raise a TrainingError; an intact one that exists already is kept.
+
+    The contents are bytes, or the tensors of a safetensors file.
+    """
     if folder.exists() and find_damage(folder) is None:
         return
+    encode = partial(safetensors.torch.save, metadata={'format': 'pt'})
+    contents = {name: data if isinstance(data, bytes) else encode(data) for name, data in contents.items()}
     scratch = folder.with_name(f'.{folder.name}.part')
     with writing(folder):
         try:
@@ -149,8 +155,8 @@ def to_cpu(value: torch.Tensor) -> torch.Tensor:
     return value.detach().to('cpu', copy=True).contiguous()
 
 
-def pack_state(state: Dict[str, Any]) -> Dict[str, bytes]:
-    """Encode a state of what JSON knows, and of tensors, as files; tuples come back as lists."""
+def pack_state(state: Dict[str, Any]) -> Dict[str, Any]:
+    """The contents of the files of a state of tensors and of what JSON knows; tuples come back as lists."""
     tensors: Dict[str, torch.Tensor] = {}
 
     def encode(value: Any) -> Dict[str, str]:
@@ -161,15 +167,11 @@ def pack_state(state: Dict[str, Any]) -> Dict[str, bytes]:
         return {'tensor': name}
 
     text = json.dumps(state, default=encode) + '\n'
-    return dict(zip(_STATE, (text.encode(), safetensors.torch.save(tensors)), strict=True))
+    return dict(zip(_STATE, (text.encode(), tensors), strict=True))
 
 
 def read_state(folder: Path) -> Dict[str, Any]:
-    """Read the state in a folder.
-
-    Raises:
-        ValueError: If a file is missing or does not hold a state.
-    """
+    """Read the state in a folder; a file that is missing or holds no state is a ValueError."""
     text, weights = (folder / name for name in _STATE)
     tensors = read_tensors(weights)
 

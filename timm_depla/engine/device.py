@@ -10,17 +10,15 @@ import torch.nn as nn
 from timm_depla.compile import compile_blocks
 from timm_depla.errors import ConfigError
 
-from .distributed import World, keep_memory
+from .distributed import World
 
 __all__ = ['autocast', 'check_compile', 'compile_depla', 'set_up_device']
 
 
 def set_up_device(args: Namespace, world: World) -> None:
-    """Select deterministic or the fastest kernels; on a CPU, keep freed memory, which is faster."""
+    """Select deterministic or the fastest kernels."""
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    if world.device.type == 'cpu':
-        keep_memory()
     if world.device.type == 'cuda':
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.backends.cudnn.benchmark = not args.deterministic

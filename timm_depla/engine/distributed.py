@@ -1,6 +1,5 @@
 """The processes that train together, and the signals that interrupt them."""
 
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -9,7 +8,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Iterator, List, Optional, Sequence
+from typing import Any, Iterator, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -17,10 +16,9 @@ from timm.utils.distributed import init_distributed_device_so
 
 from timm_depla.errors import ConfigError, TrainingError, UserError
 
-__all__ = ['Interrupt', 'Interrupted', 'World', 'explain_lost_peers', 'keep_memory', 'setup_world', 'shield_worker']
+__all__ = ['Interrupt', 'Interrupted', 'World', 'explain_lost_peers', 'setup_world', 'shield_worker']
 
 ANSWER_SECONDS = 5.0  # for another rank that still runs
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _WARNINGS = [getattr(signal, name) for name in ('SIGUSR1', 'SIGUSR2') if hasattr(signal, name)]  # of Slurm
 
 
@@ -46,20 +44,12 @@ class World:
     def is_primary(self) -> bool:
         return self.rank == 0
 
-    def _all_reduce(self, values: Sequence[float], operation: Any) -> List[float]:
-        if self.size == 1:
-            return list(values)
+    def all_reduce(self, *values: float, op: str = 'SUM') -> List[float]:
+        """Each value's sum, or maximum by 'MAX', over all processes, in double precision."""
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, operation, group=self.control)
+        if self.size > 1:
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, op), group=self.control)
         return tensor.tolist()
-
-    def all_reduce_max(self, *values: float) -> List[float]:
-        """Each value's maximum over all processes."""
-        return self._all_reduce(values, dist.ReduceOp.MAX)
-
-    def all_reduce_sum(self, *values: float) -> List[float]:
-        """Each value's sum over all processes, in double precision."""
-        return self._all_reduce(values, dist.ReduceOp.SUM)
 
     def gather(self, value: Any) -> Optional[List[Any]]:
         """All processes' values by rank, in the primary process; None in the others."""
@@ -129,19 +119,6 @@ def setup_world(device: str) -> World:
     return world
 
 
-def keep_memory() -> None:
-    """Make glibc keep freed memory, which makes training on a CPU faster; other C libraries are left alone.
-
-    Otherwise glibc requests large blocks from the system at every step, and the system has to clear their pages.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 class Interrupted(Exception):
     """A signal ends training; the process exits with 128 + `signal`, as shells do."""
 
@@ -167,7 +144,7 @@ class Interrupt:
         Raises:
             Interrupted: In every process, if one received a signal.
         """
-        number, due = self.world.all_reduce_max(self.signal, bool(is_due))
+        number, due = self.world.all_reduce(self.signal, bool(is_due), op='MAX')
         if number:
             raise Interrupted(int(number))
         return bool(due)

@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, Iterator, List, Optional, Sequence, Tuple
 
-import safetensors.torch
 import torch
 import yaml
 from filelock import FileLock, Timeout
@@ -39,11 +38,7 @@ LOCK_SECONDS = 20.0  # to wait for the lock, which the workers of a killed proce
 
 
 def run_path(args: Namespace) -> Path:
-    """The folder of a new run: `args.output`/`args.experiment`, by default with a name of time and model.
-
-    Raises:
-        ConfigError: If `args.experiment` leads out of `args.output`.
-    """
+    """The folder of a run: `args.output`/`args.experiment`, by default with a name of time and model."""
     if '..' in Path(args.experiment).parts or Path(args.experiment).is_absolute():
         raise ConfigError(f"--experiment '{args.experiment}' is not in --output '{args.output}': name a folder there")
     return Path(args.output) / (args.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{safe_model_name(args.model)}')
@@ -103,15 +98,15 @@ class RunFolder:
             weights: The tensors of model.safetensors, contiguous.
             config: The content of config.json.
         """
-        history = list(state['history'])
-        record = {**(history[-1] if history else {}), **dict(zip(('epoch', 'step'), state['position'], strict=True))}
+        (epoch, step), history = state['position'], list(state['history'])
+        record = {**(history or [{}])[-1], 'epoch': epoch, 'step': step}
         contents = {
-            'model.safetensors': safetensors.torch.save(weights, metadata={'format': 'pt'}),
+            'model.safetensors': weights,
             'config.json': config,
             'record.json': (json.dumps(record, indent=2) + '\n').encode(),
             **checkpoint.pack_state(state),
         }
-        name = checkpoint_name(*state['position'])
+        name = checkpoint_name(epoch, step)
 
         def write() -> None:
             checkpoint.write_checkpoint(self.path / 'checkpoints' / name, contents)
@@ -120,15 +115,10 @@ class RunFolder:
         self.wait()
         self._written = self._writer.submit(write)
 
-    def poll(self) -> None:
-        """Raise the error of a checkpoint that could not be written."""
-        if self._written is not None and self._written.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Wait for the checkpoint that is being written; raise its error."""
-        written, self._written = self._written, None
-        if written is not None:
+    def wait(self, is_blocking: bool = True) -> None:
+        """Wait for the checkpoint that is being written, and raise its error."""
+        if self._written is not None and (is_blocking or self._written.done()):
+            written, self._written = self._written, None
             written.result()
 
     def publish(self, name: str, history: List[Dict[str, Any]]) -> None:
@@ -206,11 +196,7 @@ def _logged_to(file: BinaryIO) -> Iterator[None]:
 
 
 def find_resume(args: Namespace, world: World) -> Tuple[Namespace, Optional[Path]]:
-    """Return the arguments, with output and experiment of the resumed run, and the checkpoint to resume from, if any.
-
-    Raises:
-        ConfigError: If a named checkpoint is missing or damaged, or 'auto' is given without an experiment.
-    """
+    """The arguments, with output and experiment of the resumed run, and the checkpoint to resume from, if any."""
     if not args.resume:
         return args, None
     path = Path(args.resume)

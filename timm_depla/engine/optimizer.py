@@ -12,7 +12,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
-from timm.utils import NativeScaler, unwrap_model
+from timm.utils import unwrap_model
 
 from timm_depla.errors import ConfigError, closest
 from timm_depla.layers import Depla
@@ -30,11 +30,7 @@ SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'constant', 'plateau', 'poly
 
 
 def group_parameters(trainable: nn.Module, args: Namespace) -> List[Dict[str, Any]]:
-    """Parameter groups in which `args.backbone_lr_scale` scales the rate of all but DEPLA and the classifier.
-
-    Raises:
-        ValueError: If `args.layer_decay` is set too.
-    """
+    """Parameter groups in which `args.backbone_lr_scale` scales the rate of all but DEPLA and the classifier."""
     if args.layer_decay is not None:
         raise ValueError('--backbone-lr-scale and --layer-decay both scale the rate: give one of them')
     parts = [module.get_classifier() for module in trainable.modules() if hasattr(module, 'get_classifier')]
@@ -115,5 +111,5 @@ def create_state(args: Namespace, world: World, task: TrainingTask, steps: int) 
     if world.size > 1:
         device_ids = None if world.device.type == 'cpu' else [world.device]
         task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
-    scaler = NativeScaler(world.device.type) if args.amp and args.amp_dtype == 'float16' else None
+    scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp and args.amp_dtype == 'float16')
     return args, TrainState(task, optimizer, scheduler, scaler), num_epochs

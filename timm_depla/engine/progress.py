@@ -6,7 +6,7 @@ import time
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 from tqdm import tqdm
 
@@ -48,7 +48,8 @@ class Report:
             return
         state, step = self.state, self.state.step
         seconds = (time.perf_counter() - self.start_time) / (step - self.first)
-        loss = f'{state.losses.mean:.3f}' if state.losses.count else '-'  # the first is read with the second step
+        losses = state.losses
+        loss = f'{losses.total / losses.count:.3f}' if losses.count else '-'  # the first is read with the second step
         left = timedelta(seconds=round(seconds * ((self.run.end - state.epoch) * self.steps - step)))
         if not self.bar.disable:
             self.bar.set_postfix(loss=loss, lr=f'{state.rate:.3g}', run=f'{left} left', refresh=False)
@@ -110,7 +111,7 @@ def check_loggers(args: Namespace) -> None:
             require(module, 'log')
 
 
-def _create_loggers(args: Namespace, folder: Path) -> List[Any]:
+def _create_loggers(args: Namespace, folder: Path) -> List[Callable[[Dict[str, Any]], None]]:
     """Functions that each take a row of the summary."""
     loggers = []
     if args.log_tensorboard:
@@ -129,14 +130,8 @@ def _create_loggers(args: Namespace, folder: Path) -> List[Any]:
 
         if (folder / 'wandb' / 'settings').exists():  # it could name another server
             raise ConfigError(f"'{folder / 'wandb' / 'settings'}' would set up Weights & Biases: remove it")
-        wandb.init(
-            project=args.wandb_project,
-            name=folder.name,
-            config=vars(args),
-            tags=args.wandb_tags,
-            dir=str(folder),
-            id=args.wandb_resume_id or None,
-            resume='must' if args.wandb_resume_id else None,
-        )
+        resume = dict(id=args.wandb_resume_id, resume='must') if args.wandb_resume_id else {}
+        where = dict(project=args.wandb_project, name=folder.name, dir=str(folder), tags=args.wandb_tags)
+        wandb.init(config=vars(args), **where, **resume)
         loggers.append(wandb.log)
     return loggers

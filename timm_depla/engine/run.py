@@ -8,7 +8,7 @@ from argparse import Namespace
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import torch.nn as nn
 from timm.task import TrainingTask
@@ -42,28 +42,21 @@ class Run:
     """A run of training; classification and detection are subclasses, with what they measure.
 
     Args:
-        args: The arguments.
+        args: The arguments; the attribute has the learning rate that the batch gives.
         world: The processes that train together.
         task: timm's training task of the network, on its device.
         config: The config.json that rebuilds the network beside its weights.
         loaders: Of training and validation.
         data: What identifies the data: `classes`, their names in order, and `files`, a digest of the file names.
 
-    Attributes:
-        args: The arguments, with the learning rate that the batch gives.
-        num_epochs: Epochs of the schedule.
-        metrics: What validation measures of a network.
-        train_script, validate_script: The commands.
-        create_parser: The parser of the first.
-
     Raises:
         ConfigError: If the network has weights that are not finite, or an argument is out of range.
     """
 
-    metrics: Sequence[Metric]
+    metrics: Sequence[Metric]  # what validation measures of a network
     train_script: str
     validate_script: str
-    create_parser: Callable[[], FlagParser]
+    create_parser: Callable[[], FlagParser]  # of the first
 
     def __init__(
         self, args: Namespace, world: World, task: TrainingTask, config: bytes, loaders: Tuple, data: Dict[str, Any]
@@ -114,9 +107,10 @@ class Run:
         return metrics
 
     def arguments(self) -> Dict[str, Any]:
-        """The arguments and data that determine this training."""
+        """The arguments and data that determine this training, and the folder of the data."""
         arguments = {
             **{key: value for key, value in vars(self.args).items() if key not in CHANGE_NOTHING},
+            'data_dir': os.path.realpath(self.args.data_dir) if self.args.data_dir else '',
             'device': self.world.device.type,
             'world_size': self.world.size,
             'training_images': self.loader.num_images,
@@ -127,16 +121,13 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint at this position in the background. Every process must call this.
 
-        Its model.safetensors has the average, or the plain weights after an epoch in which they were better.
-
-        Raises:
-            TrainingError: If loss or weights are not finite, or the previous checkpoint could not be written.
+        Its model.safetensors has the average, or the plain weights after an epoch in which they were better. A failure
+        to write the previous checkpoint is raised here.
         """
         ranks = self.world.gather(self.state.rank_state_dict())
         if not self.world.is_primary:
             return
         state = {**self.state.state_dict(), 'ranks': ranks, 'arguments': self.arguments()}
-        state['data_dir'] = real_path(self.args.data_dir)
         row, metric = (self.state.history or [{}])[-1], self.args.eval_metric
         is_validated = self.state.step == 0 and f'eval_{metric}' in row
         is_plain = is_validated and choose(row, metric)[1].startswith(f'eval_{PLAIN}')
@@ -176,7 +167,8 @@ class Run:
     def _find_changes(self, checkpoint: Path, state: Dict[str, Any]) -> List[str]:
         """How the training differs from a checkpoint's; refuses what may not differ."""
         changes = describe_changes(state['arguments'], self.arguments())
-        if 'classes' in changes or ('files' in changes and state['data_dir'] != real_path(self.args.data_dir)):
+        is_moved = changes.pop('data_dir', None)  # which may be
+        if 'classes' in changes or ('files' in changes and is_moved):
             differing = '; '.join(changes[key] for key in _OF_DATA if key in changes)
             raise ConfigError(
                 f"'{checkpoint}' belongs to a training on other data: {differing}. Give its data, or start a "
@@ -198,11 +190,6 @@ class Run:
         state.step -= state.step % self.args.grad_accum_steps
         state.scheduler.step(state.epoch)
         state.scheduler.step_update(self.updates)
-
-
-def real_path(folder: Optional[str]) -> str:
-    """A data folder without links, to tell it from others; empty without one."""
-    return os.path.realpath(folder) if folder else ''
 
 
 def describe_changes(old: Dict[str, Any], new: Dict[str, Any]) -> Dict[str, str]:

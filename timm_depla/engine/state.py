@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from timm.task import TrainingTask
-from timm.utils import NativeScaler, unwrap_model
+from timm.utils import unwrap_model
 
 from timm_depla.errors import DivergedError
 
@@ -16,23 +16,19 @@ __all__ = ['Losses', 'TrainState']
 
 @dataclass
 class Losses:
-    """The mean loss of an epoch in this process, read one step late so that the device does not wait.
-
-    Raises:
-        DivergedError: From `add` and `flush`, if a loss is not finite.
-    """
+    """The losses of an epoch in this process, read one step late so that the device does not wait."""
 
     total: float = 0.0
     count: int = 0
     _pending: Optional[Tuple[torch.Tensor, int, Callable[[], str]]] = None
 
     def add(self, loss: torch.Tensor, count: int, where: Callable[[], str]) -> None:
-        """Store a step's mean loss over `count` images, and read the previous one; `where` describes the step."""
+        """Store a step's mean loss over `count` images, and read the previous one; `where` describes it in an error."""
         self.flush()
         self._pending = (loss.detach(), count, where)
 
     def flush(self) -> None:
-        """Read the loss that is still pending."""
+        """Read the loss that is still pending; one that is not finite is a DivergedError."""
         if self._pending is None:
             return
         (loss, count, where), self._pending = self._pending, None
@@ -41,11 +37,6 @@ class Losses:
             raise DivergedError(f'the loss is {value} {where()}')
         self.total += value * count
         self.count += count
-
-    @property
-    def mean(self) -> float:
-        """The mean so far; not a number before one is read."""
-        return self.total / self.count if self.count else math.nan
 
 
 @dataclass
@@ -64,7 +55,7 @@ class TrainState:
     task: TrainingTask
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    scaler: Optional[NativeScaler]
+    scaler: torch.amp.GradScaler
     epoch: int = 0
     step: int = 0
     rate: float = 0.0
@@ -79,12 +70,16 @@ class TrainState:
 
     def state_dict(self) -> Dict[str, Any]:
         """The state that all processes have alike; timm's names for the weights, `state_dict` and `state_dict_ema`."""
+        schedule = getattr(self.scheduler, 'lr_scheduler', None)  # timm's other schedules depend on the position alone
+        items = schedule.state_dict().items() if schedule is not None else ()
+        plateau = {key: value for key, value in items if isinstance(value, (bool, float, int, list, str, type(None)))}
         return {
             **self.task.get_checkpoint_state(),
             **self.task.get_checkpoint_state(ema=True),
             'optimizer': self.optimizer.state_dict(),
-            'scheduler': _scheduler_state(self.scheduler),
-            'scaler': self.scaler.state_dict() if self.scaler is not None else None,
+            'plateau': plateau,
+            'restore_lr': getattr(self.scheduler, 'restore_lr', None),
+            'scaler': self.scaler.state_dict(),
             'position': (self.epoch, self.step),
             'rate': self.rate,
             'seconds': self.seconds,
@@ -101,11 +96,11 @@ class TrainState:
             self.optimizer.load_state_dict(state_dict['optimizer'])
             for group, keys in zip(self.optimizer.param_groups, tuples, strict=True):
                 group.update({key: tuple(group[key]) for key in keys})  # they are lists in a checkpoint
-            if self.scaler is not None and state_dict['scaler']:
+            if state_dict['scaler']:
                 self.scaler.load_state_dict(state_dict['scaler'])
-        if plateau := state_dict['scheduler']:
-            self.scheduler.lr_scheduler.load_state_dict(plateau['lr_scheduler'])
-            self.scheduler.restore_lr = plateau['restore_lr']
+        if state_dict['plateau'] and hasattr(self.scheduler, 'lr_scheduler'):
+            self.scheduler.lr_scheduler.load_state_dict(state_dict['plateau'])
+            self.scheduler.restore_lr = state_dict['restore_lr']
         self.epoch, self.step = state_dict['position']
         self.rate, self.seconds, self.history = (state_dict[name] for name in ('rate', 'seconds', 'history'))
 
@@ -121,12 +116,3 @@ class TrainState:
         for network, buffers in zip(self.networks, state_dict['buffers'], strict=True):
             for name, buffer in network.named_buffers():
                 buffer.copy_(buffers[name])
-
-
-def _scheduler_state(scheduler: Any) -> Dict[str, Any]:
-    """State of the plateau schedule; timm's other schedules depend on the position alone."""
-    if not hasattr(scheduler, 'lr_scheduler'):
-        return {}
-    plain = (bool, float, int, list, str, type(None))
-    state = {k: v for k, v in scheduler.lr_scheduler.state_dict().items() if isinstance(v, plain)}
-    return {'lr_scheduler': state, 'restore_lr': scheduler.restore_lr}

@@ -39,18 +39,15 @@ def take_step(run: Run, images: Any, targets: Any) -> torch.Tensor:
     with nullcontext() if is_update else state.task.no_sync():
         with autocast(args):
             loss = state.task(images, targets)['loss']
-        parameters = state.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
-        if state.scaler is not None:
-            clip = dict(clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=parameters)
-            state.scaler(loss / window, state.optimizer, need_update=is_update, **clip)
-        else:
-            (loss / window).backward()
-            if is_update:
-                if args.clip_grad is not None:
-                    dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
-                state.optimizer.step()
+        state.scaler.scale(loss / window).backward()
     state.step += 1
     if is_update:
+        if args.clip_grad is not None:
+            state.scaler.unscale_(state.optimizer)
+            parameters = state.task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
+            dispatch_clip_grad(parameters, args.clip_grad, mode=args.clip_mode)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
         state.optimizer.zero_grad()
         state.task.update_ema(step=run.updates)
         state.scheduler.step_update(num_updates=run.updates)
@@ -77,7 +74,7 @@ def train_one_epoch(run: Run, interrupt: Interrupt, report: Report) -> None:
         state.seconds, last = state.seconds + now - last, now
         report.update()
         run.loader.unreadable.collect()
-        run.folder.poll()
+        run.folder.wait(is_blocking=False)
         if state.step == steps:
             break
         if state.step % args.grad_accum_steps:
@@ -102,7 +99,7 @@ def train_one_epoch(run: Run, interrupt: Interrupt, report: Report) -> None:
 def end_epoch(run: Run, metrics: Dict[str, float]) -> None:
     """Add the epoch's row to the history, and move the schedule and the position to the next epoch."""
     state = run.state
-    total, count = run.world.all_reduce_sum(state.losses.total, state.losses.count)
+    total, count = run.world.all_reduce(state.losses.total, state.losses.count)
     row = {'epoch': state.epoch, 'train_loss': total / max(count, 1)}
     row.update({f'eval_{key}': value for key, value in metrics.items() if key != 'count'})
     images = len(run.loader) * run.args.batch_size * run.world.size
@@ -150,14 +147,11 @@ def train_epochs(run: Run, report: Report) -> None:
 
 
 def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> int:
-    """Train; returns the exit code: 0, or 128 + the signal that interrupted it.
+    """Train in the folder `args.output`/`args.experiment`; returns the exit code, 0 or 128 + an interrupting signal.
 
     Args:
         args: The run's arguments.
         build: Builds the run from the arguments, the processes, and whether to load initial weights.
-
-    Writes to `args.output`/`args.experiment`: args.yaml (the effective configuration), checkpoints/ with the links best
-    and last, summary.csv (a row an epoch) and curves.png.
 
     Raises:
         ConfigError: If an argument, or a file that it names, is invalid.

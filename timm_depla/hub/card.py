@@ -69,6 +69,9 @@ drawn = draw_detections(image, predict(model, image), model.class_names)
 ```"""
 
 
+_PRECISION = {'AP': 'box AP', 'mask_AP': 'mask AP'}  # of detectors
+
+
 def _name(source: str) -> str:
     return source.rpartition('/')[2]
 
@@ -78,8 +81,8 @@ def _metrics(record: Dict[str, Any]) -> List[Tuple[str, str, str]]:
     results = record['results']
     if record['task'] == 'image-classification':
         return [(f'top-{k} accuracy (%)', 'accuracy', f'{results[f"top{k}"]:.2f}') for k in (1, 5)]
-    kinds = {'AP': 'box AP', 'mask_AP': 'mask AP'}
-    return [(kinds[key], 'mean_average_precision', f'{results[key]:.3f}') for key in kinds if key in results]
+    kinds = {key: label for key, label in _PRECISION.items() if key in results}
+    return [(label, 'mean_average_precision', f'{results[key]:.3f}') for key, label in kinds.items()]
 
 
 def _rows(record: Dict[str, Any]) -> Dict[str, str]:
@@ -92,10 +95,12 @@ def _rows(record: Dict[str, Any]) -> Dict[str, str]:
         + ('' if is_classifier else ' (backbone and neck)'),
         'classes': results['num_classes'],
     }
-    for label, _, value in _metrics(record):
-        key = {'box AP': 'AP', 'mask AP': 'mask_AP'}.get(label, 'none')
-        more = [f'{name.removeprefix("mask_")} {results[name]:.3f}' for name in results if name[: len(key)] == key]
-        rows[label] = f'{value} ({", ".join(more[1:])})' if more else value
+    rows.update({label: value for label, _, value in _metrics(record)})
+    for key, label in _PRECISION.items():
+        parts = [name for name in results if name.startswith(key) and name != key]
+        if parts:
+            more = ', '.join(f'{name.removeprefix("mask_")} {results[name]:.3f}' for name in parts)
+            rows[label] += f' ({more})'
     return rows
 
 

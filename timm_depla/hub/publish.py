@@ -33,11 +33,11 @@ from timm_depla.engine.checkpoint import LINKS, find_damage, read_state
 from timm_depla.engine.classification import validate as classification
 from timm_depla.engine.classification.flags import create_train_parser, create_validate_parser
 from timm_depla.engine.config import parse_args, updated
-from timm_depla.engine.plan import count_cost
 from timm_depla.engine.run import CHANGE_NOTHING
 from timm_depla.errors import ConfigError, require
 from timm_depla.files import SUMS, check_own, check_writable, format_json, list_sums, read_mapping, write_file
 from timm_depla.loading import load_model, run_arguments
+from timm_depla.models.cost import count_cost
 
 from .card import create_card
 from .record import create_record

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
-import safetensors.torch
 import yaml
 
 from timm_depla.engine.checkpoint import checkpoint_name, pack_state, write_checkpoint
@@ -32,7 +31,7 @@ def adopted(source: str) -> Iterator[str]:
     model = load_model(source)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     files = {
-        'model.safetensors': safetensors.torch.save(weights, metadata={'format': 'pt'}),
+        'model.safetensors': weights,
         'config.json': model_config(model, found.model_args),
         'record.json': json.dumps({'epoch': found.epochs, 'step': 0}).encode(),
         **pack_state({}),

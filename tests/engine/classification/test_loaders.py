@@ -35,36 +35,39 @@ def image(index):
     return Image.new('RGB', (16, 16), (6 * index, 6 * index, 6 * index))
 
 
+def add(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     """The same 40 images of three classes as a folder, as tar files, as WebDataset shards and as parquet files."""
     root = tmp_path_factory.mktemp('data')
+    (root / 'tars').mkdir()
     for split in ('train', 'validation'):
         for index, label in enumerate(LABELS):
             folder = root / 'folder' / split / f'class{label}'
             folder.mkdir(parents=True, exist_ok=True)
             image(index).save(folder / f'{index:02}.png')
-        (root / 'tars').mkdir(exist_ok=True)
         with tarfile.open(root / 'tars' / f'{split}.tar', 'w') as tar:
             tar.add(root / 'folder' / split, '.')
     (root / 'shards').mkdir()
     for shard in range(4):
         with tarfile.open(root / 'shards' / f'data-{shard}.tar', 'w') as tar:
             for index in range(10 * shard, 10 * shard + 10):
-                png = io.BytesIO()
-                image(index).save(png, format='png')
-                for suffix, content in (('png', png.getvalue()), ('cls', str(LABELS[index]).encode())):
-                    member = tarfile.TarInfo(f'{index:02}.{suffix}')
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                file = root / 'folder' / 'train' / f'class{LABELS[index]}' / f'{index:02}.png'
+                add(tar, file.name, file.read_bytes())
+                add(tar, f'{index:02}.cls', str(LABELS[index]).encode())
     datasets = pytest.importorskip('datasets')
     features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(3)})
     (root / 'parquet').mkdir()
-    for split in ('train', 'validation'):
-        for shard in range(4):
-            indices = range(10 * shard, 10 * shard + 10)
-            columns = {'image': [image(i) for i in indices], 'label': [LABELS[i] for i in indices]}
-            table = datasets.Dataset.from_dict(columns, features=features)
+    for shard in range(4):
+        indices = range(10 * shard, 10 * shard + 10)
+        columns = {'image': [image(i) for i in indices], 'label': [LABELS[i] for i in indices]}
+        table = datasets.Dataset.from_dict(columns, features=features)
+        for split in ('train', 'validation'):
             table.to_parquet(str(root / 'parquet' / f'{split}-{shard}.parquet'))
     return root
 
@@ -282,13 +285,8 @@ def test_bad_data_arguments(argv, message, flags, data, tmp_path):
 def test_stream_that_a_shell_would_read_is_refused(source):
     with pytest.raises(ConfigError, match='is not read: '):
         check_source(source)
-
-
-@pytest.mark.parametrize(
-    'source', ['', '/data/shards', 'https://host/t-{000..127}.tar', 'hf://datasets/a/b', 's3://b/1']
-)
-def test_stream_that_may_be_read(source):
-    assert check_source(source) is None  # it would raise
+    for allowed in ('', '/data/shards', 'https://host/t-{000..127}.tar', 'hf://datasets/a/b', 's3://b/1'):
+        check_source(allowed)  # it would raise
 
 
 @pytest.mark.parametrize(
@@ -313,9 +311,7 @@ def test_unreadable_samples_of_a_stream_count(damaged, data, flags, tmp_path):
     shutil.copytree(data / 'shards', shards)
     with tarfile.open(data / 'shards' / 'data-0.tar') as source, tarfile.open(shards / 'data-0.tar', 'w') as target:
         for i, member in enumerate(source.getmembers()):
-            content = {0: b'no image', 3: b'dog'}.get(i, source.extractfile(member).read())
-            member.size = len(content)
-            target.addfile(member, io.BytesIO(content))
+            add(target, member.name, {0: b'no image', 3: b'dog'}.get(i, source.extractfile(member).read()))
     splits = {'train': 'data-{1..3}.tar', 'val': 'data-{1..3}.tar', damaged: 'data-{0..3}.tar'}
     argv = ['--data-dir', shards, '--train-split', splits['train'], '--val-split', splits['val']]
     argv += ['--train-num-samples', 30, '--val-num-samples', 30, '--output', tmp_path]

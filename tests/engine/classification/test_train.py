@@ -69,7 +69,7 @@ def test_options(images, tmp_path):
     assert 'top-1' in run('validate.py', tmp_path / 'run').stderr
 
 
-def test_initial_checkpoint_of_the_trunk(images, tmp_path):
+def test_initial_checkpoint_of_the_backbone(images, tmp_path):
     torch.manual_seed(0)
     torch.save(timm.create_model('resnet18', num_classes=1000).state_dict(), tmp_path / 'resnet18.pth')
     result = run('train.py', images, '--model', 'resnet18_depla', *FAST, '--batch-size', 2, '--output', tmp_path,
@@ -105,9 +105,6 @@ def test_bad_data(error, images, tmp_path):
     (images / 'unseen').rename(images / 'test')
     plan = run('train.py', *fast, '--dry-run').stdout
     assert "4 training images of 'train', 4 validation images of 'test', 2" in plan
-    (images / 'test').rename(images / 'validation')
-    (images / 'train' / 'dog').rename(images / 'train' / 'wolf')
-    assert "differ in their classes, 'wolf' in 'train' alone; 'dog' in" in error('train.py', images, *model)
 
 
 def test_bad_model(error, images):
@@ -209,8 +206,7 @@ def test_last_resort(monkeypatch, capfd):
 
     with pytest.raises(SystemExit) as caught:
         run_command('train.py', main)
-    found = re.fullmatch(
-        r'train.py: unexpected ZeroDivisionError: of something \(the traceback is in (.*)\)', caught.value.code
-    )
+    message = r'train.py: unexpected ZeroDivisionError: of something \(the traceback is in (.*)\)'
+    found = re.fullmatch(message, caught.value.code)
     assert "raise ZeroDivisionError('of something')" in Path(found[1]).read_text()
     Path(found[1]).unlink()

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import fit, flip_bit, validate
+from helpers import change_arguments, fit, flip_bit, validate
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.metrics import precision_recall_fscore_support
@@ -24,14 +24,19 @@ from timm_depla.loading import load_weights, resumed_recipe
 MODEL = 'test_resnet_depla'
 
 
+@pytest.fixture(scope='module')
+def expected(digits_run):
+    """The row of the run."""
+    return validate(digits_run)[0]
+
+
 def scores(row):
     return {key: value for key, value in row.items() if key not in ('model', 'images_per_second')}
 
 
-def test_targets(digits_run, tmp_path):
+def test_targets(digits_run, expected, tmp_path):
     """A run, its links, a checkpoint, a file of weights, timm's name for a folder, and timm's own ways to say them."""
     data = ['--data-dir', digits_folder()]
-    (expected,) = validate(digits_run)
     assert expected['top1'] > 15
     assert expected['top1'] + expected['top1_err'] == pytest.approx(100)
     assert (expected['img_size'], expected['crop_pct'], expected['param_count']) == (32, 1.0, 0.43)
@@ -51,22 +56,20 @@ def test_targets(digits_run, tmp_path):
         assert scores(row) == scores(expected), argv
 
 
-def test_averages_over_classes_and_folded_norms(digits_run, tmp_path):
+def test_averages_over_classes_and_folded_norms(digits_run, expected, tmp_path):
     """timm's `--metrics-avg` gives scikit-learn's numbers, and `--reparam` the same answers by fewer parameters."""
-    (plain,) = validate(digits_run)
     averaged = ['--metrics-avg', 'macro', '--reparam', '--results-file', tmp_path / 'table.csv']
     (row,) = validate(digits_run, *averaged)
-    assert row['param_count'] <= plain['param_count'] and row['top1'] == plain['top1']
+    assert row['param_count'] <= expected['param_count'] and row['top1'] == expected['top1']
     model = timm.create_model(f'local-dir:{digits_run / "best"}', pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     files = sorted((digits_folder() / 'validation').glob('*/*.png'))
     with torch.inference_mode():
         found = model(torch.stack([transform(Image.open(file).convert('RGB')) for file in files])).argmax(1)
-    expected = precision_recall_fscore_support(
-        [int(file.parent.name) for file in files], found, average='macro', zero_division=0
-    )
+    labels = [int(file.parent.name) for file in files]
+    averages = precision_recall_fscore_support(labels, found, average='macro', zero_division=0)[:3]
     names = ('macro_precision', 'macro_recall', 'macro_f1_score')
-    assert [row[name] for name in names] == pytest.approx([100 * value for value in expected[:3]], abs=1e-3)
+    assert [row[name] for name in names] == pytest.approx([100 * value for value in averages], abs=1e-3)
     assert next(csv.DictReader((tmp_path / 'table.csv').open()))['macro_recall'] == str(row['macro_recall'])
 
 
@@ -93,13 +96,9 @@ def test_other_classes_of_the_same_number_are_named(digits_run, tmp_path, caplog
     assert "was trained on other classes, or in another order: '3' is '4' here" in caplog.text
 
 
-def test_is_the_same_each_time(digits_run):
+def test_options_run(digits_run, expected):
     rows = [validate(digits_run, '--batch-size', 50, *extra)[0] for extra in ([], ['--workers', 2])]
     assert scores(rows[0]) == scores(rows[1])
-
-
-def test_options_run(digits_run):
-    (expected,) = validate(digits_run)
     for argv in (['--channels-last'], ['--amp', '--amp-dtype', 'bfloat16'], ['--crop-mode', 'squash']):
         assert abs(validate(digits_run, *argv)[0]['top1'] - expected['top1']) < 5
     (row,) = validate(digits_run, '--img-size', 64, '--test-pool')
@@ -155,16 +154,16 @@ def test_real_labels(digits_run, tmp_path):
         validate(digits_run, '--data-dir', data, '--real-labels', file)
 
 
-def test_valid_labels(digits_run, tmp_path):
+def test_valid_labels(digits_run, expected, tmp_path):
     labels = tmp_path / 'labels'
     labels.write_text('\n'.join(map(str, range(10))))
-    assert scores(validate(digits_run, '--valid-labels', labels)[0]) == scores(validate(digits_run)[0])
+    assert scores(validate(digits_run, '--valid-labels', labels)[0]) == scores(expected)
     labels.write_text('one')
     with pytest.raises(ConfigError, match='cannot read --valid-labels'):
         validate(digits_run, '--valid-labels', labels)
 
 
-def test_memory_runs_out(digits_run, monkeypatch, caplog):
+def test_memory_runs_out(digits_run, expected, monkeypatch, caplog):
     """--retry halves the batch; without it the message says so."""
     evaluate = validation.evaluate
 
@@ -173,7 +172,6 @@ def test_memory_runs_out(digits_run, monkeypatch, caplog):
             raise torch.OutOfMemoryError('CUDA out of memory')
         return evaluate(model, loader, *args, **kwargs)
 
-    (expected,) = validate(digits_run)
     monkeypatch.setattr(validation, 'evaluate', small_memory)
     with pytest.raises(ConfigError, match='memory ran out with --batch-size 64; lower it or add --retry'):
         validate(digits_run, '-b', 64)
@@ -194,16 +192,15 @@ def test_a_shared_run_runs_no_command(digits_run, place, tmp_path):
     """An args.yaml whose data webdataset would hand to a shell."""
     planted = tmp_path / 'planted'
     shutil.copytree(digits_run, planted, symlinks=True)
-    arguments = yaml.safe_load((digits_run / 'args.yaml').read_text())
-    arguments.update(dataset='wds/', data_dir=f'pipe:touch {tmp_path}/executed #://')
-    (planted / 'args.yaml').write_text(yaml.safe_dump(arguments))
+    data_dir = f'pipe:touch {tmp_path}/executed #://'
+    change_arguments(planted, dataset='wds/', data_dir=data_dir)
     target = {'run': planted, 'best': planted / 'best', 'parent': planted / 'deeper' / 'weights'}[place]
     if place == 'parent':
         shutil.copytree((digits_run / 'best').resolve(), target)
     with pytest.raises(ConfigError, match=r'is no folder here: name the data|is no run folder'):
         validate(target)
     with pytest.raises(ConfigError, match=r"'pipe:touch .*' is not read: a stream is a local folder or one of https:"):
-        validate(target, '--dataset', 'wds/', '--data-dir', arguments['data_dir'])
+        validate(target, '--dataset', 'wds/', '--data-dir', data_dir)
     with pytest.raises(ConfigError, match=r"asks for --data-dir 'pipe:touch .*which the file of a run cannot do"):
         fit('--recipe', planted / 'args.yaml', '--output', tmp_path)
     assert not (tmp_path / 'executed').exists()

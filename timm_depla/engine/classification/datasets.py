@@ -6,6 +6,7 @@ import re
 import tarfile
 from argparse import Namespace
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -46,7 +47,7 @@ def check_source(source: str) -> None:
         raise ConfigError(f"'{source}' is not read: an address has letters, digits and ./:{{}}%,~@+=- alone")
 
 
-def _check_source(args: Namespace, kind: str, split: str) -> None:
+def _check_data(args: Namespace, kind: str, split: str) -> None:
     """Refuse data that is not there, or that cannot or must not be read."""
     if kind == 'tfds':
         raise ConfigError('tfds/ reads by TensorFlow, whose order cannot be restored: convert to WebDataset')
@@ -100,7 +101,7 @@ def open_split(args: Namespace, split: str, is_training: bool = False, epoch: in
         ConfigError: If it cannot be opened, or its source is not allowed.
     """
     kind = args.dataset.partition('/')[0].lower()
-    _check_source(args, kind, split)
+    _check_data(args, kind, split)
     options: Dict[str, Any] = {} if kind == 'torch' else {'input_img_mode': image_mode(args)}
     if args.class_map:
         options['class_map'] = args.class_map
@@ -218,11 +219,8 @@ def check_images(args: Namespace, world: World, *datasets: Any) -> None:
         if args.dataset or len(samples) > MAX_CHECKED or not isinstance(samples[0][0], str):
             continue
         files = [file for file, _ in samples][world.rank :: world.size]
-        found = world.broadcast(
-            [pair for part in world.gather(inspect_images(files, args.workers)) or [] for pair in part]
-        )
-        by_kind = defaultdict(list)
-        for file, kind, text in found:
+        shares, by_kind = world.broadcast(world.gather(inspect_images(files, args.workers))), defaultdict(list)
+        for file, kind, text in chain(*shares):
             by_kind[kind].append(f'{os.path.relpath(file, dataset.reader.root)}{text}')
         for kind, names in sorted(by_kind.items(), key=lambda item: item[0] == UNREADABLE):
             text = f"{len(names)} of the {len(samples)} images of the split '{split}' {kind}"

@@ -14,12 +14,12 @@ from timm_depla.data import Draw, digits_folder, seed_position
 from timm_depla.errors import ConfigError
 from timm_depla.files import list_digest
 from timm_depla.loading import create_model, load_model, load_weights, model_config, pretrained_file
+from timm_depla.models.cost import count_cost
 
 from .. import training
 from ..config import parse_training_args, updated
 from ..distributed import Interrupt, World
 from ..metrics import Metric
-from ..plan import count_cost
 from ..run import Run
 from .datasets import check_images, class_names, count_classes, file_names, open_splits, split_name
 from .flags import create_train_parser

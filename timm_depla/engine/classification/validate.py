@@ -83,7 +83,7 @@ def evaluate(
             break
     if interrupt is not None:
         interrupt.check()
-    loss, top1, top5, count = world.all_reduce_sum(*sums.tolist())
+    loss, top1, top5, count = world.all_reduce(*sums.tolist())
     expected = loader.unreadable.num_images
     if expected - count > max_unreadable(expected) or not count:
         raise TrainingError(
@@ -149,7 +149,7 @@ def _average(confusion: torch.Tensor, kind: str, world: World) -> Dict[str, floa
     """timm's columns of precision, recall and F1 (percent) from all processes' `confusion` of `evaluate`."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    counts = torch.tensor(world.all_reduce_sum(*confusion.flatten().tolist())).view_as(confusion)
+    counts = torch.tensor(world.all_reduce(*confusion.flatten().tolist())).view_as(confusion)
     true, predicted = counts.nonzero(as_tuple=True)
     weights = counts[true, predicted]
     scores = precision_recall_fscore_support(true, predicted, average=kind, sample_weight=weights, zero_division=0)

@@ -20,12 +20,12 @@ from timm_depla.detection.rcnn import split_name
 from timm_depla.errors import ConfigError
 from timm_depla.files import list_digest
 from timm_depla.loading import create_model, load_weights, pretrained_file
+from timm_depla.models.cost import count_cost
 
 from .. import training
 from ..config import parse_training_args, updated
 from ..distributed import Interrupt, World
 from ..metrics import Metric
-from ..plan import count_cost
 from ..run import Run
 from .flags import create_detection_parser
 from .loaders import DetectionLoader, ValidationLoader, open_splits
