@@ -23,6 +23,7 @@ MEASURED = {  # what of the package each measures, beside its own file; in the o
     'gpu': ('timm_depla',),
     'cost': (LAYERS, MODELS),
     'bound': (LAYERS, MODELS),
+    'kernels': (LAYERS, MODELS),
     'block': (LAYERS,),
     'scaling': (LAYERS, MODELS),
     'insertion': (LAYERS, MODELS),

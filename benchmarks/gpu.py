@@ -32,7 +32,7 @@ from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import build
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.device import set_up_device
-from timm_depla.engine.distributed import keep_memory, setup_world
+from timm_depla.engine.distributed import setup_world
 from timm_depla.layers import Depla
 
 from . import neck, record, speed
@@ -240,7 +240,6 @@ def run(args: argparse.Namespace) -> Iterator[Dict[str, Any]]:
     """Yields the results after each cell."""
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise SystemExit('no CUDA GPU here: run this command on a machine with one, or try it by --device cpu --toy')
-    keep_memory()
     end_time = time.monotonic() + 60 * args.minutes
     card = torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'
     results: Dict[str, Any] = dict(card=card, toy=args.toy, cells={})

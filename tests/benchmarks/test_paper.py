@@ -68,7 +68,8 @@ def test_the_commands_of_the_page(tmp_path):
     for line in block.splitlines():
         line = line.replace('/imagenet', f'{tmp_path}/imagenet', line.startswith('python train.py'))
         line = re.sub(r'(output|published)/', rf'{tmp_path}/\1/', re.sub(r'--push \S+', '', line))
-        argv = [*shlex.split(line)[1:], '--workers', 0, '--device', 'cpu']
+        argv = shlex.split(line)[1:]
+        argv += [] if 'publish' in line else ['--workers', 0, '--device', 'cpu']
         if 'train.py' in line:
             argv += ['--model', 'resnet18_depla', '--initial-checkpoint', weights, '--epochs', 1, '--warmup-epochs', 0]
             argv += ['--batch-size', 16, '--img-size', 32, '--no-amp', '--output', tmp_path / 'output']
