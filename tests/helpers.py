@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from timm_depla.engine.checkpoint import list_checkpoints
 from timm_depla.engine.classification import validate as validation
 from timm_depla.engine.classification.flags import create_train_parser, create_validate_parser
 from timm_depla.engine.classification.train import train
@@ -70,6 +72,14 @@ def summary(run):
     return list(csv.DictReader((run / 'summary.csv').open()))
 
 
+def go_back(run, copy, name):
+    """Copy a run without the checkpoints after the one named."""
+    shutil.copytree(run, copy, symlinks=True)
+    for newer in list_checkpoints(copy):
+        if newer.name > name:
+            shutil.rmtree(newer)
+
+
 def flip_bit(file):
     """Damage a file in a bit near its end."""
     data = bytearray(file.read_bytes())
@@ -98,3 +108,13 @@ def run(*argv, fails=False, **environment):
     result = subprocess.run(command, **options, capture_output=True, text=True, timeout=300)
     assert (result.returncode != 0) == fails, result.stdout + result.stderr
     return result
+
+
+def read_until(stream, text):
+    """What a process prints up to a line with this text."""
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if text in line:
+            return lines
+    raise AssertionError(''.join(lines))

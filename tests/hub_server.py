@@ -10,28 +10,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Dict, Iterator, List, Optional
 from urllib.parse import unquote
 
-import yaml
-from huggingface_hub import ModelCard
-
 
 class Hub:
-    """The repositories of a server and what it is asked.
-
-    Attributes:
-        url: Its address, for HF_ENDPOINT.
-        repositories: Commits by name, each a (sha, files) pair, oldest first.
-        requests: Method and path of every request.
-        failures: Status codes to answer the next requests for files (GET) with, by path ending.
-        cut: Bytes of a file after which to cut the connection, once, by path ending.
-    """
+    """The repositories of a server and what it is asked."""
 
     def __init__(self) -> None:
-        self.repositories: Dict[str, List[Any]] = {}
-        self.blobs: Dict[str, bytes] = {}
-        self.requests: List[str] = []
-        self.failures: Dict[str, List[int]] = {}
-        self.cut: Dict[str, int] = {}
-        self.url = ''
+        self.url = ''  # its address, for HF_ENDPOINT
+        self.repositories: Dict[str, List[Any]] = {}  # commits by name, each a (sha, files) pair, oldest first
+        self.requests: List[str] = []  # method and path of each
+        self.failures: Dict[str, List[int]] = {}  # status codes to answer the next GETs of files with, by path ending
+        self.cut: Dict[str, int] = {}  # bytes of a file after which to cut the connection, once, by path ending
 
     def commit(self, repo: str, files: Dict[str, Optional[bytes]]) -> str:
         """Add a commit that changes these files, None deletes one; returns its sha."""
@@ -53,14 +41,16 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
-    def answer(self, status: int, body: Any = None, **headers: str) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body if body is not None else {}).encode()
+    def start(self, status: int, length: int, **headers: str) -> None:
         self.send_response(status)
-        headers.setdefault('Content_Length', str(len(data)))
-        headers.setdefault('Content_Type', 'application/json' if not isinstance(body, bytes) else 'binary/octet-stream')
-        for name, value in headers.items():
+        for name, value in {'Content_Length': str(length), **headers}.items():
             self.send_header(name.replace('_', '-'), value)
         self.end_headers()
+
+    def answer(self, status: int, body: Any, **headers: str) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        kind = 'binary/octet-stream' if isinstance(body, bytes) else 'application/json'
+        self.start(status, len(data), Content_Type=kind, **headers)
         if self.command != 'HEAD':
             self.wfile.write(data)
 
@@ -78,164 +68,91 @@ class _Handler(BaseHTTPRequestHandler):
         return None, None
 
     def body(self) -> bytes:
-        if self.headers.get('Transfer-Encoding') == 'chunked':
-            data = b''
-            while size := int(self.rfile.readline(), 16):
-                data += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-            return data
         return self.rfile.read(int(self.headers.get('Content-Length', 0)))
 
     def handle_any(self) -> None:
         path = unquote(self.path.partition('?')[0])
         self.hub.requests.append(f'{self.command} {path}')
-        for pattern, method in _ROUTES:
-            match = re.fullmatch(pattern, path)
-            if match and self.command in method.methods:
-                method(self, *match.groups())
-                return
+        for pattern, method in _ROUTES.items():
+            if match := re.fullmatch(pattern, f'{self.command} {path}'):
+                return method(self, *match.groups())
         self.refuse(404, 'NotFound', f'no route {self.command} {path}')
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+    do_GET = do_HEAD = do_POST = handle_any
 
+    def resolve(self, repo: str, revision: str, path: str) -> None:
+        for ending, codes in self.hub.failures.items():
+            if self.command == 'GET' and path.endswith(ending) and codes:
+                return self.refuse(codes.pop(0), 'ServerError', 'out of order')
+        sha, files = self.find(repo, revision)
+        if sha is None:
+            return
+        if path not in files:
+            return self.answer(404, {'error': 'Entry not found'}, X_Error_Code='EntryNotFound', X_Repo_Commit=sha)
+        data = files[path]
+        etag = f'"{hashlib.sha256(data).hexdigest()}"'
+        headers = dict(ETag=etag, X_Repo_Commit=sha, Accept_Ranges='bytes', X_Linked_Size=str(len(data)))
+        if start := re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', '')):
+            first, last = int(start[1]), min(int(start[2] or len(data)), len(data) - 1)
+            headers['Content_Range'] = f'bytes {first}-{last}/{len(data)}'
+            return self.answer(206, data[first : last + 1], **headers)
+        for ending in [ending for ending in self.hub.cut if self.command == 'GET' and path.endswith(ending)]:
+            self.start(200, len(data), **headers)
+            self.wfile.write(data[: self.hub.cut.pop(ending)])
+            self.wfile.flush()
+            self.close_connection = True
+            return self.connection.shutdown(2)
+        self.answer(200, data, **headers)
 
-_ROUTES: List[Any] = []
+    def model_info(self, repo: str, revision: Optional[str]) -> None:
+        sha, files = self.find(repo, revision or 'main')
+        if sha is not None:
+            siblings = [{'rfilename': name, 'size': len(data)} for name, data in files.items()]
+            self.answer(200, {'_id': '0', 'id': repo, 'sha': sha, 'siblings': siblings, 'tags': [], 'private': False})
 
+    def tree(self, repo: str, revision: str) -> None:
+        sha, files = self.find(repo, revision)
+        if sha is not None:
+            entries = [{'type': 'file', 'path': name, 'size': len(files[name]), 'oid': '0'} for name in files]
+            self.answer(200, entries, X_Repo_Commit=sha)
 
-def route(pattern: str, *methods: str) -> Any:
-    def register(method: Any) -> Any:
-        method.methods = methods
-        _ROUTES.append((pattern, method))
-        return method
+    def create_repo(self) -> None:
+        content = json.loads(self.body())
+        name = f'{content.get("organization") or "user"}/{content["name"]}'
+        status = 409 if name in self.hub.repositories else 200
+        self.hub.repositories.setdefault(name, [('0' * 40, {})])
+        self.answer(status, {'url': f'{self.hub.url}/{name}', 'name': name, 'id': '0'})
 
-    return register
+    def validate_yaml(self) -> None:
+        self.body()
+        self.answer(200, {'errors': [], 'warnings': []})
+
+    def preupload(self, *_: str) -> None:
+        """No file is large here: all of them come with the commit."""
+        paths = [file['path'] for file in json.loads(self.body())['files']]
+        files = [{'path': path, 'uploadMode': 'regular', 'shouldIgnore': False} for path in paths]
+        self.answer(200, {'files': files})
+
+    def commit(self, repo: str, _: str) -> None:
+        files: Dict[str, Optional[bytes]] = {}
+        for item in map(json.loads, self.body().splitlines()):
+            if item['key'] in ('file', 'deletedFile'):
+                content = item['value'].get('content')
+                files[item['value']['path']] = base64.b64decode(content) if item['key'] == 'file' else None
+        sha = self.hub.commit(repo, files)
+        self.answer(200, {'success': True, 'commitOid': sha, 'commitUrl': f'{self.hub.url}/{repo}/commit/{sha}'})
 
 
 _REPO = r'([\w.-]+/[\w.-]+)'
-
-
-@route(rf'/{_REPO}/resolve/([^/]+)/(.+)', 'GET', 'HEAD')
-def resolve(self: _Handler, repo: str, revision: str, path: str) -> None:
-    hub = self.hub
-    for ending, codes in hub.failures.items():
-        if self.command == 'GET' and path.endswith(ending) and codes:
-            self.refuse(codes.pop(0), 'ServerError', 'out of order')
-            return
-    sha, files = self.find(repo, revision)
-    if sha is None:
-        return
-    if path not in files:
-        self.answer(404, {'error': 'Entry not found'}, X_Error_Code='EntryNotFound', X_Repo_Commit=sha)
-        return
-    data = files[path]
-    etag = f'"{hashlib.sha256(data).hexdigest()}"'
-    headers = dict(ETag=etag, X_Repo_Commit=sha, Accept_Ranges='bytes', X_Linked_Size=str(len(data)))
-    start = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
-    if start:
-        first, last = int(start[1]), min(int(start[2] or len(data)), len(data) - 1)
-        headers['Content_Range'] = f'bytes {first}-{last}/{len(data)}'
-        self.answer(206, data[first : last + 1], **headers)
-        return
-    for ending in [ending for ending in hub.cut if self.command == 'GET' and path.endswith(ending)]:
-        size = hub.cut.pop(ending)
-        self.send_response(200)
-        for name, value in {**headers, 'Content_Length': str(len(data))}.items():
-            self.send_header(name.replace('_', '-'), value)
-        self.end_headers()
-        self.wfile.write(data[:size])
-        self.wfile.flush()
-        self.close_connection = True
-        self.connection.shutdown(2)
-        return
-    self.answer(200, data, **headers)
-
-
-@route(rf'/api/models/{_REPO}(?:/revision/([^/]+))?', 'GET')
-def model_info(self: _Handler, repo: str, revision: Optional[str]) -> None:
-    sha, files = self.find(repo, revision or 'main')
-    if sha is not None:
-        siblings = [{'rfilename': name, 'size': len(data)} for name, data in files.items()]
-        self.answer(200, {'_id': '0', 'id': repo, 'sha': sha, 'siblings': siblings, 'tags': [], 'private': False})
-
-
-@route(rf'/api/models/{_REPO}/tree/([^/]+)', 'GET')
-def tree(self: _Handler, repo: str, revision: str) -> None:
-    sha, files = self.find(repo, revision)
-    if sha is not None:
-        entries = [
-            {'type': 'file', 'path': name, 'size': len(data), 'oid': hashlib.sha1(data).hexdigest()}
-            for name, data in files.items()
-        ]
-        self.answer(200, entries, X_Repo_Commit=sha)
-
-
-@route('/api/repos/create', 'POST')
-def create_repo(self: _Handler) -> None:
-    content = json.loads(self.body())
-    name = f'{content.get("organization") or "user"}/{content["name"]}'
-    status = 409 if name in self.hub.repositories else 200
-    self.hub.repositories.setdefault(name, [('0' * 40, {})])
-    self.answer(status, {'url': f'{self.hub.url}/{name}', 'name': name, 'id': '0'})
-
-
-@route('/api/whoami-v2', 'GET')
-def whoami(self: _Handler) -> None:
-    self.answer(200, {'type': 'user', 'name': 'user', 'orgs': [], 'auth': {'accessToken': {'role': 'write'}}})
-
-
-@route('/api/validate-yaml', 'POST')
-def validate_yaml(self: _Handler) -> None:
-    """As far as huggingface_hub itself can tell: the metadata must be read as a card."""
-    try:
-        ModelCard(json.loads(self.body())['content'])
-    except (TypeError, ValueError, KeyError, yaml.YAMLError) as error:
-        self.answer(400, {'errors': [{'message': str(error)}], 'warnings': []})
-        return
-    self.answer(200, {'errors': [], 'warnings': []})
-
-
-@route(rf'/api/models/{_REPO}/preupload/([^/]+)', 'POST')
-def preupload(self: _Handler, _: str, __: str) -> None:
-    paths = [file['path'] for file in json.loads(self.body())['files']]
-    modes = {path: 'lfs' if path.endswith('.safetensors') else 'regular' for path in paths}
-    files = [{'path': path, 'uploadMode': mode, 'shouldIgnore': False} for path, mode in modes.items()]
-    self.answer(200, {'files': files})
-
-
-@route(rf'/{_REPO}\.git/info/lfs/objects/batch', 'POST')
-def lfs_batch(self: _Handler, _: str) -> None:
-    objects = [
-        {**item, 'actions': {'upload': {'href': f'{self.hub.url}/upload/{item["oid"]}', 'header': {}}}}
-        for item in json.loads(self.body())['objects']
-    ]
-    self.answer(200, {'transfer': 'basic', 'objects': objects})
-
-
-@route(r'/upload/(\w+)', 'PUT')
-def upload(self: _Handler, oid: str) -> None:
-    data = self.body()
-    if hashlib.sha256(data).hexdigest() != oid:
-        self.refuse(400, 'BadUpload', 'not the bytes that were announced')
-        return
-    self.hub.blobs[oid] = data
-    self.answer(200)
-
-
-@route(rf'/api/models/{_REPO}/commit/([^/]+)', 'POST')
-def commit(self: _Handler, repo: str, _: str) -> None:
-    files: Dict[str, Optional[bytes]] = {}
-    for line in self.body().splitlines():
-        item = json.loads(line)
-        value = item['value']
-        if item['key'] == 'file':
-            files[value['path']] = base64.b64decode(value['content'])
-        elif item['key'] == 'lfsFile':
-            files[value['path']] = self.hub.blobs[value['oid']]
-        elif item['key'] == 'deletedFile':
-            files[value['path']] = None
-    sha = self.hub.commit(repo, files)
-    self.answer(200, {'success': True, 'commitOid': sha, 'commitUrl': f'{self.hub.url}/{repo}/commit/{sha}'})
+_ROUTES = {
+    rf'(?:GET|HEAD) /{_REPO}/resolve/([^/]+)/(.+)': _Handler.resolve,
+    rf'GET /api/models/{_REPO}(?:/revision/([^/]+))?': _Handler.model_info,
+    rf'GET /api/models/{_REPO}/tree/([^/]+)': _Handler.tree,
+    r'POST /api/repos/create': _Handler.create_repo,
+    r'POST /api/validate-yaml': _Handler.validate_yaml,
+    rf'POST /api/models/{_REPO}/preupload/([^/]+)': _Handler.preupload,
+    rf'POST /api/models/{_REPO}/commit/([^/]+)': _Handler.commit,
+}
 
 
 @contextlib.contextmanager

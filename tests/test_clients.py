@@ -49,19 +49,21 @@ def test_runtimes(name, digits, validation):
     assert (1e-4 < error < 0.1) if 'int8' in name else error < 0.01
 
 
-def test_transformers(tmp_path):
-    """The pipeline, a backbone and the Trainer; AutoModel is in hub/test_publish.py."""
+def test_transformers(digits, tmp_path):
+    """A published folder by AutoModel and the pipeline, a backbone and the Trainer."""
     transformers = pytest.importorskip('transformers')
-    pytest.importorskip('accelerate')
     folder = str(deploy.WEIGHTS)
     pipe = transformers.pipeline('image-classification', model=folder, device='cpu')
     digit = sorted((deploy.digits_folder() / 'validation' / '7').iterdir())[0]
     assert pipe(str(digit))[0]['label'] == '7'
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    torch.testing.assert_close(model(IMAGES).logits, digits(IMAGES), rtol=1e-5, atol=1e-5)
     options = dict(use_pretrained_backbone=False, out_indices=[1, 3])
     config = transformers.TimmBackboneConfig(backbone='test_resnet_depla', **options)
     assert [m.shape[-1] for m in transformers.TimmBackbone(config)(IMAGES).feature_maps] == [8, 2]
     config = transformers.TimmWrapperConfig.from_pretrained(folder)
     model = transformers.TimmWrapperForImageClassification(config)
+    pytest.importorskip('accelerate')  # which the Trainer needs
     options = transformers.TrainingArguments(tmp_path, max_steps=1, report_to=[], use_cpu=True, save_strategy='no')
     data = [dict(pixel_values=image, labels=label) for image, label in zip(IMAGES, LABELS, strict=True)]
     assert transformers.Trainer(model, options, train_dataset=data).train().training_loss > 0

@@ -213,13 +213,11 @@ def test_pixels_are_those_that_pillow_reads(kind):
 
 
 @needs_torchcodec
-@pytest.mark.parametrize(
-    'augmentation', [[], ['--vflip', 0.5, '--color-jitter', 0], ['--aa', 'original', '--aug-splits', 2]]
-)
-def test_resize_backend(augmentation, flags):
+@pytest.mark.parametrize('argv', [[], ['--vflip', 0.5, '--color-jitter', 0], ['--aa', 'original', '--aug-splits', 2]])
+def test_resize_backend(argv, flags):
     batches = {}
     for backend in ('pil', 'torch'):
-        args = arguments(*flags['folder'], *augmentation, '--workers', 0, '--resize-backend', backend)
+        args = arguments(*flags['folder'], *argv, '--workers', 0, '--resize-backend', backend)
         batches[backend] = list(load(args)[0].epoch(1))
     for (images, targets), (others, other_targets) in zip(*batches.values(), strict=True):
         assert torch.equal(targets, other_targets)
@@ -269,9 +267,8 @@ def test_unreadable_validation_image_is_left_out(flags, data, tmp_path):
 )
 def test_bad_data_arguments(argv, message, flags, data, tmp_path):
     (tmp_path / 'map.pkl').touch()
-    argv = [
-        str(a).replace('PARQUET', str(data / 'parquet')).replace('map.pkl', str(tmp_path / 'map.pkl')) for a in argv
-    ]
+    places = {'map.pkl': tmp_path / 'map.pkl', 'hfids/PARQUET': f'hfids/{data / "parquet"}'}
+    argv = [places.get(a, a) for a in argv]
     if '--resize-backend' in argv:
         pytest.importorskip('torchcodec')
     with pytest.raises(ConfigError, match=message):
@@ -290,18 +287,14 @@ def test_stream_that_a_shell_would_read_is_refused(source):
 
 
 @pytest.mark.parametrize(
-    'argv,message',
-    [
-        (['--train-split', 'data-{7..8}.tar'], r'epoch 0 ended after 0 of 10 steps: the data has fewer images than'),
-        (
-            ['--val-split', 'data-{7..8}.tar', '--val-num-samples', 40],
-            'validation got 0 images with a class that can be read, of 40',
-        ),
-    ],
-)
-def test_stream_that_delivers_too_little_is_an_error(argv, message, flags, tmp_path):
+    'split,message',
+    [('train', 'epoch 0 ended after 0 of 10 steps: the data has fewer images than'),
+     ('val', 'validation got 0 images with a class that can be read, of 40')],
+)  # fmt: skip
+def test_stream_that_delivers_too_little_is_an_error(split, message, flags, tmp_path):
+    argv = ['--train-num-samples', 40, '--val-num-samples', 40, f'--{split}-split', 'data-{7..8}.tar', *SHORT]
     with pytest.raises(TrainingError, match=message):
-        fit(*flags['wds'], '--train-num-samples', 40, *argv, *SHORT, '--output', tmp_path)
+        fit(*flags['wds'], *argv, '--output', tmp_path)
 
 
 @pytest.mark.parametrize('damaged', ['train', 'val'])
@@ -317,15 +310,6 @@ def test_unreadable_samples_of_a_stream_count(damaged, data, flags, tmp_path):
     argv += ['--train-num-samples', 30, '--val-num-samples', 30, '--output', tmp_path]
     with pytest.raises(TrainingError, match=r'[12] of the 3[02] images of the split .* cannot be read, more than 1%'):
         fit(*flags['wds'], *argv, *SHORT)
-
-
-def test_other_endings_are_images(tmp_path):
-    for folder in (tmp_path / split / label for split in ('train', 'val') for label in 'ab'):
-        folder.mkdir(parents=True)
-        for name in ('1.webp', '2.bmp', '3.tiff', '4.PNG', '5.JPG', '6.tif'):
-            Image.new('RGB', (8, 8), (9, 90, 200)).save(folder / name)
-    loader, val_loader = load(arguments('--data-dir', tmp_path))
-    assert len(loader.dataset) == len(val_loader.dataset) == 12
 
 
 @pytest.mark.parametrize('argv', [['--in-chans', 1], ['--input-size', 1, 32, 32]])

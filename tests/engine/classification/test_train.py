@@ -1,6 +1,5 @@
 """train.py and validate.py as a user runs them, on the embedded digits."""
 
-import csv
 import re
 import runpy
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import ROOT, run
+from helpers import ROOT, run, summary
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -44,29 +43,12 @@ def folder(tmp_path_factory):
 
 
 def test_learns_and_validation_reproduces_the_logged_accuracy(folder):
-    rows = list(csv.DictReader((folder / 'summary.csv').open()))
+    rows = summary(folder)
     assert [int(r['epoch']) for r in rows] == list(range(5))
     assert float(rows[-1]['train_loss']) < float(rows[0]['train_loss'])
     assert float(rows[-1]['eval_top1']) > 80
     best = max(float(r['eval_top1']) for r in rows)
-    for target, expected in [(folder, best), (folder / 'last', float(rows[-1]['eval_top1'])),
-                             (folder / 'best' / 'model.safetensors', best)]:  # fmt: skip
-        data = ['--data-dir', digits_folder()] if target != folder else []
-        assert f'top-1 {expected:.2f}' in run('validate.py', target, *data).stderr
-
-
-def test_options(images, tmp_path):
-    """Averaged weights, mixup, clipping, half precision, channels last and model arguments, in one short run."""
-    args = ['--model-ema', '--model-ema-decay', 0.9, '--mixup', 0.2, '--clip-grad', 1.0, '--amp', '--amp-dtype',
-            'bfloat16', '--channels-last', '--grad-checkpointing', '--gp', 'max', '--aa', 'rand-m5', '--drop-path', 0.1,
-            '--model-kwargs', "depla={'bfn': 'adaptive', 'temperature': 0.5}"]  # fmt: skip
-    args += ['--batch-size', 2, '--output', tmp_path, '--experiment', 'run']
-    run('train.py', images, '--recipe', 'digits', *FAST, *args)
-    model = timm.create_model(f'local-dir:{tmp_path / "run/best"}', pretrained=True)
-    assert hasattr(model.layer3[1].depla.bfn, 'query')
-    assert model.layer3[1].depla.rpn.temperature == 0.5
-    assert model.global_pool.pool_type == 'max'
-    assert 'top-1' in run('validate.py', tmp_path / 'run').stderr
+    assert f'top-1 {best:.2f}' in run('validate.py', folder).stderr
 
 
 def test_initial_checkpoint_of_the_backbone(images, tmp_path):
@@ -91,13 +73,11 @@ def images(tmp_path):
 def test_bad_data(error, images, tmp_path):
     model = ['--model', 'test_resnet_depla']
     assert error('train.py', tmp_path / 'nowhere') == f"train.py: error: no data folder '{tmp_path / 'nowhere'}'"
-    assert 'a batch of 32 is larger than the training set of 4 images' in error('train.py', images, *model)
     (tmp_path / 'empty').mkdir()
     assert "no folder or tar file 'train' in" in error('train.py', tmp_path / 'empty', *model)
     (tmp_path / 'empty' / 'train').mkdir()
     assert "no classes with images in '" in error('train.py', tmp_path / 'empty', *model)
     fast = [images, *model, '--batch-size', 2, '--img-size', 32, '--output', tmp_path / 'out']
-    assert 'would both read' in error('train.py', *fast, '--val-split', 'train')
     message = error('train.py', *fast, '--train-split', 'trian')
     assert re.search(r"no folder or tar file 'trian' in '.*', which has .*'train', 'validation'", message)
     (images / 'validation').rename(images / 'unseen')  # with train/ alone, all of it would be read as validation
@@ -131,8 +111,6 @@ def test_bad_option(error, images, tmp_path):
     (tmp_path / 'out' / 'run').mkdir(parents=True)
     fast = [images, '--batch-size', 2, *FAST, '--model', 'test_resnet_depla', '--output', tmp_path / 'out']
     for flag, value, message in (
-        ('--opt', 'sgdd', "cannot create optimizer 'sgdd'"),
-        ('--sched', 'cosin', "no schedule 'cosin'; did you mean 'cosine'"),
         ('--aa', 'rand-x9', 'timm cannot augment as asked'),
         ('--device', 'cuda:99', "cannot use device 'cuda:99'"),
         ('--experiment', 'run', 'by --resume auto, or choose another --experiment'),
