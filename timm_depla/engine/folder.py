@@ -211,7 +211,7 @@ def find_resume(args: Namespace, world: World) -> Tuple[Namespace, Optional[Path
         instead = "give a run's folder"
         if found := read_timm_run(args.resume):
             instead = (
-                f"timm's do not tell where in the data to resume; --initial-checkpoint {found.file} starts from it"
+                f"timm's do not tell where in the data to resume; start from it: --initial-checkpoint {found.file}"
             )
         raise ConfigError(f"'{args.resume}' has no checkpoint to resume from: {instead}")
     run = newest.parent.parent if newest is not None else path
