@@ -7,6 +7,7 @@ import shlex
 import sys
 from html import escape
 from importlib import import_module
+from inspect import isgenerator
 from typing import Any, Dict, List
 
 from timm.utils import setup_default_logging
@@ -15,15 +16,15 @@ from . import record
 from .pairs import KEEP_MEMORY
 
 NAMES = (
-    'grid', 'neck', 'speed', 'cost', 'bound', 'block', 'scaling', 'insertion', 'finetune', 'init', 'maps', 'deploy',
-    'throughput', 'versus', 'pipeline', 'feeding', 'crash', 'attack',
+    'grid', 'neck', 'speed', 'gpu', 'cost', 'bound', 'kernels', 'block', 'scaling', 'insertion', 'finetune', 'init',
+    'maps', 'deploy', 'throughput', 'versus', 'pipeline', 'feeding', 'crash', 'attack',
 )  # fmt: skip
 NETWORKS = ('timm_depla/layers', 'timm_depla/models')
 MEASURED = {  # what of the package a benchmark measures, where it is not the networks
     'neck': ('timm_depla/layers', 'timm_depla/detection'),
     **dict.fromkeys(('throughput', 'versus', 'pipeline'), ('timm_depla/engine', 'timm_depla/data')),
     'feeding': ('timm_depla/data',),
-    **dict.fromkeys(('crash', 'attack'), ('timm_depla',)),
+    **dict.fromkeys(('crash', 'attack', 'gpu'), ('timm_depla',)),
 }
 BENCHMARKS = {name: import_module(f'benchmarks.{name}') for name in NAMES}
 DOCS = record.ROOT / 'docs' / 'benchmarks.md'
@@ -78,7 +79,10 @@ def render_docs() -> str:
         f'changed since; {OLDER} marks such records here.',
         render_summary(),
     ]
-    for benchmark, entries in records().items():
+    found = records()
+    for benchmark, entries in {benchmark: found.get(benchmark, {}) for benchmark in BENCHMARKS}.items():
+        if not entries and benchmark != 'gpu':
+            continue
         parts += [f'## {benchmark}', BENCHMARKS[benchmark].__doc__.strip().replace('\n\n', '\n')]
         for name, entry in entries.items():
             text = BENCHMARKS[benchmark].render(entry['results'])
@@ -89,6 +93,11 @@ def render_docs() -> str:
             else:  # a sentence that ends the paragraph
                 parts[-1] += f'\n{text}'
             parts += [render_origin(entry)]
+        if not entries:
+            parts += [
+                BENCHMARKS[benchmark].render(BENCHMARKS[benchmark].NOTHING),
+                f'`python -m benchmarks {benchmark}`',
+            ]
     return '\n\n'.join([*parts, '## earlier', EARLIER]) + '\n'
 
 
@@ -106,9 +115,10 @@ def main() -> None:
         if not re.fullmatch(rf'{args.name}(-[\w-]+)?', args.record):
             parser.error(f"--record must be '{args.name}' or '{args.name}-SUFFIX', not '{args.record}'")
         module = BENCHMARKS[args.name]
-        results = module.run(args)
         command = f'python -m benchmarks {shlex.join(sys.argv[1:])}'
-        record.save(args.record, command, vars(args), sources(args.name), results)
+        found = module.run(args)
+        for results in found if isgenerator(found) else [found]:
+            record.save(args.record, command, vars(args), sources(args.name), results)
         print(module.render(results))
     DOCS.write_text(render_docs())
 

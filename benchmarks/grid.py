@@ -48,7 +48,9 @@ def _measure(name: str, batch_size: int, args: argparse.Namespace) -> Dict[str, 
         models = [create_model(spec, args.img_size).eval() for spec in specs]
         samples, memory = {KINDS[0]: turns([partial(onnxruntime(model, [x]), x) for model in models])}, []
     else:
-        samples, memory = measure(specs, x, turns, args.mode == 'bf16', args.mode == 'compiled')
+        samples, memory = measure(
+            specs, x, turns, args.mode == 'bf16', torch.compile if args.mode == 'compiled' else None
+        )
     cells: Dict[str, Dict[str, Any]] = {spec: {} for spec in specs[:-1]}
     for kind, columns in zip(KINDS, (specs, trained(specs)), strict=True):
         for column, spec in enumerate(columns[:-1] if kind in samples else []):

@@ -38,9 +38,9 @@ def _infer(model: nn.Module, x: Any) -> None:
     model(x)
 
 
-def _train_detector(model: nn.Module, image: torch.Tensor, target: Dict[str, torch.Tensor]) -> None:
+def _train_detector(model: nn.Module, images: List[torch.Tensor], targets: List[Dict[str, torch.Tensor]]) -> None:
     model.zero_grad()
-    sum(model([image], [target]).values()).backward()
+    sum(model(images, targets).values()).backward()
 
 
 def _train_neck(neck: nn.Module, maps: Dict[str, torch.Tensor]) -> None:
@@ -48,23 +48,32 @@ def _train_neck(neck: nn.Module, maps: Dict[str, torch.Tensor]) -> None:
     sum(level.square().mean() for level in neck(maps).values()).backward()
 
 
+def create_detectors(
+    names: List[str], height: int, width: int, device: str = 'cpu', **kwargs: Any
+) -> Tuple[List[nn.Module], torch.Tensor, Dict[str, torch.Tensor]]:
+    """Detectors that score the same proposals, an image of this size, and its ten objects."""
+    kwargs.update(min_size=min(height, width), max_size=max(height, width))
+    detectors = [create_detector(name, **kwargs).to(device).eval() for name in names]
+    limit = torch.tensor([width, height, width, height], device=device) / 2
+    proposals = torch.rand(1000, 4, device=device) * limit
+    proposals[:, 2:] += proposals[:, :2]
+    for detector in detectors:
+        detector.rpn.register_forward_hook(lambda _, __, found: ([proposals] * len(found[0]), found[1]))
+        detector.roi_heads.score_thresh = 1.0
+    masks = torch.ones(10, height, width, dtype=torch.uint8, device=device)
+    target = dict(boxes=proposals[:10], labels=torch.arange(1, 11, device=device), masks=masks)
+    return detectors, torch.rand(3, height, width, device=device), target
+
+
 def run(args: argparse.Namespace) -> Dict[str, Any]:
     torch.manual_seed(0)
     size = args.img_size
     specs = [args.model, *(f'{args.model}+{path}' for path in args.path), args.base]
-    detectors = [create_detector(spec.partition('+')[0], min_size=size, max_size=size).eval() for spec in specs]
+    detectors, image, target = create_detectors([spec.partition('+')[0] for spec in specs], size, size)
     necks = [detector.backbone.fpn for detector in detectors]
-    image = torch.rand(3, size, size)
     with torch.inference_mode():
         features = detectors[-1].backbone.body(torch.randn(1, 3, size, size))
     maps = OrderedDict((str(i), feature.clone()) for i, feature in enumerate(features))
-    top_left = torch.rand(1000, 2) * size / 2
-    proposals = torch.cat([top_left, top_left + torch.rand(1000, 2) * size / 2], dim=1)
-    masks = torch.ones(10, size, size, dtype=torch.uint8)
-    target = dict(boxes=proposals[:10], labels=torch.arange(1, 11), masks=masks)
-    for detector in detectors:
-        detector.rpn.register_forward_hook(lambda _, __, output: ([proposals], output[1]))
-        detector.roi_heads.score_thresh = 1.0
 
     def calls(function: Callable, modules: List[nn.Module], *inputs: Any) -> List[Callable[[], Any]]:
         return [along(spec, partial(function, module, *inputs)) for spec, module in zip(specs, modules, strict=True)]
@@ -72,7 +81,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     results: Dict[str, Any] = dict(model=args.model, base=args.base, paths=args.path, img_size=size)
     results['detector'] = time_rounds(calls(_infer, detectors, [image]), args.pairs)
     results['detector memory'] = list(map(peak_memory, calls(_infer, detectors, [image])))
-    steps = calls(_train_detector, [detector.train() for detector in detectors], image, target)
+    steps = calls(_train_detector, [detector.train() for detector in detectors], [image], [target])
     results['detector training memory'] = list(map(peak_memory, steps))
     results['neck'] = time_rounds(calls(_infer, [neck.eval() for neck in necks], maps), args.pairs)
     maps = OrderedDict((name, level.clone().requires_grad_()) for name, level in maps.items())

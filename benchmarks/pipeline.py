@@ -13,7 +13,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
@@ -52,10 +52,10 @@ def load_photographs() -> List[Image.Image]:
     ]
 
 
-def write_images(folder: Path, images: int) -> None:
+def write_images(folder: Path, images: int, photographs: Sequence[Image.Image] = ()) -> None:
     """Write FOLDER/SPLIT/CLASS/*.jpg: windows of at least half a photograph's side."""
     draw = random.Random(0)
-    for label, photograph in enumerate(load_photographs()):
+    for label, photograph in enumerate(photographs or load_photographs()):
         for split, count in (('train', images // 10), ('validation', images // 40)):
             (folder / split / str(label)).mkdir(parents=True)
             for i in range(count):

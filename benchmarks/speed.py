@@ -80,11 +80,11 @@ def trained(specs: Sequence[str]) -> List[str]:
 
 
 def measure(
-    specs: Sequence[str], x: torch.Tensor, time: Callable[..., List], amp: bool = False, is_compiled: bool = False
+    specs: Sequence[str], x: torch.Tensor, time: Callable[..., List], amp: bool = False, compiler: Any = None
 ) -> Tuple[Dict[str, List[List[float]]], List[int]]:
     """Seconds by kind of call, a column a model, and the bytes of a step of each model that trains."""
     models = {spec: create_model(spec, x.shape[-1]).to(x.device) for spec in specs}
-    called = {spec: torch.compile(model) if is_compiled else model for spec, model in models.items()}
+    called = {spec: compiler(model) if compiler else model for spec, model in models.items()}
     samples, calls = {}, {}
     for kind, function, names in zip(KINDS, (infer, train_step), (specs, trained(specs)), strict=True):
         for name in names:
@@ -107,7 +107,8 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     specs = [*args.model, args.base]
     x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
     time = partial(time_rounds, rounds=args.pairs, device=args.device)
-    samples, memory = measure(specs, x.to(memory_format=torch.channels_last), time, args.amp, args.torchcompile)
+    compiler = torch.compile if args.torchcompile else None
+    samples, memory = measure(specs, x.to(memory_format=torch.channels_last), time, args.amp, compiler)
     results = {**samples, 'names': specs, 'peak memory': memory}
     results.update({key: getattr(args, key) for key in ('batch_size', 'img_size', 'device', 'amp', 'torchcompile')})
     if args.device == 'cuda':

@@ -8,7 +8,7 @@ import torch
 
 from timm_depla.commands import run_command
 
-from . import paper, report, study
+from . import hours, paper, report, study
 from .proxies import DATA
 from .variants import VARIANTS
 
@@ -30,6 +30,7 @@ def main() -> Optional[int]:
     for name in paper.TABLES:
         parts = commands.add_parser(name, help=f"the runs of the paper's tables on {name}", description=paper.__doc__)
         paper.add_args(parts, name)
+    commands.add_parser('hours', help=hours.__doc__.splitlines()[0], description=hours.__doc__)
     commands.add_parser('docs', help='write the tables and plots of docs/evidence.md from the records')
     args = parser.parse_args()
     if args.name == 'run':
@@ -46,6 +47,8 @@ def main() -> Optional[int]:
             print(key, values[-1])
     elif args.name in paper.TABLES:
         return paper.main(args.name, args)
+    elif args.name == 'hours':
+        print(hours.render())
     else:
         report.write()
 

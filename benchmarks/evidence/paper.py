@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from ..record import table as markdown
+from .hours import estimate
 from .report import PAPER
 
 ROOT = Path(__file__).parents[2]
@@ -104,10 +105,16 @@ def rows_of(run: PaperRun, output: Path) -> List[Dict[str, str]]:
 
 
 def cost(run: PaperRun, args: argparse.Namespace) -> str:
-    """Its epochs so far, and the hours that one takes, times the processes, where some have been measured."""
+    """Its epochs so far and the GPU-hours of one, measured, or else estimated."""
     rows = rows_of(run, args.output)
-    if not rows:
+    if not rows and run.argv[0] != 'train.py':
         return 'not started, GPU-hours unknown'
+    if not rows:
+        found = estimate(*run.argv[2::2], args.processes)
+        return (
+            f'not started, estimated {found["epoch"]:.2g} H100-hours an epoch, {found["all"]:.3g} in all: '
+            f'{found["arithmetic"]}; {found["cores"]} cores load {found["rate"]:.0f} images/s for each GPU'
+        )
     seconds = sum(float(row['seconds']) for row in rows) / len(rows)
     return f'{len(rows)} epochs done, {args.processes * seconds / 3600:.3g} GPU-hours an epoch in training'
 

@@ -5,9 +5,10 @@ import shlex
 
 import pytest
 import timm
-from helpers import run
+from helpers import ROOT, run
+from safetensors.torch import save_model
 
-from benchmarks.evidence import paper
+from benchmarks.evidence import hours, paper
 from timm_depla.data import digits_folder
 from timm_depla.detection.rcnn import split_name
 from timm_depla.engine.classification.flags import create_train_parser
@@ -33,13 +34,51 @@ def test_runs_are_of_the_table(data, number, tmp_path, capsys):
         assert timm.is_model(model), model
 
 
-def test_costs_are_measured_or_unknown(tmp_path):
-    out = run(*COMMAND, 'imagenet', '/imagenet', '--table', 1, '--output', tmp_path).stdout
-    assert out.count('not started, GPU-hours unknown') == 7 and 'GPU-hours an epoch' not in out
+def test_costs_are_estimates_before_they_are_measured(tmp_path):
+    out = run(*COMMAND, 'imagenet', '/imagenet', '--table', 3, '--output', tmp_path, '--processes', 1).stdout
+    found = re.findall(r'estimated (\S+) H100-hours an epoch, (\S+) in all: 1,281,167 / 256 steps x (\S+) ms', out)
+    assert len(found) == 3
+    for epoch, total, step in (map(float, row) for row in found):  # by the standard recipe
+        assert epoch == pytest.approx(1_281_167 / 256 * step / 3.6e6, rel=0.05)
+        assert total == pytest.approx(100 * epoch, rel=0.05)
+    assert float(found[0][2]) == 65.7 < float(found[1][2]) < 80  # of resnet50, which was measured
+    assert run(*COMMAND, 'coco', '/coco', '--table', 5, '--output', tmp_path).stdout.count('GPU-hours unknown') == 4
     run(*COMMAND, 'coco', '/coco', '--table', 4, '--output', tmp_path, '--slurm')
     script = (tmp_path / 'coco_1x-fpn_depla-0.2.slurm').read_text()
     words = shlex.split(script.splitlines()[-1])
     assert words[0] == 'srun' and "depla={'temperature': 0.2}" in words and '--nproc-per-node=8' in words
+
+
+def test_the_hours_of_the_page():
+    text = (ROOT / 'docs' / 'imagenet.md').read_text()
+    assert re.search(r'<!-- hours -->\n(.*)\n<!-- end -->', text, re.DOTALL)[1] == hours.render()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page(tmp_path):
+    """On ten classes of ImageNet's layout and a local file of timm's weights, as far as sizes and the Hub allow."""
+    for split, name, count in (('train', 'train', 8), ('validation', 'val', 4)):
+        for digit in range(10):
+            (folder := tmp_path / 'imagenet' / name / f'n{1440764 + digit:08}').mkdir(parents=True)
+            for image in sorted((digits_folder() / split / str(digit)).iterdir())[:count]:
+                (folder / image.name).with_suffix('.JPEG').symlink_to(image)
+    weights = tmp_path / 'resnet18.safetensors'
+    save_model(timm.create_model('resnet18', num_classes=10), weights)
+    block = re.search(r'```sh\n(.*?)```', (ROOT / 'docs' / 'imagenet.md').read_text(), re.DOTALL)[1]
+    for line in block.splitlines():
+        line = line.replace('/imagenet', f'{tmp_path}/imagenet', line.startswith('python train.py'))
+        line = re.sub(r'(output|published)/', rf'{tmp_path}/\1/', re.sub(r'--push \S+', '', line))
+        argv = shlex.split(line)[1:]
+        argv += [] if 'publish' in line else ['--workers', 0, '--device', 'cpu']
+        if 'train.py' in line:
+            argv += ['--model', 'resnet18_depla', '--initial-checkpoint', weights, '--epochs', 1, '--warmup-epochs', 0]
+            argv += ['--batch-size', 16, '--img-size', 32, '--no-amp', '--output', tmp_path / 'output']
+            assert '26 of DEPLA new' in run(*argv).stderr
+        elif 'validate.py' in line:
+            assert '40 images: top-1' in run(*argv, '--img-size', 32, '--no-amp').stderr
+        else:
+            run(*argv)
+    assert 'ImageNet-1k' in (tmp_path / 'published' / 'resnet50_depla.ft_in1k' / 'README.md').read_text()
 
 
 @pytest.mark.slow
