@@ -113,7 +113,7 @@ def serve(pipe: Any, epoch: Callable[[int], Tuple[float, float]], seen: Callable
 
 def serve_plain(args: argparse.Namespace, pipe: Any) -> None:
     """Serve epochs of the plain loop; it has seen images and learning rates."""
-    plain = PlainLoop(build(args, setup_world('cpu')))
+    plain = PlainLoop(build(args, World(torch.device('cpu'))))
     serve(pipe, plain.run_epoch, lambda: (plain.images, plain.rates))
 
 
