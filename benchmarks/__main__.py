@@ -15,6 +15,7 @@ from timm.utils import setup_default_logging
 from . import record
 from .pairs import KEEP_MEMORY
 
+<<<<<<< HEAD
 LAYERS, MODELS, DETECTION = 'timm_depla/layers', 'timm_depla/models', 'timm_depla/detection'
 MEASURED = {  # what of the package each measures, beside its own file; in the order of the page
     'grid': (LAYERS, MODELS),
@@ -34,11 +35,20 @@ MEASURED = {  # what of the package each measures, beside its own file; in the o
     'throughput': ('timm_depla/engine', 'timm_depla/data'),
     'versus': ('timm_depla/engine', 'timm_depla/data'),
     'pipeline': ('timm_depla/engine', 'timm_depla/data'),
+=======
+NAMES = (
+    'grid', 'neck', 'speed', 'cost', 'bound', 'block', 'scaling', 'insertion', 'finetune', 'init', 'maps', 'deploy',
+    'throughput', 'versus', 'pipeline', 'feeding', 'crash', 'attack',
+)  # fmt: skip
+NETWORKS = ('timm_depla/layers', 'timm_depla/models')
+MEASURED = {  # what of the package a benchmark measures, where it is not the networks
+    'neck': ('timm_depla/layers', 'timm_depla/detection'),
+    **dict.fromkeys(('throughput', 'versus', 'pipeline'), ('timm_depla/engine', 'timm_depla/data')),
+>>>>>>> main
     'feeding': ('timm_depla/data',),
-    'crash': ('timm_depla',),
-    'attack': ('timm_depla',),
+    **dict.fromkeys(('crash', 'attack'), ('timm_depla',)),
 }
-BENCHMARKS = {name: import_module(f'benchmarks.{name}') for name in MEASURED}
+BENCHMARKS = {name: import_module(f'benchmarks.{name}') for name in NAMES}
 DOCS = record.ROOT / 'docs' / 'benchmarks.md'
 OLDER = '\\*'
 EARLIER = (
@@ -48,7 +58,7 @@ EARLIER = (
 
 
 def sources(benchmark: str) -> List[str]:
-    return [*MEASURED[benchmark], f'benchmarks/{benchmark}.py']
+    return [*MEASURED.get(benchmark, NETWORKS), f'benchmarks/{benchmark}.py']
 
 
 def records() -> Dict[str, Dict[str, Dict[str, Any]]]:

@@ -1,10 +1,9 @@
 """Mistakes and hostile files, drawn from seeds: each gives a message, never a traceback, a hang or silence.
 
-Command lines have valid and invalid values. A run folder is damaged in one place, gets a link or a pipe, or an
-args.yaml that asks for what only a user may ask for. Published weights get another config.json. Each case runs what the
-command runs, in its own process, with a time limit. "Silent" is an invalid number that a flag accepts, or a damaged
-checkpoint that is used. "Fetched" is a host that the user did not name, "written outside" a file outside of the case's
-folder.
+A run folder is damaged in one place, gets a link or a pipe, or an args.yaml that asks for what only a user may ask for.
+Each case runs what the command runs, in its own process, with a time limit. "Silent" is an invalid number that a flag
+accepts, or a damaged checkpoint that is used. "Fetched" is a host that the user did not name, "written outside" a file
+outside of the case's folder.
 """
 
 import argparse
@@ -35,6 +34,7 @@ from .flags import add_flags
 from .record import table
 
 SECONDS = 120  # time limit of a case
+OUTSIDE = 'written outside'
 
 
 def add_args(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +87,7 @@ def _case(attack: Callable[..., bool], seed: int, target: Path, log: Path) -> No
             traceback.print_exc()
         if lookups and attack is not attack_command:  # there, the user may have named it
             outcome = f'fetched {lookups[0]}'
-        outcome = 'written outside' if _digest(home, outside) != before else outcome
+        outcome = OUTSIDE if _digest(home, outside) != before else outcome
         outcome = 'executed' if list(Path(scratch).rglob('executed')) else outcome
         os.chdir('/')
         tempfile.tempdir = None
@@ -147,17 +147,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def render(results: Dict[str, Any]) -> str:
-    kinds = (
-        'refused',
-        'accepted',
-        'traceback',
-        'unexpected',
-        'hang',
-        'silent',
-        'executed',
-        'fetched',
-        'written outside',
-    )
+    kinds = ['refused', 'accepted', 'traceback', 'unexpected', 'hang', 'silent', 'executed', 'fetched', OUTSIDE]
     rows = [[kind, *(found.get(kind, 0) for found in results.values())] for kind in kinds]
     never = ', '.join(kind for kind, *counts in rows if not any(counts))
     return f'No case: {never or "-"}.\n\n{table(["", *results], [row for row in rows if any(row[1:])])}'

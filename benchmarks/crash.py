@@ -1,10 +1,10 @@
 """Training that is killed repeatedly ends bit for bit like uninterrupted training.
 
-The runs have everything that is random or has state: augmentation, erasing, mixup, cutmix, stochastic depth and an
-average of the weights; in detection, flips, random sizes and an average. The moments take turns: while a checkpoint is
-written, at any moment, in validation, each by SIGKILL, and by SIGUSR1, after which training must save and exit by
-itself. Every fifth kill hits `hub.publish`. A killed run is resumed with another number of workers until it ends. Its
-weights, states and summary are compared with those of an uninterrupted run, as is what was published.
+The runs have everything that is random or has state: augmentation, erasing, mixup, cutmix, stochastic depth, an average
+of the weights. The moments take turns: while a checkpoint is written, at any moment, in validation, each by SIGKILL,
+and by SIGUSR1, after which training must save and exit. Every fifth kill hits `hub.publish`. A killed run is resumed
+with another number of workers until it ends, and compared with an uninterrupted one: weights, states, summary,
+publication.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """What a training image costs to load with the recipe `better`: CPU time by step, ours and the alternatives.
 
-The JPEGs are those of `pipeline`. All loaders take turns in one process with one thread, batch by batch, and read the
-same files from memory, but for DALI. timm is the transforms and the collate function of its `train.py`, whose mixing
-happens here; ours mixes on the device. torchvision is its transforms v2 on tensors, decoded by TorchCodec. DALI is
-NVIDIA's (`nvidia-dali-cuda120`) on the CPU alone. Both have their own AutoAugment, bilinear interpolation, no mixing.
+All loaders take turns in one process with one thread, on the JPEGs of `pipeline` in memory (DALI: on disk). timm is the
+transforms and the collate function of its `train.py`, whose mixing happens here; ours mixes on the device. torchvision
+is its transforms v2 on tensors, decoded by TorchCodec. DALI is NVIDIA's (`nvidia-dali-cuda120`) on the CPU alone. Both
+have their own AutoAugment, bilinear interpolation, no mixing.
 """
 
 import argparse

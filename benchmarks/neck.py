@@ -1,7 +1,6 @@
 """FPN-DEPLA over FPN at the size of detection: the whole detector, and the pyramid alone.
 
-One image, in turn. The untrained detectors score the same 1,000 proposals and report nothing. A training step is
-forward and backward.
+The untrained detectors score the same 1,000 proposals of an image. A training step is forward and backward.
 """
 
 import argparse

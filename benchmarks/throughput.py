@@ -59,18 +59,10 @@ class PlainLoop:
         if args.mixup:
             mix = FastCollateMixup(args.mixup, label_smoothing=args.smoothing, num_classes=model.num_classes)
         self.loader = create_loader(
-            create_dataset('', root=args.data_dir, split='train'),
-            size,
-            is_training=True,
-            interpolation=args.train_interpolation,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            color_jitter=args.color_jitter,
-            auto_augment=args.aa,
-            collate_fn=mix,
-            **kwargs,
-        )
+            create_dataset('', root=args.data_dir, split='train'), size, is_training=True,
+            interpolation=args.train_interpolation, scale=args.scale, ratio=args.ratio, hflip=args.hflip,
+            color_jitter=args.color_jitter, auto_augment=args.aa, collate_fn=mix, **kwargs,
+        )  # fmt: skip
         val_set = create_dataset('', root=args.data_dir, split='validation')
         self.val_loader = create_loader(val_set, size, crop_pct=args.crop_pct, **kwargs)
         self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))

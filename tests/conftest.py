@@ -8,10 +8,20 @@ import pytest
 import torch
 from helpers import fit
 
+from timm_depla.data import scenes
+
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def small_scenes(tmp_path_factory):
+    """A few digits in scenes. Tests copy them before they change them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, 'IMAGES', {'train': 9, 'val': 4})
+        return scenes.scenes_folder(tmp_path_factory.mktemp('scenes') / 'scenes')
 
 
 @pytest.fixture(scope='session')

@@ -46,6 +46,14 @@ def change_arguments(run, **values):
     return path
 
 
+def write_recipe(path, model_kwargs, **values):
+    """The recipe of the scenes with a smaller detector and other values, as a file."""
+    recipe = yaml.safe_load((ROOT / 'timm_depla' / 'recipes' / 'detection' / 'scenes.yaml').read_text())
+    recipe['model_kwargs'].update(out_channels=16, box_score_thresh=0.0, **model_kwargs)
+    path.write_text(yaml.safe_dump({**recipe, 'workers': 0, **values}))
+    return path
+
+
 def flip_bit(file):
     """Damage a file in a bit near its end."""
     data = bytearray(file.read_bytes())

@@ -72,7 +72,7 @@ def test_its_arguments_are_a_recipe(timm_run, tmp_path):
 
 def test_resuming_says_what_works_instead(timm_run):
     for target in (timm_run, timm_run / 'last.pth.tar'):
-        with pytest.raises(ConfigError, match=rf'--initial-checkpoint {timm_run}/\w+.pth.tar starts from it'):
+        with pytest.raises(ConfigError, match=rf'start from it: --initial-checkpoint {timm_run}/\w+.pth.tar'):
             fit('--resume', target, '--recipe', timm_run / 'args.yaml', '--device', 'cpu')
 
 

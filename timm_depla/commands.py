@@ -51,6 +51,7 @@ def _escape_names() -> None:
 def run_command(name: str, main: Any) -> None:
     """Run a command's main function; exit with the message of a UserError, or with 128 + signal if interrupted."""
     setup_default_logging()
+    logging.raiseExceptions = False  # the death of a worker can interrupt the writing of a line
     _escape_names()
     for library in ('httpx', 'httpx2'):  # they log each request to the Hub
         logging.getLogger(library).setLevel(logging.WARNING)

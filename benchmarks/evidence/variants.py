@@ -63,6 +63,8 @@ def narrow_resnet_nl(pretrained: bool = False, stage: int = 3, **kwargs: Any) ->
     return model
 
 
+FPN, FPN_DEPLA = 'maskrcnn_test_resnet_fpn', 'maskrcnn_test_resnet_fpn_depla'
+FISHNET, FISHNET_DEPLA = 'maskrcnn_test_fishnet_fpn', 'maskrcnn_test_fishnet_depla_fpn'
 NORM = dict(neck_norm='batchnorm2d')
 
 VARIANTS: Dict[str, Variant] = {
@@ -72,21 +74,15 @@ VARIANTS: Dict[str, Variant] = {
     'cbam': Variant('CBAM', 'narrow_resnet', dict(block_args=dict(attn_layer='cbam'))),
     'nl': Variant('non-local', 'narrow_resnet_nl'),
     'depla': Variant('DEPLA', 'narrow_resnet_depla'),
-    'fpn': Variant('FPN', 'maskrcnn_test_resnet_fpn'),
-    'fpn-depla-0.2': Variant(
-        'FPN-DEPLA, T = 0.2', 'maskrcnn_test_resnet_fpn_depla', dict(depla=dict(temperature=0.2)), 'fpn-depla-0.5'
-    ),
-    'fpn-depla-0.5': Variant('FPN-DEPLA, T = 0.5', 'maskrcnn_test_resnet_fpn_depla', dict(depla=dict(temperature=0.5))),
-    'fpn-depla-1.0': Variant(
-        'FPN-DEPLA, T = 1.0', 'maskrcnn_test_resnet_fpn_depla', dict(depla=dict(temperature=1.0)), 'fpn-depla-0.5'
-    ),
-    'fpn-norm': Variant('FPN, norms in the pyramid', 'maskrcnn_test_resnet_fpn', NORM, 'fpn-depla-0.5'),
-    'backbone-fishnet': Variant('FishNet', 'maskrcnn_test_fishnet_fpn'),
-    'backbone-fishnet-depla': Variant('FishNet-DEPLA', 'maskrcnn_test_fishnet_depla_fpn'),
-    'backbone-fishnet-norm': Variant(
-        'FishNet, norms in the pyramid', 'maskrcnn_test_fishnet_fpn', NORM, 'backbone-fishnet'
-    ),
+    'fpn': Variant('FPN', FPN),
+    'fpn-depla-0.2': Variant('FPN-DEPLA, T = 0.2', FPN_DEPLA, dict(depla=dict(temperature=0.2)), 'fpn-depla-0.5'),
+    'fpn-depla-0.5': Variant('FPN-DEPLA, T = 0.5', FPN_DEPLA, dict(depla=dict(temperature=0.5))),
+    'fpn-depla-1.0': Variant('FPN-DEPLA, T = 1.0', FPN_DEPLA, dict(depla=dict(temperature=1.0)), 'fpn-depla-0.5'),
+    'fpn-norm': Variant('FPN, norms in the pyramid', FPN, NORM, 'fpn-depla-0.5'),
+    'backbone-fishnet': Variant('FishNet', FISHNET),
+    'backbone-fishnet-depla': Variant('FishNet-DEPLA', FISHNET_DEPLA),
+    'backbone-fishnet-norm': Variant('FishNet, norms in the pyramid', FISHNET, NORM, 'backbone-fishnet'),
     'backbone-fishnet-depla-norm': Variant(
-        'FishNet-DEPLA, norms in the pyramid', 'maskrcnn_test_fishnet_depla_fpn', NORM, 'backbone-fishnet-depla'
+        'FishNet-DEPLA, norms in the pyramid', FISHNET_DEPLA, NORM, 'backbone-fishnet-depla'
     ),
 }

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import ROOT, change_arguments, fit, run
+from helpers import ROOT, change_arguments, fit, run, write_recipe
 from hub_server import serve
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import timm_depla.hub.publish as publish_module
 from benchmarks.evidence.fashion import fashion_folder
 from hub.rewrite import rewrite
-from timm_depla.data import digits_folder, scenes
+from timm_depla.data import digits_folder
 from timm_depla.detection import from_pretrained
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args
@@ -60,19 +60,14 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope='module')
-def runs(tmp_path_factory):
+def runs(small_scenes, tmp_path_factory):
     """A classifier, whose weights are averaged, and a detector, each hardly trained."""
     output = tmp_path_factory.mktemp('runs')
     argv = ['--recipe', 'digits', '--epochs', 1, '--img-size', 32, '--workers', 0, '--device', 'cpu']
     fit(*argv, '--model-ema', '--model-ema-decay', 0.5, '--output', output, '--experiment', 'classifier')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenes, 'IMAGES', {'train': 4, 'val': 2})
-        folder = scenes.scenes_folder(output / 'data')
-    recipe = yaml.safe_load((ROOT / 'timm_depla' / 'recipes' / 'detection' / 'scenes.yaml').read_text())
-    recipe['model_kwargs'].update(min_size=64, max_size=64, out_channels=16, box_score_thresh=0.0)
-    recipe.update(batch_size=2, epochs=1, workers=0, device='cpu', output=str(output), experiment='detector')
-    (output / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
-    detection.train(parse_args(create_detection_parser(), [str(folder), '-c', str(output / 'recipe.yaml')]))
+    values = dict(batch_size=2, epochs=1, device='cpu', output=str(output), experiment='detector')
+    recipe = write_recipe(output / 'recipe.yaml', dict(min_size=64, max_size=64), **values)
+    detection.train(parse_args(create_detection_parser(), [str(small_scenes), '-c', str(recipe)]))
     return output
 
 

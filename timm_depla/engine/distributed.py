@@ -139,11 +139,7 @@ class Interrupt:
         self.signal = 0
 
     def check(self, is_due: Any = False) -> bool:
-        """Whether a checkpoint is due in a process. Every process must call this.
-
-        Raises:
-            Interrupted: In every process, if one received a signal.
-        """
+        """Whether a checkpoint is due in a process; a signal in one raises Interrupted in all. All must call this."""
         number, due = self.world.all_reduce(self.signal, bool(is_due), op='MAX')
         if number:
             raise Interrupted(int(number))

@@ -93,10 +93,7 @@ class RunFolder:
     def save(self, state: Dict[str, Any], weights: Dict[str, torch.Tensor], config: bytes) -> None:
         """Write a checkpoint in the background, after the one before it, whose error is raised.
 
-        Args:
-            state: The training state, with `position` and `history`.
-            weights: The tensors of model.safetensors, contiguous.
-            config: The content of config.json.
+        The weights, of model.safetensors, are contiguous and not written to meanwhile.
         """
         (epoch, step), history = state['position'], list(state['history'])
         record = {**(history or [{}])[-1], 'epoch': epoch, 'step': step}

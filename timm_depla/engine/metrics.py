@@ -52,11 +52,7 @@ def rank(history: List[Dict[str, Any]], metric: str) -> List[Dict[str, Any]]:
 
 
 def check_results(path: str) -> None:
-    """Check that `--results-file` can be written, before the work is done.
-
-    Raises:
-        ConfigError: If its folder is missing or not writable.
-    """
+    """Check that `--results-file` can be written, before the work is done; raise a ConfigError if not."""
     try:
         if path:
             check_writable(Path(path))
@@ -65,11 +61,7 @@ def check_results(path: str) -> None:
 
 
 def write_results(path: str, text: str) -> None:
-    """Write a `--results-file`.
-
-    Raises:
-        ConfigError: If it cannot be written.
-    """
+    """Write a `--results-file`, or raise a ConfigError."""
     try:
         write_file(Path(path), text.encode())
     except OSError as error:

@@ -57,11 +57,7 @@ def learning_rate(args: Namespace, processes: int) -> float:
 
 
 def create_optimizer(args: Namespace, trainable: nn.Module, num_updates: int) -> Tuple[torch.optim.Optimizer, Any, int]:
-    """Optimizer, schedule, and the number of epochs, for `num_updates` updates an epoch.
-
-    Raises:
-        ConfigError: If there is no such optimizer or schedule, or it does not take an argument.
-    """
+    """Optimizer, schedule, and the number of epochs, for `num_updates` updates an epoch."""
     try:
         groups = partial(group_parameters, args=args) if getattr(args, 'backbone_lr_scale', None) is not None else None
         optimizer = create_optimizer_v2(trainable, **optimizer_kwargs(args), **args.opt_kwargs, param_group_fn=groups)

@@ -10,14 +10,13 @@ import sys
 import pytest
 import timm
 import torch
-import yaml
-from helpers import ROOT, TORCHRUN, run
+from helpers import ROOT, TORCHRUN, run, write_recipe
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 from benchmarks.differences import differences
-from timm_depla.data import find_annotations, scenes
+from timm_depla.data import find_annotations
 from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import METRICS, CocoDetection, evaluate_coco
 from timm_depla.detection.predict import draw_detections, predict, read_image
@@ -32,27 +31,18 @@ from timm_depla.engine.plan import learning_rates
 from timm_depla.errors import ConfigError, TrainingError
 from timm_depla.loading import load_model
 
-RECIPES = ROOT / 'timm_depla' / 'recipes' / 'detection'
 
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """A few digits in scenes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenes, 'IMAGES', {'train': 9, 'val': 4})
-        return scenes.scenes_folder(tmp_path_factory.mktemp('scenes') / 'scenes')
+@pytest.fixture
+def folder(small_scenes):
+    return small_scenes
 
 
 @pytest.fixture(scope='module')
 def recipe(tmp_path_factory):
-    """The recipe of the scenes with everything smaller, and all that draws."""
-    content = yaml.safe_load((RECIPES / 'scenes.yaml').read_text())
-    content['model_kwargs'].update(min_size=[96, 128], max_size=128, out_channels=16, box_score_thresh=0.0)
-    content.update(model_ema=True, model_ema_decay=0.5, batch_size=3, epochs=2, recovery_interval=1, lr=0.005)
-    content.update(warmup_epochs=0, workers=0, hflip=0.5)
+    """All that draws, in a small recipe."""
+    values = dict(model_ema=True, model_ema_decay=0.5, batch_size=3, epochs=2, recovery_interval=1, lr=0.005)
     path = tmp_path_factory.mktemp('recipe') / 'small.yaml'
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return write_recipe(path, dict(min_size=[96, 128], max_size=128), warmup_epochs=0, hflip=0.5, **values)
 
 
 def fit(*argv):
@@ -89,12 +79,12 @@ def score(*argv):
 
 
 @pytest.fixture(scope='module')
-def trained(folder, recipe, tmp_path_factory):
+def trained(small_scenes, recipe, tmp_path_factory):
     """A run whose checkpoints all stay."""
     output = tmp_path_factory.mktemp('output')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, 'prune', lambda *_: None)
-        assert fit(folder, '-c', recipe, '--output', output, '--experiment', 'run') == 0
+        assert fit(small_scenes, '-c', recipe, '--output', output, '--experiment', 'run') == 0
     return output / 'run'
 
 
@@ -144,14 +134,12 @@ def test_two_processes_measure_what_one_does(trained, tmp_path):
 
 
 def test_faster_rcnn_with_what_is_optional(folder, recipe, tmp_path, caplog):
-    content = yaml.safe_load(recipe.read_text())
-    content['model_kwargs']['depla'] = {'temperature': 1.0}
-    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(content))
+    path = write_recipe(tmp_path / 'recipe.yaml', dict(min_size=96, max_size=128, depla={'temperature': 1.0}))
     options = ['--model', 'fasterrcnn_test_resnet_fpn_depla', '--amp', '--amp-dtype', 'bfloat16', '--channels-last']
     options += ['--epochs', 1, '--grad-accum-steps', 2, '--eval-metric', 'AP50', '--grad-checkpointing', '--opt']
     options += ['adamw', '--trainable-backbone-layers', 2, '--backbone-norm', 'frozen', '--output', tmp_path]
     caplog.set_level(logging.INFO)
-    assert fit(folder, '-c', tmp_path / 'recipe.yaml', *options, '--experiment', 'run') == 0
+    assert fit(folder, '-c', path, *options, '--experiment', 'run') == 0
     assert not any('mask' in name for name in last_row(tmp_path / 'run'))
     best = r'best box AP50 \d\.\d{3} at epoch 0 \(checkpoints/0001-000000\): python validate_detection\.py'
     assert re.search(best, caplog.text)
