@@ -15,37 +15,16 @@ from timm.utils import setup_default_logging
 from . import record
 from .pairs import KEEP_MEMORY
 
-<<<<<<< HEAD
-LAYERS, MODELS, DETECTION = 'timm_depla/layers', 'timm_depla/models', 'timm_depla/detection'
-MEASURED = {  # what of the package each measures, beside its own file; in the order of the page
-    'grid': (LAYERS, MODELS),
-    'neck': (LAYERS, DETECTION),
-    'speed': (LAYERS, MODELS),
-    'gpu': ('timm_depla',),
-    'cost': (LAYERS, MODELS),
-    'bound': (LAYERS, MODELS),
-    'kernels': (LAYERS, MODELS),
-    'block': (LAYERS,),
-    'scaling': (LAYERS, MODELS),
-    'insertion': (LAYERS, MODELS),
-    'finetune': (LAYERS, MODELS),
-    'init': (LAYERS, MODELS),
-    'maps': (LAYERS, MODELS),
-    'deploy': (LAYERS, MODELS),
-    'throughput': ('timm_depla/engine', 'timm_depla/data'),
-    'versus': ('timm_depla/engine', 'timm_depla/data'),
-    'pipeline': ('timm_depla/engine', 'timm_depla/data'),
-=======
 NAMES = (
-    'grid', 'neck', 'speed', 'cost', 'bound', 'block', 'scaling', 'insertion', 'finetune', 'init', 'maps', 'deploy',
-    'throughput', 'versus', 'pipeline', 'feeding', 'crash', 'attack',
+    'grid', 'neck', 'speed', 'gpu', 'cost', 'bound', 'kernels', 'block', 'scaling', 'insertion', 'finetune', 'init',
+    'maps', 'deploy', 'throughput', 'versus', 'pipeline', 'feeding', 'crash', 'attack',
 )  # fmt: skip
 NETWORKS = ('timm_depla/layers', 'timm_depla/models')
 MEASURED = {  # what of the package a benchmark measures, where it is not the networks
     'neck': ('timm_depla/layers', 'timm_depla/detection'),
     **dict.fromkeys(('throughput', 'versus', 'pipeline'), ('timm_depla/engine', 'timm_depla/data')),
->>>>>>> main
     'feeding': ('timm_depla/data',),
+    'gpu': ('timm_depla',),
     **dict.fromkeys(('crash', 'attack'), ('timm_depla',)),
 }
 BENCHMARKS = {name: import_module(f'benchmarks.{name}') for name in NAMES}
@@ -66,7 +45,7 @@ def records() -> Dict[str, Dict[str, Dict[str, Any]]]:
     found: Dict[str, Dict[str, Dict[str, Any]]] = {benchmark: {} for benchmark in BENCHMARKS}
     for name in record.names():
         found[name.split('-')[0]][name] = record.load(name)
-    return {benchmark: entries for benchmark, entries in found.items() if entries}
+    return {benchmark: entries for benchmark, entries in found.items() if entries or benchmark == 'gpu'}
 
 
 def render_summary() -> str:
@@ -101,10 +80,7 @@ def render_docs() -> str:
         f'changed since; {OLDER} marks such records here.',
         render_summary(),
     ]
-    found = records()
-    for benchmark, entries in {benchmark: found.get(benchmark, {}) for benchmark in BENCHMARKS}.items():
-        if not entries and benchmark != 'gpu':
-            continue
+    for benchmark, entries in records().items():
         parts += [f'## {benchmark}', BENCHMARKS[benchmark].__doc__.strip().replace('\n\n', '\n')]
         for name, entry in entries.items():
             text = BENCHMARKS[benchmark].render(entry['results'])
@@ -115,7 +91,7 @@ def render_docs() -> str:
             else:  # a sentence that ends the paragraph
                 parts[-1] += f'\n{text}'
             parts += [render_origin(entry)]
-        if not entries:
+        if not entries:  # of a GPU, before there is one
             parts += [
                 BENCHMARKS[benchmark].render(BENCHMARKS[benchmark].NOTHING),
                 f'`python -m benchmarks {benchmark}`',

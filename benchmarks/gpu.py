@@ -41,6 +41,7 @@ from .differences import differences
 from .pairs import median_interval, peak_memory, time_rounds
 from .pipeline import write_images
 
+Sizes = Dict[str, Any]
 MODES = ('eager', 'blocks', 'compiled', 'graphs')
 SECONDS = dict(tests=150, training=100, resuming=150, detector=60, eager=20, blocks=50, compiled=110, graphs=110)
 SIZES = dict(
@@ -84,7 +85,7 @@ def _over(samples: List[List[float]]) -> List[float]:
     return [float(f'{value:.4g}') for value in found]
 
 
-def measure_model(args: argparse.Namespace, sizes: Dict[str, Any], what: str, batch: str, mode: str) -> Dict[str, Any]:
+def measure_model(args: argparse.Namespace, sizes: Sizes, what: str, batch: str, mode: str) -> Dict[str, Any]:
     x = torch.randn(int(batch), 3, sizes['img_size'], sizes['img_size'], device=args.device)
     x = x.to(memory_format=torch.channels_last)
     time = partial(time_rounds, rounds=sizes['pairs'], device=args.device)
@@ -93,9 +94,7 @@ def measure_model(args: argparse.Namespace, sizes: Dict[str, Any], what: str, ba
     return dict({kind: _over(samples[kind]) for kind in speed.KINDS}, memory=memory)
 
 
-def measure_detector(
-    args: argparse.Namespace, sizes: Dict[str, Any], what: str, batch: str, mode: str
-) -> Dict[str, Any]:
+def measure_detector(args: argparse.Namespace, sizes: Sizes, what: str, batch: str, mode: str) -> Dict[str, Any]:
     names, compiler = sizes['detectors'], _compiler(mode, sizes['backend'])
     kwargs = dict(height=sizes['height'], width=sizes['width'], device=args.device, **sizes['detector_kwargs'])
     detectors, image, target = neck.create_detectors(names, **kwargs)
@@ -113,7 +112,7 @@ def measure_detector(
     return dict(found, memory=memory)
 
 
-def _write_data(folder: Path, sizes: Dict[str, Any]) -> Path:
+def _write_data(folder: Path, sizes: Sizes) -> Path:
     """Noise in the place of photographs, which scikit-image would have: coarse, and fine enough for 80 kB."""
     draw = np.random.default_rng(0)
 
@@ -129,7 +128,7 @@ def _write_data(folder: Path, sizes: Dict[str, Any]) -> Path:
     return folder / 'data'
 
 
-def _flags(args: argparse.Namespace, sizes: Dict[str, Any], data: Path, mode: str) -> List[str]:
+def _flags(args: argparse.Namespace, sizes: Sizes, data: Path, mode: str) -> List[str]:
     model = next(iter(sizes['models']))
     flags = f'--recipe better --model {model} --img-size {sizes["img_size"]} --batch-size {sizes["batches"][0]} '
     flags += f'--device {args.device} --workers {os.cpu_count()} --channels-last --amp --amp-dtype bfloat16 '
@@ -137,9 +136,7 @@ def _flags(args: argparse.Namespace, sizes: Dict[str, Any], data: Path, mode: st
     return [str(data), '--output', str(data.parent), *flags.split()]
 
 
-def measure_training(
-    args: argparse.Namespace, sizes: Dict[str, Any], what: str, batch: str, mode: str
-) -> Dict[str, Any]:
+def measure_training(args: argparse.Namespace, sizes: Sizes, what: str, batch: str, mode: str) -> Dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         data = _write_data(Path(folder), sizes)
         train_args = parse_args(create_train_parser(), [*_flags(args, sizes, data, mode), '--no-deterministic'])
@@ -158,9 +155,7 @@ def measure_training(
         return dict(rate=round(rate, 1), waits=round(sum(waits[first:]) / seconds, 3), workers=train_args.workers)
 
 
-def measure_resuming(
-    args: argparse.Namespace, sizes: Dict[str, Any], what: str, batch: str, mode: str
-) -> Dict[str, Any]:
+def measure_resuming(args: argparse.Namespace, sizes: Sizes, what: str, batch: str, mode: str) -> Dict[str, Any]:
     """Names what differs of a run that was killed after its first checkpoint and one that was not."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -187,7 +182,7 @@ def measure_resuming(
         return dict(differences=differences(folder / 'killed', folder / 'whole'))
 
 
-def run_tests(args: argparse.Namespace, sizes: Dict[str, Any], what: str, batch: str, mode: str) -> Dict[str, Any]:
+def run_tests(args: argparse.Namespace, sizes: Sizes, what: str, batch: str, mode: str) -> Dict[str, Any]:
     command = [sys.executable, '-m', 'pytest', '-q', '-o', 'addopts=', '-p', 'no:cacheprovider', 'tests/test_gpu.py']
     lines = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True).stdout.splitlines()
     failed = [line for line in lines if line.startswith('FAILED')]
@@ -198,7 +193,7 @@ NOTHING = dict(card='No GPU yet', toy=False, cells={})  # results before the fir
 FILLED_BY = dict(tests=run_tests, training=measure_training, resuming=measure_resuming, detector=measure_detector)
 
 
-def plan(sizes: Dict[str, Any]) -> Dict[str, str]:
+def plan(sizes: Sizes) -> Dict[str, str]:
     """The kind of each cell by its name, what/batch/mode, the most valuable first."""
     cells = {'tests/test_gpu.py//eager': 'tests'}
     models, batches = list(sizes['models']), sizes['batches']
@@ -221,7 +216,7 @@ def plan(sizes: Dict[str, Any]) -> Dict[str, str]:
     return cells
 
 
-def _measure(args: argparse.Namespace, sizes: Dict[str, Any], cell: str, kind: str) -> Dict[str, Any]:
+def _measure(args: argparse.Namespace, sizes: Sizes, cell: str, kind: str) -> Dict[str, Any]:
     torch.manual_seed(0)
     start = time.monotonic()
     try:
