@@ -12,7 +12,7 @@ from typing import Any, Dict, List
 
 from timm.utils import setup_default_logging
 
-from . import record
+from . import gpu, record
 from .pairs import KEEP_MEMORY
 
 NAMES = (

@@ -4,8 +4,8 @@ Each cell is recorded as it is measured. Another call with the same code, card a
 it leaves out what would not end within `--minutes`. `train.py` is killed and resumed, and ends bit for bit as if it had
 not been, or it does not. Models: channels last, bfloat16; inference, training step and memory over the base, in turn;
 of the base itself the times. `blocks` is `compile_blocks`, `graphs` torch.compile with CUDA graphs. Detectors: two
-images, as in the benchmark `neck`. Training: the recipe `better` on JPEGs of 500 x 375 pixels
-and about 80 kB, from memory: images a second, and the share of the time in which they are waited for.
+images, as in the benchmark `neck`. Training: the recipe `better` on JPEGs of 500 x 375 pixels and about 80 kB, from
+memory: images a second, and the share of the time in which they are waited for.
 """
 
 import argparse
