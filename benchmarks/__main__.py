@@ -92,10 +92,7 @@ def render_docs() -> str:
                 parts[-1] += f'\n{text}'
             parts += [render_origin(entry)]
         if not entries:  # of a GPU, before there is one
-            parts += [
-                BENCHMARKS[benchmark].render(BENCHMARKS[benchmark].NOTHING),
-                f'`python -m benchmarks {benchmark}`',
-            ]
+            parts += [gpu.render(gpu.NOTHING), '`python -m benchmarks gpu`']
     return '\n\n'.join([*parts, '## earlier', EARLIER]) + '\n'
 
 
