@@ -35,7 +35,7 @@ def test_every_cell_in_two_calls(monkeypatch, tmp_path, capsys):
 def test_a_page_without_a_record():
     text = gpu.render(gpu.NOTHING)
     assert 'not measured yet' in text and 'Empty' in text
-    assert all(f'| `{model}` | {batch} |' in text for model in gpu.SIZES['models'] for batch in (32, 256))
+    assert all(f'| {model} | {batch} |' in text for model in gpu.SIZES['models'] for batch in (32, 256))
 
 
 def test_another_card_starts_anew(monkeypatch, tmp_path):
