@@ -31,7 +31,7 @@ DOCS = record.ROOT / 'docs' / 'benchmarks.md'
 OLDER = '\\*'
 EARLIER = (
     'Commit 7087eaf has the tables of forms that are no longer in the code (`grid-paths-*`, `neck-paths`), and of '
-    '`grid-bf16`, `grid-onnx`, `bound-batch32` and `speed-fishnet`.'
+    '`grid-bf16`, `grid-onnx`, `bound-batch32`, `speed-fishnet` and `speed-h100-batch32`.'
 )
 
 
