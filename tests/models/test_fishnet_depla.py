@@ -75,28 +75,13 @@ def test_every_way_to_load_a_published_checkpoint(published):
     pretrained = timm.create_model('fishnet99', pretrained=True, pretrained_cfg_overlay=dict(file=str(published)))
     filled = timm.create_model('fishnet99_depla')
     report = load_backbone(filled, published)
-    assert report.loaded == list(expected)
-    assert set(report.new) == {name for name in filled.state_dict() if '.depla.' in name}
-    assert str(report) == f'599 tensors loaded, {len(report.new)} of DEPLA new'
+    assert report.loaded == list(expected) and len(report.new) == len(filled.state_dict()) - 599
     given = timm.create_model('fishnet99')
     load_backbone(given, published_state_dict())
     for model in (pretrained, filled, given):
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
-    digits = timm.create_model('fishnet99', num_classes=10)
-    assert load_backbone(digits, published).skipped == ['fc.weight', 'fc.bias']
-
-
-@pytest.mark.parametrize(
-    'name,message',
-    [
-        ('fishnet150_depla', r'255 missing \(tail.1.blocks.2.bn1.weight, .*\); 0 unexpected; 0 of another shape'),
-        ('test_fishnet', r'0 missing; 195 unexpected \(.*\); .* shape \(stem.0.0.weight \(32, 3, 3, 3\) for'),
-        ('resnet18_depla', r'\d+ missing \(.*\); 500 unexpected \(conv1.0.weight'),
-    ],
-)
-def test_published_checkpoint_of_another_network(published, name, message):
-    with pytest.raises(ValueError, match=message):
-        load_backbone(timm.create_model(name), published)
+    with pytest.raises(ValueError, match=r'255 missing \(tail.1.blocks.2.bn1.weight, .*\); 0 unexpected; 0 of another'):
+        load_backbone(timm.create_model('fishnet150_depla'), published)
 
 
 @pytest.mark.parametrize(
@@ -142,21 +127,13 @@ def test_maps_keep_their_type_under_the_autocast_of_a_gpu():
     assert len(types) > 12 and set(types.values()) == {torch.bfloat16}, types
 
 
-@pytest.mark.parametrize('name', ['fishnet99', 'fishnet150_depla', 'fishnet201_depla'])
-def test_features(name):
-    backbone = timm.create_model(name, features_only=True, device='meta')
-    features = backbone(torch.randn(1, 3, 64, 96, device='meta'))
-    assert backbone.feature_info.reduction() == [2, 4, 8, 16, 32]
-    assert [f.shape[1] for f in features] == backbone.feature_info.channels()
-    assert [tuple(f.shape[2:]) for f in features] == [(64 // r, 96 // r) for r in (2, 4, 8, 16, 32)]
-
-
 @pytest.mark.parametrize('indices', [(1, 3), (0,)])
 def test_some_features(indices):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = create('test_fishnet_depla').forward_intermediates(x, intermediates_only=True)
         backbone = create('test_fishnet_depla', features_only=True, out_indices=indices)
+        assert backbone.feature_info.reduction() == [[2, 4, 8, 16, 32][i] for i in indices]
         torch.testing.assert_close(backbone(x), [expected[i] for i in indices])
 
 
