@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/flags.md from the parsers: `python docs/flags.py`."""
+"""Write the tables of docs/flags.md from the parsers: `python docs/flags.py`."""
 
 import argparse
 from collections import defaultdict
@@ -10,17 +10,7 @@ from timm_depla.engine.classification import flags as classification
 from timm_depla.engine.detection import flags as detection
 from timm_depla.engine.flags import OWN_FLAGS
 
-HEADER = """# Flags
-
-Flags have the names, meanings and defaults of timm's `train.py` and `validate.py` (1.0.29.dev0), except the defaults of
-the model, the device and the number of loading processes. `--help` prints the meaning of each. Every switch has a
-`--no-` form. In a recipe, write flags without dashes: `batch_size: 64`. Any other flag of timm is an error that gives
-its reason.
-
-`validate.py` takes any number of runs, checkpoints and models as arguments; timm's `--checkpoint`, `--model` and
-positional data folder also work. `train_detection.py` and `validate_detection.py` have the same flags wherever they
-mean the same.
-"""
+PAGE = Path(__file__).with_name('flags.md')
 DEFAULTS = {'--workers': 'at most 4', '--device': 'the GPU if any'}  # they depend on the machine
 
 
@@ -64,7 +54,7 @@ def section(title: str, parser: argparse.ArgumentParser, left_out: Dict[str, str
 def render() -> str:
     return '\n'.join(
         [
-            HEADER,
+            PAGE.read_text().partition('\n## ')[0],
             *section('train.py', classification.create_train_parser(), classification.LEFT_OUT),
             *section('validate.py', classification.create_validate_parser(), classification.LEFT_OUT_OF_VALIDATION),
             *section('train_detection.py', detection.create_detection_parser(), detection.LEFT_OUT_OF_DETECTION),
@@ -74,4 +64,4 @@ def render() -> str:
 
 
 if __name__ == '__main__':
-    (Path(__file__).parent / 'flags.md').write_text(render())
+    PAGE.write_text(render())
