@@ -33,8 +33,7 @@ SIZES = [((3, 4), (3, 4)), ((5, 6), (2, 3)), ((2, 3), (4, 6)), ((2, 6), (4, 3))]
 @pytest.mark.parametrize('bfn', BFNS)
 def test_matches_literal_transcription(bfn, keep_candidate, form, batch, temperature, sizes):
     kwargs = dict(ARGS, temperature=temperature, bfn=bfn, keep_candidate=keep_candidate)
-    candidate_chs = 6 if keep_candidate else 5
-    training = form != 'evaluation'
+    candidate_chs, training = 6 if keep_candidate else 5, form != 'evaluation'
     block = randomized(Depla(6, candidate_chs, **kwargs)).train(training)
     x, y = torch.randn(batch, 6, *sizes[0]).double(), torch.randn(batch, candidate_chs, *sizes[1]).double()
     expected = literal(block, x.tolist(), y.tolist(), **kwargs, training=training)
@@ -242,10 +241,7 @@ def test_drop_path_drops_the_refinement():
 @pytest.mark.parametrize(
     'kwargs,message',
     [
-        *(
-            (dict(temperature=value), f'temperature must be from 0.001 to 1000, got {value}')
-            for value in (0.0, -1.0, math.nan, math.inf)
-        ),
+        *((dict(temperature=t), f'must be from 0.001 to 1000, got {t}') for t in (0.0, -1.0, math.nan, math.inf)),
         (dict(bfn='adaptve'), "bfn must be one of plain, adaptive, got 'adaptve'"),
         (dict(num_groups=0), 'num_groups must be at least 1, got 0'),
         (dict(pooled_chs=-2), 'pooled_chs must be at least 1, got -2'),

@@ -10,7 +10,6 @@ import timm
 import torch
 from helpers import create, gpu_autocast
 
-from timm_depla.layers import Depla
 from timm_depla.models import load_backbone
 from timm_depla.models.fishnet_blocks import Blocks, JoinStage
 
@@ -98,20 +97,6 @@ def test_file_that_is_no_checkpoint(content, message, tmp_path):
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(ValueError, match=message):
         load_backbone(timm.create_model('test_fishnet'), path)
-
-
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_without_its_refinement_depla_is_the_original(memory_format):
-    original, model = create('test_fishnet'), create('test_fishnet_depla')
-    load_backbone(model, original.state_dict())
-    x = torch.randn(2, 3, 97, 70).contiguous(memory_format=memory_format)
-    blocks = [m for m in model.modules() if isinstance(m, Depla)]
-    assert len(blocks) == 6
-    with torch.no_grad():
-        assert not torch.allclose(model(x), original(x))
-        for block in blocks:
-            block.norm.weight.zero_()
-        torch.testing.assert_close(model(x), original(x))
 
 
 def test_maps_keep_their_type_under_the_autocast_of_a_gpu():

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from helpers import create, run
+from helpers import create
 from timm.models import save_for_hf
 
 import timm_depla
@@ -108,7 +108,7 @@ def test_entrypoint(backbone):
         timm.create_model('backbone_depla', backbone='convnext_tini')
 
 
-def test_weights_of_the_whole_come_back_in_another_process(tmp_path):
+def test_weights_of_the_whole_come_back(tmp_path):
     arguments = dict(backbone='test_convnext', depla=dict(bfn='adaptive'), num_classes=7)
     model, x = create('backbone_depla', **arguments), torch.randn(1, 3, 160, 160)
     with torch.no_grad():
@@ -119,20 +119,12 @@ def test_weights_of_the_whole_come_back_in_another_process(tmp_path):
         expected = model(x)
     assert not torch.equal(expected, fresh)
     save_for_hf(model, tmp_path, model_args=arguments, safe_serialization=True)
-    torch.save(x, tmp_path / 'x.pt')
-    code = f"""
-import timm, timm_depla, torch
-model = timm.create_model('local-dir:{tmp_path}', pretrained=True).eval()
-torch.save(model(torch.load('{tmp_path}/x.pt')), '{tmp_path}/out.pt')
-print(type(model).__name__)
-"""
-    assert run('-c', code).stdout.endswith('ConvNeXt\n')
-    assert torch.equal(torch.load(tmp_path / 'out.pt'), expected)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert type(loaded).__name__ == 'ConvNeXt' and torch.equal(loaded(x), expected)
 
 
 def test_backbone_learns_at_its_own_rate():
-    argv = ['--recipe', 'finetune', '--lr', '0.01', '--warmup-epochs', '0']
-    args = parse_args(create_train_parser(), argv)
+    args = parse_args(create_train_parser(), ['--recipe', 'finetune', '--lr', '0.01', '--warmup-epochs', '0'])
     model = create('backbone_depla', backbone='test_convnext', num_classes=7)
     optimizer, *_ = create_optimizer(args, model, 10)
     found = [(id(p), group['lr'], group['weight_decay']) for group in optimizer.param_groups for p in group['params']]
