@@ -4,7 +4,7 @@
 import argparse
 from collections import defaultdict
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Set
 
 from timm_depla.engine.classification import flags as classification
 from timm_depla.engine.detection import flags as detection
@@ -31,7 +31,7 @@ def table(*rows: Sequence[str]) -> List[str]:
     return [head, '|' + '---|' * len(rows[0]), *body, ''] if body else []
 
 
-def section(title: str, parser: argparse.ArgumentParser, left_out: Dict[str, str]) -> List[str]:
+def section(title: str, parser: argparse.ArgumentParser, left_out: Dict[str, str], old: Set[tuple]) -> List[str]:
     groups, own, reasons = defaultdict(list), [], defaultdict(list)
     for group in parser._action_groups[1:]:
         for action in group._group_actions:
@@ -43,6 +43,11 @@ def section(title: str, parser: argparse.ArgumentParser, left_out: Dict[str, str
         reasons[reason].append(f'`{flag}`')
     kept = [(group, ', '.join(flags)) for group, flags in groups.items()]
     missing = [(' '.join(flags), reason) for reason, flags in reasons.items()]
+    again = [[row[0] for row in rows if row in old] for rows in (own, missing)]
+    own, missing = ([row for row in rows if row not in old] for rows in (own, missing))
+    old.update(own, missing)
+    kept += [('not of timm, as above', ', '.join(again[0]))] if again[0] else []
+    missing += [(' '.join(again[1]), 'as above')] if again[1] else []
     return [
         f'## {title}', '',
         *table(('group', "timm's flags and their defaults"), *kept),
@@ -52,15 +57,13 @@ def section(title: str, parser: argparse.ArgumentParser, left_out: Dict[str, str
 
 
 def render() -> str:
-    return '\n'.join(
-        [
-            PAGE.read_text().partition('\n## ')[0],
-            *section('train.py', classification.create_train_parser(), classification.LEFT_OUT),
-            *section('validate.py', classification.create_validate_parser(), classification.LEFT_OUT_OF_VALIDATION),
-            *section('train_detection.py', detection.create_detection_parser(), detection.LEFT_OUT_OF_DETECTION),
-            *section('validate_detection.py', detection.create_detection_validate_parser(), {}),
-        ]
-    )
+    old = set()  # rows of the scripts before
+    lines = [PAGE.read_text().partition('\n## ')[0]]
+    lines += section('train.py', classification.create_train_parser(), classification.LEFT_OUT, old)
+    lines += section('validate.py', classification.create_validate_parser(), classification.LEFT_OUT_OF_VALIDATION, old)
+    lines += section('train_detection.py', detection.create_detection_parser(), detection.LEFT_OUT_OF_DETECTION, old)
+    lines += section('validate_detection.py', detection.create_detection_validate_parser(), {}, old)
+    return '\n'.join(lines)
 
 
 if __name__ == '__main__':

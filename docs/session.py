@@ -18,7 +18,6 @@ TRAIN = (
 )
 COMMANDS = (
     'python docs/photographs.py demo',
-    'ls demo/images demo/images/cat | head -n 12',
     'python train.py demo/images',
     TRAIN,
     'python validate.py output/first',
