@@ -8,11 +8,7 @@ from pathlib import Path
 import timm_depla
 
 ALLOWED = {
-    'errors': set(),
-    'files': set(),
-    'layers': set(),
-    'schema': set(),
-    'version': set(),
+    **{part: set() for part in ('errors', 'files', 'layers', 'schema', 'version')},
     'capture': {'layers'},
     'compile': {'layers', 'models'},
     'data': {'errors', 'files'},

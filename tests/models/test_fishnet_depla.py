@@ -83,18 +83,11 @@ def test_every_way_to_load_a_published_checkpoint(published):
         load_backbone(timm.create_model('fishnet150_depla'), published)
 
 
-@pytest.mark.parametrize(
-    'content,message',
-    [
-        (b'<!doctype html>', 'cannot be read as a checkpoint'),
-        ([torch.zeros(1)], 'cannot be read as a checkpoint'),
-        ({'epoch': 99}, 'holds something else than the tensors of a model'),
-        ({'state_dict': {}}, 'holds something else than the tensors of a model'),
-    ],
-)
-def test_file_that_is_no_checkpoint(content, message, tmp_path):
+@pytest.mark.parametrize('content', [b'<!doctype html>', [torch.zeros(1)], {'epoch': 99}, {'state_dict': {}}])
+def test_file_that_is_no_checkpoint(content, tmp_path):
     path = tmp_path / 'fishnet99_ckpt.tar'
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    message = 'something else than the tensors' if isinstance(content, dict) else 'cannot be read as a checkpoint'
     with pytest.raises(ValueError, match=message):
         load_backbone(timm.create_model('test_fishnet'), path)
 
