@@ -180,12 +180,8 @@ def test_the_fast_evaluation_agrees(dataset, iou_type):
 
 
 @pytest.mark.parametrize('fast', [False, True])
-def test_perfect_and_no_detections(dataset, fast):
-    keys = ('image_id', 'category_id', 'bbox', 'segmentation')
-    everything = [dict({key: a[key] for key in keys}, score=1.0) for a in dataset.coco.anns.values()]
-    for iou_type in ('bbox', 'segm'):
-        assert evaluate_coco(dataset.coco, everything, iou_type, fast)[0]['AP'] == pytest.approx(1)
-        assert evaluate_coco(dataset.coco, [], iou_type, fast)[0]['AP'] == 0
+def test_no_detections(dataset, fast):
+    assert [evaluate_coco(dataset.coco, [], iou_type, fast)[0]['AP'] for iou_type in ('bbox', 'segm')] == [0, 0]
 
 
 MASK = {'size': [320, 320]}

@@ -65,7 +65,6 @@ def test_modules_by_name():
     [
         ('densenet121', {}, ValueError, r'^features.denseblock3.denselayer1 and 23 more of DenseNet takes or'),
         ('test_vit', {}, ValueError, '^VisionTransformer works on tokens, not on maps: DEPLA has no place in it$'),
-        ('vit_tiny_patch16_224', {}, ValueError, '^VisionTransformer works on tokens, not on maps'),
         ('vgg11', {}, ValueError, r'^features\.\d+ of VGG has no blocks: name other blocks'),
         ('twins_pcpvt_small', {}, ValueError, '^Twins tells no stage at 1/16: name blocks'),
         ('test_resnet', {}, ValueError, '^layer3.0 of ResNet changes the shape of its map: name other blocks'),
