@@ -46,11 +46,7 @@ def _seed_host(position: Sequence[int]) -> int:
 
 
 def count_batches(images: int, batch_size: int, world_size: int = 1) -> int:
-    """Whole batches of an epoch, of the training images of one of `world_size` processes.
-
-    Raises:
-        ConfigError: If there is none.
-    """
+    """Whole batches of an epoch, of the images of one of `world_size` processes; ConfigError if there is none."""
     if images < batch_size:
         share = f' for each of {world_size} processes' if world_size > 1 else ''
         raise ConfigError(

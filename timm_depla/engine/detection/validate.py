@@ -57,10 +57,7 @@ def evaluate(
         loader: The images.
         args: Arguments: `device`, `amp`, `amp_dtype`, `evaluator`.
         world: The processes that share the images.
-        interrupt: Ends the evaluation early.
-
-    Raises:
-        Interrupted: By `interrupt`.
+        interrupt: Ends the evaluation early, by Interrupted.
     """
     model.eval()
     found: List[Dict[str, Any]] = []
