@@ -36,7 +36,7 @@ def escape(text: str) -> str:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a regular file, not sparse, for reading: reading anything else could block, or never end."""
+    """Open a regular file; OSError if there is none or it is sparse: reading other things could block or never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # not opened: that alone can act on a device
         raise OSError(f'{path.name} is no file')
     file = path.open('rb')
@@ -113,8 +113,7 @@ def _load_yaml(data: bytes) -> Any:
 def read_mapping(path: Path) -> Dict[str, Any]:
     """Read a JSON or YAML file that maps names to values.
 
-    Raises:
-        ValueError: If it cannot be read, is larger or deeper than such files are, or is no mapping.
+    ValueError if it cannot be read, is larger or deeper than such files are, or is no mapping.
     """
     limit, load = (MAX_JSON, json.loads) if path.suffix == '.json' else (MAX_YAML, _load_yaml)
     try:
@@ -183,12 +182,8 @@ def open_to_append(path: Path) -> BinaryIO:
 def check_own(folder: Path, links: Sequence[str] = ()) -> None:
     """Refuse a folder of ours with links, pipes or devices, which a writer or a removal could follow elsewhere.
 
-    Args:
-        folder: The folder; nothing is checked if there is none. In its folder wandb, links are left alone.
-        links: Names in it of links to its folder checkpoints.
-
-    Raises:
-        ValueError: If there is such a thing, with its name.
+    Allowed are `links`, names in it of links to its folder checkpoints, and links in its folder wandb. Nothing is
+    checked if there is no folder. A ValueError names what is refused.
     """
     if folder.is_symlink():
         raise ValueError(f"'{folder}' is a link: name '{os.readlink(folder)}' itself")

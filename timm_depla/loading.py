@@ -107,7 +107,7 @@ def check_pretrained(name: str) -> None:
 
 
 def pretrained_file(args: Namespace) -> Dict[str, Any]:
-    """The entries of a pretrained cfg that make `args.pretrained_path`, a file or folder, the published weights."""
+    """Entries of a pretrained cfg for the weights in `args.pretrained_path`, file or folder; ConfigError if none."""
     path = Path(args.pretrained_path)
     with as_config_error('--pretrained-path: ', FileNotFoundError):
         path = find_weights(path) if path.is_dir() else path

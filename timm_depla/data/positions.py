@@ -94,13 +94,7 @@ class PositionedBatches(Sampler[List[Place]]):
 
 
 class SeededBatches(Dataset):
-    """Loads and collates the batches of `PositionedBatches`; each sample has its own seed.
-
-    Args:
-        dataset: A map-style data set with its transform.
-        collate: Collates a list of samples into (images, targets).
-        seed: The run's seed.
-    """
+    """Loads and collates the batches of `PositionedBatches` from a map-style data set; each sample has its own seed."""
 
     def __init__(self, dataset: Any, collate: Callable, seed: int):
         self.dataset = dataset
