@@ -130,12 +130,8 @@ def _prefetch(loader: Any, data_config: Dict[str, Any], device: torch.device) ->
 class TrainLoader:
     """The training batches of a map-style data set or a stream of timm, on the run's device, from any step on.
 
-    Attributes:
-        dataset: The data set that is read.
-        unreadable: Collects the images that cannot be read.
-
-    Raises:
-        ConfigError: If the batch size does not fit the data or the mixing, or timm does not know an augmentation.
+    Its attribute `unreadable` collects the images that cannot be read. ConfigError if the batch size does not fit the
+    data or the mixing, or timm does not know an augmentation.
     """
 
     def __init__(self, args: Namespace, dataset: Any, data_config: Dict[str, Any], world: World):

@@ -58,10 +58,7 @@ def evaluate(
         confusion: int64 (classes, classes), to count this process's images by class and prediction.
 
     Returns:
-        `loss`, `top1`, `top5`, and `count`, the number of images.
-
-    Raises:
-        TrainingError: If more images are missing than `max_unreadable`.
+        `loss`, `top1`, `top5`, and `count`, the number of images: a TrainingError if too many are missing.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # loss, top-1, top-5, images
@@ -227,10 +224,8 @@ def validate(args: Namespace) -> List[Dict[str, Any]]:
     """Validate every target and print a table, best first, if there are several; a failed one does not stop the rest.
 
     Without `args.data_dir`, each is validated on the data that its run was trained with. Returns a row of timm's table
-    of results for each (percent, millions of parameters), and `loss` and `images`.
-
-    Raises:
-        ConfigError: At the end, if a target failed: it does not load, its data is missing, or the classes differ.
+    of results for each (percent, millions of parameters), and `loss` and `images`. ConfigError, at the end, if a target
+    failed: it does not load, its data is missing, or the classes differ.
     """
     (targets, data_dir), world, rows = find_targets(args), setup_world(args.device), []
     args = updated(args, data_dir=data_dir)
