@@ -1,26 +1,16 @@
 #!/usr/bin/env python3
-"""Write docs/flags.md from the parsers: `python docs/flags.py`."""
+"""Write the tables of docs/flags.md from the parsers: `python docs/flags.py`."""
 
 import argparse
 from collections import defaultdict
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Set
 
 from timm_depla.engine.classification import flags as classification
 from timm_depla.engine.detection import flags as detection
 from timm_depla.engine.flags import OWN_FLAGS
 
-HEADER = """# Flags
-
-Flags have the names, meanings and defaults of timm's `train.py` and `validate.py` (1.0.29.dev0), except the defaults of
-the model, the device and the number of loading processes. `--help` prints the meaning of each. Every switch has a
-`--no-` form. In a recipe, write flags without dashes: `batch_size: 64`. Any other flag of timm is an error that gives
-its reason.
-
-`validate.py` takes any number of runs, checkpoints and models as arguments; timm's `--checkpoint`, `--model` and
-positional data folder also work. `train_detection.py` and `validate_detection.py` have the same flags wherever they
-mean the same.
-"""
+PAGE = Path(__file__).with_name('flags.md')
 DEFAULTS = {'--workers': 'at most 4', '--device': 'the GPU if any'}  # they depend on the machine
 
 
@@ -41,7 +31,7 @@ def table(*rows: Sequence[str]) -> List[str]:
     return [head, '|' + '---|' * len(rows[0]), *body, ''] if body else []
 
 
-def section(title: str, parser: argparse.ArgumentParser, left_out: Dict[str, str]) -> List[str]:
+def section(title: str, parser: argparse.ArgumentParser, left_out: Dict[str, str], old: Set[tuple]) -> List[str]:
     groups, own, reasons = defaultdict(list), [], defaultdict(list)
     for group in parser._action_groups[1:]:
         for action in group._group_actions:
@@ -53,6 +43,11 @@ def section(title: str, parser: argparse.ArgumentParser, left_out: Dict[str, str
         reasons[reason].append(f'`{flag}`')
     kept = [(group, ', '.join(flags)) for group, flags in groups.items()]
     missing = [(' '.join(flags), reason) for reason, flags in reasons.items()]
+    again = [[row[0] for row in rows if row in old] for rows in (own, missing)]
+    own, missing = ([row for row in rows if row not in old] for rows in (own, missing))
+    old.update(own, missing)
+    kept += [('not of timm, as above', ', '.join(again[0]))] if again[0] else []
+    missing += [(' '.join(again[1]), 'as above')] if again[1] else []
     return [
         f'## {title}', '',
         *table(('group', "timm's flags and their defaults"), *kept),
@@ -62,16 +57,14 @@ def section(title: str, parser: argparse.ArgumentParser, left_out: Dict[str, str
 
 
 def render() -> str:
-    return '\n'.join(
-        [
-            HEADER,
-            *section('train.py', classification.create_train_parser(), classification.LEFT_OUT),
-            *section('validate.py', classification.create_validate_parser(), classification.LEFT_OUT_OF_VALIDATION),
-            *section('train_detection.py', detection.create_detection_parser(), detection.LEFT_OUT_OF_DETECTION),
-            *section('validate_detection.py', detection.create_detection_validate_parser(), {}),
-        ]
-    )
+    old = set()  # rows of the scripts before
+    lines = [PAGE.read_text().partition('\n## ')[0]]
+    lines += section('train.py', classification.create_train_parser(), classification.LEFT_OUT, old)
+    lines += section('validate.py', classification.create_validate_parser(), classification.LEFT_OUT_OF_VALIDATION, old)
+    lines += section('train_detection.py', detection.create_detection_parser(), detection.LEFT_OUT_OF_DETECTION, old)
+    lines += section('validate_detection.py', detection.create_detection_validate_parser(), {}, old)
+    return '\n'.join(lines)
 
 
 if __name__ == '__main__':
-    (Path(__file__).parent / 'flags.md').write_text(render())
+    PAGE.write_text(render())

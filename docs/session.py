@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/session.md by running its commands: `python docs/session.py`."""
+"""Write the transcript of docs/session.md by running its commands: `python docs/session.py`."""
 
 import os
 import re
@@ -18,31 +18,12 @@ TRAIN = (
 )
 COMMANDS = (
     'python docs/photographs.py demo',
-    'ls demo/images demo/images/cat | head -n 12',
     'python train.py demo/images',
     TRAIN,
     'python validate.py output/first',
     'timm-depla predict output/first demo/whole --output sheet.jpg predictions.csv',
     'head -n 4 predictions.csv',
 )
-PAGE = """# A first session
-
-From a folder of photographs without splits to a sheet of predictions, on a terminal: {seconds:.0f} seconds on two CPU
-cores. `python docs/session.py` runs the commands and writes this page. `demo/images` has crops of six photographs of
-scikit-image and scikit-learn, a folder for each; take a folder of your own instead. The network is a tiny ResNet with
-DEPLA, from random weights.
-
-```console
-{transcript}
-```
-
-![Six photographs, each with its most probable classes](gallery/sheet.jpg)
-
-Each photograph gets its own class. Some of its crops were in the training set: this shows the steps, not the network's
-worth. Ctrl-C saves and ends a training, and `python train.py --resume output/first` resumes it, bit for bit. Next:
-[your own images from pretrained weights](finetune.md), [what the network sees](gallery.md), [all of
-training](training.md).
-"""
 
 
 def transcribe(folder: Path, commands=COMMANDS) -> str:
@@ -50,17 +31,11 @@ def transcribe(folder: Path, commands=COMMANDS) -> str:
     for name in ('docs', 'train.py', 'validate.py'):
         (folder / name).symlink_to(ROOT / name)
     path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
-    python_path = f'{ROOT}:{os.environ.get("PYTHONPATH", "")}'
+    env = {**os.environ, 'PATH': path, 'PYTHONPATH': f'{ROOT}:{os.environ.get("PYTHONPATH", "")}'}
     text = []
     for command in commands:
-        done = subprocess.run(
-            ['bash', '-c', command],
-            cwd=folder,
-            env={**os.environ, 'PATH': path, 'PYTHONPATH': python_path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(['bash', '-c', command], cwd=folder, env=env, **output)
         lines = re.sub(r'^(Loading pretrained|Found preferred|Loaded ).*\n', '', done.stdout, flags=re.MULTILINE)
         text += [f'$ {command}', lines.rstrip()]
     return '\n'.join(text)
@@ -72,7 +47,9 @@ def main() -> None:
         transcript = transcribe(Path(scratch))
         seconds = time.monotonic() - start
         Image.open(Path(scratch, 'sheet.jpg')).save(ROOT / 'docs/gallery/sheet.jpg', quality=80)
-    (ROOT / 'docs/session.md').write_text(PAGE.format(seconds=seconds, transcript=transcript))
+    page = ROOT / 'docs/session.md'
+    before, _, after = re.sub(r'\d+ seconds', f'{seconds:.0f} seconds', page.read_text(), count=1).split('```')
+    page.write_text(f'{before}```console\n{transcript}\n```{after}')
 
 
 if __name__ == '__main__':

@@ -83,13 +83,11 @@ def literal(
     logits = conv_norm('rpn.logits', xs)
     ms = [[softmax([v / temperature for v in row]) for row in image] for image in logits]  # ms[image][d * L + l][n]
     zs = []  # zs[image][c][l]
-    for m, values in zip(ms, conv_norm('candidate', ys), strict=True):  # values[d * C + c][n]
-        z = [[0.0] * num_groups for _ in chs]
-        for group in groups:
-            for c in chs:
-                for d in depth:
-                    for n in positions:
-                        z[c][group] += m[d * num_groups + group][n] * values[d * pooled_chs + c][n]
+    for m, v in zip(ms, conv_norm('candidate', ys), strict=True):  # v[d * C + c][n]
+        z = [
+            [sum(m[d * num_groups + g][n] * v[d * pooled_chs + c][n] for d in depth for n in positions) for g in groups]
+            for c in chs
+        ]
         zs.append(z)
     if bfn == 'plain':
         log_maps = [[[math.log(max(len(positions) * v, 1e-6)) for v in row] for row in m] for m in ms]  # ruling 4(b)

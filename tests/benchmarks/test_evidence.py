@@ -16,8 +16,8 @@ from timm_depla.detection.fpn import FeaturePyramidNetworkDepla
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache, and a Fashion-MNIST of 80 training and 20 test images in the package's files."""
+def small(tmp_path, monkeypatch):
+    """A study of few images with its own records, an empty cache, and a small Fashion-MNIST in the package's files."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     folder = tmp_path / 'datasets' / 'fashion-mnist'
     folder.mkdir(parents=True)
@@ -29,24 +29,18 @@ def cache(tmp_path, monkeypatch):
             header = bytes([0, 0, 8, array.ndim]) + b''.join(side.to_bytes(4, 'big') for side in array.shape)
             (folder / f'{name}-{kind}-ubyte.gz').write_bytes(gzip.compress(header + array.tobytes()))
     monkeypatch.setenv('XDG_DATA_DIRS', str(tmp_path))
+    for name, scatter in scattered.SETS.items():
+        monkeypatch.setitem(scattered.SETS, name, replace(scatter, images={'train': 80, 'validation': 20}))
+    monkeypatch.setattr(study, 'RECORDS', tmp_path / 'records.jsonl')
     return tmp_path
 
 
-@pytest.fixture
-def small(cache, monkeypatch):
-    """A study of few images, with its own records."""
-    for name, scatter in scattered.SETS.items():
-        monkeypatch.setitem(scattered.SETS, name, replace(scatter, images={'train': 80, 'validation': 20}))
-    monkeypatch.setattr(study, 'RECORDS', cache / 'records.jsonl')
-    return cache
-
-
-def test_half_a_download_is_never_taken_for_a_whole_one(cache, monkeypatch):
-    half = cache / 'cache/timm_depla/fashion/FashionMNIST/raw/train-images-idx3-ubyte'
+def test_half_a_download_is_never_taken_for_a_whole_one(small, monkeypatch):
+    half = small / 'cache/timm_depla/fashion/FashionMNIST/raw/train-images-idx3-ubyte'
     half.parent.mkdir(parents=True)
     half.touch()
     with monkeypatch.context() as bare:
-        bare.setenv('XDG_DATA_DIRS', str(cache / 'none'))
+        bare.setenv('XDG_DATA_DIRS', str(small / 'none'))
         bare.setattr(fashion.FashionMNIST, 'mirrors', ['https://localhost/'])
         for _ in range(2):
             with pytest.raises(RuntimeError, match='no Fashion-MNIST: apt install dataset-fashion-mnist'):

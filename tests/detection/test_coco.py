@@ -10,37 +10,32 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from timm_depla.data import scenes
 from timm_depla.detection.coco import METRICS, CocoDetection, create_transform, evaluate_coco, to_results
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """A few digits in scenes."""
-    path = tmp_path_factory.mktemp('scenes')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenes, 'IMAGES', {'train': 24, 'val': 8})
-        return scenes.scenes_folder(path / 'scenes')
+@pytest.fixture
+def dataset(small_scenes):
+    return CocoDetection(small_scenes / 'train', small_scenes / 'annotations' / 'instances_train.json')
 
 
-def load(folder, split='train', **kwargs):
-    return CocoDetection(folder / split, folder / 'annotations' / f'instances_{split}.json', **kwargs)
+@pytest.fixture
+def rewrite(small_scenes, tmp_path):
+    """Open the training split with its annotations changed."""
+
+    def open_changed(change, **kwargs):
+        content = json.loads((small_scenes / 'annotations' / 'instances_train.json').read_text())
+        change(content)
+        path = tmp_path / 'changed.json'
+        path.write_text(json.dumps(content))
+        return CocoDetection(small_scenes / 'train', path, **kwargs)
+
+    return open_changed
 
 
-def rewrite(folder, tmp_path, change):
-    """The training split with its annotations changed."""
-    content = json.loads((folder / 'annotations' / 'instances_train.json').read_text())
-    change(content)
-    path = tmp_path / 'changed.json'
-    path.write_text(json.dumps(content))
-    return lambda **kwargs: CocoDetection(folder / 'train', path, **kwargs)
-
-
-def test_scenes_are_exact_and_always_the_same(folder, tmp_path):
-    dataset = load(folder)
+def test_scenes_are_exact_and_always_the_same(dataset):
     areas = [a['area'] for a in dataset.coco.anns.values()]
     assert min(areas) < 32**2 < 96**2 < max(areas)
     for annotation in dataset.coco.anns.values():
@@ -54,12 +49,10 @@ def test_scenes_are_exact_and_always_the_same(folder, tmp_path):
     assert sum(mask.astype(int) for _, mask in first[1]).max() == 1
 
 
-def test_sample(folder):
-    dataset = load(folder)
+def test_sample(dataset):
     image, target = dataset[3]
     annotations = dataset.coco.imgToAnns[target['image_id']]
-    assert image.shape == (3, 320, 320)
-    assert image.dtype == torch.uint8
+    assert image.shape == (3, 320, 320) and image.dtype == torch.uint8
     assert target['labels'].tolist() == [a['category_id'] for a in annotations]
     assert dataset.class_names[target['labels'][0] - 1] == str(annotations[0]['category_id'] - 1)
     for box, mask, annotation in zip(target['boxes'], target['masks'], annotations, strict=True):
@@ -68,18 +61,17 @@ def test_sample(folder):
         assert mask.sum() == annotation['area']
 
 
-def test_flip_moves_boxes_and_masks_with_the_image(folder):
+def test_flip_moves_boxes_and_masks_with_the_image(rewrite):
     (image, target), (other_image, other) = (
-        load(folder, transform=create_transform(is_training, 1.0))[3] for is_training in (False, True)
+        rewrite(bool, transform=create_transform(is_training, 1.0))[3] for is_training in (False, True)
     )
-    assert image.dtype == torch.float32
-    assert 0 <= image.min() < image.max() <= 1
+    assert image.dtype == torch.float32 and 0 <= image.min() < image.max() <= 1
     assert torch.equal(other_image, image.flip(2))
     assert torch.equal(other['masks'], target['masks'].flip(2))
     assert torch.equal(other['boxes'][:, [2, 0]], 320 - target['boxes'][:, [0, 2]])
 
 
-def test_gaps_crowds_polygons_and_images_without_objects(folder, tmp_path, caplog):
+def test_gaps_crowds_polygons_and_images_without_objects(dataset, rewrite, caplog):
     def change(content):
         for category in content['categories']:
             category['id'] = 7 * category['id'] + 3
@@ -92,47 +84,45 @@ def test_gaps_crowds_polygons_and_images_without_objects(folder, tmp_path, caplo
         content['annotations'] = [a for a in content['annotations'] if a['image_id'] != 9]
         content['images'].reverse()
 
-    original, changed = load(folder), rewrite(folder, tmp_path, change)()
+    changed = rewrite(change)
     assert changed.category_ids == [7 * i + 3 for i in range(1, 11)]
-    index = original.image_ids.index(original.coco.anns[2]['image_id'])
-    assert changed.image_ids == original.image_ids
+    index = dataset.image_ids.index(dataset.coco.anns[2]['image_id'])
+    assert changed.image_ids == dataset.image_ids
     crowds = sum(a['iscrowd'] for a in changed.coco.imgToAnns[changed.image_ids[index]])
-    assert changed[index][1]['labels'].tolist() == original[index][1]['labels'].tolist()[crowds:]
+    assert changed[index][1]['labels'].tolist() == dataset[index][1]['labels'].tolist()[crowds:]
     empty = changed[changed.image_ids.index(9)][1]
-    assert empty['boxes'].shape == (0, 4)
-    assert empty['masks'].shape == (0, 320, 320)
+    assert empty['boxes'].shape == (0, 4) and empty['masks'].shape == (0, 320, 320)
     caplog.set_level(logging.INFO)
-    training = rewrite(folder, tmp_path, change)(is_training=True)
+    training = rewrite(change, is_training=True)
     assert 9 not in training.image_ids
     assert f'left out {len(changed) - len(training)} images without objects' in caplog.text
 
 
-def test_degenerate_boxes_are_left_out_counted_and_named(folder, tmp_path, caplog):
+def test_degenerate_boxes_are_left_out_counted_and_named(rewrite, caplog):
     def change(content):
         content['annotations'][0]['bbox'] = [10, 10, 0, 5]
         content['annotations'][1]['bbox'] = [330, 10, 20, 20]
 
-    caplog.set_level(logging.WARNING)
-    dataset = rewrite(folder, tmp_path, change)()
+    dataset = rewrite(change)
     assert 'left out 2 boxes without an area in the image: annotations 1 [10, 10, 0, 5], 2 [330,' in caplog.text
     assert sum(len(dataset[i][1]['labels']) for i in range(len(dataset))) == len(dataset.coco.anns) - 2
 
 
-def test_bad_files(folder, tmp_path):
+def test_bad_files(rewrite, tmp_path):
     with pytest.raises(ValueError, match=r"no annotation file '.*nowhere\.json'"):
-        CocoDetection(folder / 'train', tmp_path / 'nowhere.json')
+        CocoDetection(tmp_path, tmp_path / 'nowhere.json')
     (tmp_path / 'broken.json').write_text('{"images": [')
     with pytest.raises(ValueError, match='is not JSON'):
-        CocoDetection(folder / 'train', tmp_path / 'broken.json')
+        CocoDetection(tmp_path, tmp_path / 'broken.json')
     with pytest.raises(ValueError, match='has no objects to train on'):
-        rewrite(folder, tmp_path, lambda content: content.update(annotations=[]))(is_training=True)
+        rewrite(lambda content: content.update(annotations=[]), is_training=True)
 
     def change(content):
         content['images'][0].update(width=300)
         for annotation in content['annotations']:
             del annotation['segmentation']
 
-    dataset = rewrite(folder, tmp_path, change)()
+    dataset = rewrite(change)
     with pytest.raises(ValueError, match=r"image '000000\.jpg' is 320 x 320 pixels, its annotation says 300 x 320"):
         dataset[0]
 
@@ -161,8 +151,7 @@ def random_results(dataset, seed):
 
 
 @pytest.mark.parametrize('iou_type', ['bbox', 'segm'])
-def test_precision_is_that_of_pycocotools(folder, tmp_path, iou_type):
-    dataset = load(folder)
+def test_precision_is_that_of_pycocotools(dataset, tmp_path, iou_type):
     results = random_results(dataset, 0)
     assert list(results[0]) == ['image_id', 'category_id', 'bbox', 'score', 'segmentation']
     before = copy.deepcopy(results)
@@ -172,37 +161,27 @@ def test_precision_is_that_of_pycocotools(folder, tmp_path, iou_type):
     kept = [{k: v for k, v in r.items() if k != 'bbox'} for r in results] if iou_type == 'segm' else results
     path.write_text(json.dumps(kept))
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        coco = COCO(str(folder / 'annotations' / 'instances_train.json'))
-        reference = COCOeval(coco, coco.loadRes(str(path)), iou_type)
+        reference = COCOeval(dataset.coco, dataset.coco.loadRes(str(path)), iou_type)
         reference.evaluate()
         reference.accumulate()
         reference.summarize()
-    assert list(values) == list(METRICS)
-    assert list(values.values()) == reference.stats.tolist()
+    assert values == dict(zip(METRICS, reference.stats.tolist(), strict=True))
     assert 0.1 < values['AP'] < 0.9
-    assert printed.getvalue().endswith(table)
-    assert len(table.splitlines()) == len(METRICS)
+    assert printed.getvalue().endswith(table) and len(table.splitlines()) == len(METRICS)
 
 
 @pytest.mark.parametrize('iou_type', ['bbox', 'segm'])
-def test_the_fast_evaluation_agrees(folder, iou_type):
-    dataset = load(folder)
+def test_the_fast_evaluation_agrees(dataset, iou_type):
     for seed in range(20):
         results = random_results(dataset, seed)
         values, _ = evaluate_coco(dataset.coco, results, iou_type)
         fast, _ = evaluate_coco(dataset.coco, results, iou_type, fast=True)
-        assert values.keys() == fast.keys()
-        assert all(abs(values[name] - fast[name]) < 1e-6 for name in values)
+        assert fast == pytest.approx(values, rel=0, abs=1e-6)
 
 
 @pytest.mark.parametrize('fast', [False, True])
-def test_perfect_and_no_detections(folder, fast):
-    dataset = load(folder)
-    keys = ('image_id', 'category_id', 'bbox', 'segmentation')
-    everything = [dict({key: a[key] for key in keys}, score=1.0) for a in dataset.coco.anns.values()]
-    for iou_type in ('bbox', 'segm'):
-        assert evaluate_coco(dataset.coco, everything, iou_type, fast)[0]['AP'] == pytest.approx(1)
-        assert evaluate_coco(dataset.coco, [], iou_type, fast)[0]['AP'] == 0
+def test_no_detections(dataset, fast):
+    assert [evaluate_coco(dataset.coco, [], iou_type, fast)[0]['AP'] for iou_type in ('bbox', 'segm')] == [0, 0]
 
 
 MASK = {'size': [320, 320]}
@@ -238,7 +217,7 @@ MASK = {'size': [320, 320]}
         ('categories', None, "not in COCO's format: it needs the lists images, annotations, categories"),
     ],
 )
-def test_schema_names_the_entry_and_the_value(folder, tmp_path, part, changes, message):
+def test_schema_names_the_entry_and_the_value(rewrite, part, changes, message):
     """Of a part, the first entry is changed or replaced, or the part has another type or is not there."""
 
     def change(content):
@@ -248,24 +227,23 @@ def test_schema_names_the_entry_and_the_value(folder, tmp_path, part, changes, m
             content[part][0] = {**content[part][0], **changes} if isinstance(changes, dict) else changes
 
     with pytest.raises(ValueError, match=message):
-        rewrite(folder, tmp_path, change)()
+        rewrite(change)
 
 
-def test_compressed_masks_are_read_and_absent_areas_computed(folder, tmp_path):
+def test_compressed_masks_are_read_and_absent_areas_computed(rewrite):
     """What pycocotools writes passes the check, whole and compressed, and areas are those of the masks."""
     random = np.random.default_rng(0)
-    masks = [np.asfortranarray((random.random((320, 320)) < p).astype(np.uint8)) for p in (0.01, 0.5, 0.999)]
-    masks += [np.asfortranarray(np.zeros((320, 320), np.uint8)), np.asfortranarray(np.ones((320, 320), np.uint8))]
+    masks = [np.asfortranarray(random.random((320, 320)) < p).astype(np.uint8) for p in (0.01, 0.5, 0.999, 0, 1)]
 
     def change(content):
         template = content['annotations'][0]
+        del template['area'], template['iscrowd']
         content['annotations'] = []
         for i, mask in enumerate(masks):
             encoded = coco_mask.encode(mask)
             segmentation = dict(size=encoded['size'], counts=encoded['counts'].decode())
             content['annotations'].append({**template, 'id': i + 1, 'segmentation': segmentation})
-            del content['annotations'][-1]['area'], content['annotations'][-1]['iscrowd']
 
-    annotations = rewrite(folder, tmp_path, change)().coco.anns
+    annotations = rewrite(change).coco.anns
     assert [annotations[i + 1]['area'] for i in range(5)] == [mask.sum() for mask in masks]
     assert all(annotation['iscrowd'] == 0 for annotation in annotations.values())

@@ -37,13 +37,12 @@ def test_matches_literal_transcription(depla, memory_format):
     kwargs = dict(ARGS, keep_candidate=False, **{'temperature': 0.5, 'bfn': 'adaptive', **depla})
     merged, expected = None, []
     for i, x in reversed(list(enumerate(maps.values()))):
-        lateral = F.conv2d(x, fpn.inner_blocks[i][0].weight, fpn.inner_blocks[i][0].bias)
-        if merged is None:
-            merged = lateral
-        else:
+        inner, layer = fpn.inner_blocks[i][0], fpn.layer_blocks[i][0]
+        lateral = F.conv2d(x, inner.weight, inner.bias)
+        if merged is not None:
             block = fpn.top_down_blocks[len(expected) - 1]
-            merged = literal(block, lateral.tolist(), merged.tolist(), **kwargs)
-        layer = fpn.layer_blocks[i][0]
+            lateral = literal(block, lateral.tolist(), merged.tolist(), **kwargs)
+        merged = lateral
         expected.insert(0, F.conv2d(merged, layer.weight, layer.bias, padding=1))
     with torch.no_grad():
         results = fpn(OrderedDict((k, v.contiguous(memory_format=memory_format)) for k, v in maps.items()))
@@ -62,15 +61,11 @@ def test_training_in_the_fused_form_is_the_same(bfn, norm_layer):
     for fpn, is_fused in ((fused, True), (plain, False)):
         maps = create_maps((8, 6), (4, 3), (2, 2), dtype=torch.float64)
         inputs = [level.requires_grad_() for level in maps.values()]
-        storages = {}
-
-        def keep(tensor, storages=storages):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        kept = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t)
         with hooks, set_fused_depla(is_fused, always=True):
             outputs = list(fpn(maps).values())
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
         saved.append(sum(storages.values()))
         sum((out.sin() * torch.arange(out.shape[1]).view(-1, 1, 1)).sum() for out in outputs).backward()
         gradients = [tensor.grad for tensor in (*inputs, *fpn.parameters())]
@@ -84,9 +79,8 @@ def test_training_in_the_fused_form_is_the_same(bfn, norm_layer):
 def test_is_a_drop_in_for_torchvisions(extra, norm_layer):
     plain = FeaturePyramidNetwork([5, 7, 9], 6, extra, norm_layer).eval()
     fpn = FeaturePyramidNetworkDepla([5, 7, 9], 6, extra, norm_layer).eval()
-    new = set(fpn.state_dict()) - set(plain.state_dict())
-    assert set(plain.state_dict()) <= set(fpn.state_dict())
-    assert all(name.startswith('top_down_blocks.') for name in new)
+    ours = [name for name in fpn.state_dict() if not name.startswith('top_down_blocks.')]
+    assert ours == list(plain.state_dict())
     maps = create_maps((16, 12), (8, 6), (4, 3))
     with torch.no_grad():
         results, expected = fpn(maps), plain(maps)
@@ -97,7 +91,6 @@ def test_is_a_drop_in_for_torchvisions(extra, norm_layer):
 
 
 def test_weights_of_torchvision_give_the_outputs_of_torchvision():
-    torch.manual_seed(0)
     theirs = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, box_score_thresh=0)
     ours = create_detector('maskrcnn_resnet50_fpn', box_score_thresh=0)
     ours.load_state_dict(theirs.state_dict())
@@ -110,8 +103,7 @@ def test_weights_of_torchvision_give_the_outputs_of_torchvision():
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     with_depla = create_detector('maskrcnn_resnet50_fpn_depla')
     missing, unexpected = with_depla.load_state_dict(theirs.state_dict(), strict=False)
-    assert all(name.startswith('backbone.fpn.top_down_blocks.') for name in missing)
-    assert unexpected == []
+    assert all(name.startswith('backbone.fpn.top_down_blocks.') for name in missing) and unexpected == []
 
 
 def test_names():
@@ -121,7 +113,6 @@ def test_names():
 
 @pytest.mark.parametrize('name', ['maskrcnn_test_resnet_fpn_depla', 'fasterrcnn_test_fishnet_depla_fpn'])
 def test_trains_and_detects(name):
-    torch.manual_seed(0)
     model = create_detector(name, num_classes=4, out_channels=32, min_size=128, max_size=160, box_score_thresh=0.0)
     image = torch.rand(3, 120, 150)
     masks = torch.zeros(1, 120, 150, dtype=torch.uint8)
@@ -133,8 +124,7 @@ def test_trains_and_detects(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     with torch.no_grad():
         detections = model.eval()([image])[0]
-    assert detections['boxes'].shape[1] == 4
-    assert len(detections['boxes']) == len(detections['labels']) > 0
+    assert len(detections['boxes']) == len(detections['labels']) > 0 and detections['boxes'].shape[1] == 4
     assert ('masks' in detections) == ('mask' in name)
 
 
@@ -166,8 +156,7 @@ def test_norms_of_the_backbone(norm):
     kinds = dict(frozen=FrozenBatchNorm2d, batch=torch.nn.BatchNorm2d, sync=torch.nn.SyncBatchNorm)
     body = BackboneWithFPN('test_resnet_depla', norm=norm).body
     norms = [m for m in body.modules() if isinstance(m, tuple(kinds.values()))]
-    assert len(norms) > 20
-    assert all(type(m) is kinds[norm] for m in norms)
+    assert len(norms) > 20 and all(type(m) is kinds[norm] for m in norms)
     if norm != 'sync':  # which works on GPUs only
         assert len(body.train()(torch.randn(2, 3, 64, 64))) == 4
 
@@ -181,8 +170,7 @@ def test_norms_of_the_neck(neck):
         features = {str(i): torch.randn(2, number, 16 >> i, 16 >> i) for i, number in enumerate(channels)}
         assert sum(isinstance(layer[-1], torch.nn.BatchNorm2d) for layer in fpn.layer_blocks) == 4 * bool(neck_norm)
         small, large = (fpn({name: scale * x for name, x in features.items()}) for scale in (1, 10))
-        is_same = torch.allclose(small['0'], large['0'], atol=1e-2)
-        assert is_same == bool(neck_norm)
+        assert torch.allclose(small['0'], large['0'], atol=1e-2) == bool(neck_norm)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +185,6 @@ def test_norms_of_the_neck(neck):
         ('resnet18_fpn', dict(neck_norm='bn'), ValueError, "no norm 'bn'; take 'batchnorm2d' or"),
         ('resnet18_fpn', dict(depla=dict(temperature=0.2)), ValueError, "take neck 'fpn_depla'"),
         ('resnet18_fpn_depla', dict(depla=dict(temprature=1)), TypeError, r"unknown depla argument \['temprature'\]"),
-        ('resnet18_fpn_depla', dict(depla=dict(temperature=-1)), ValueError, 'temperature must be from 0.001'),
         ('resnet18_fpn', dict(min_sise=320), TypeError, r"unknown argument \['min_sise'\]; .*'min_size'"),
     ],
 )

@@ -10,7 +10,6 @@ import timm
 import torch
 from helpers import create, gpu_autocast
 
-from timm_depla.layers import Depla
 from timm_depla.models import load_backbone
 from timm_depla.models.fishnet_blocks import Blocks, JoinStage
 
@@ -75,58 +74,22 @@ def test_every_way_to_load_a_published_checkpoint(published):
     pretrained = timm.create_model('fishnet99', pretrained=True, pretrained_cfg_overlay=dict(file=str(published)))
     filled = timm.create_model('fishnet99_depla')
     report = load_backbone(filled, published)
-    assert report.loaded == list(expected)
-    assert set(report.new) == {name for name in filled.state_dict() if '.depla.' in name}
-    assert str(report) == f'599 tensors loaded, {len(report.new)} of DEPLA new'
+    assert report.loaded == list(expected) and len(report.new) == len(filled.state_dict()) - 599
     given = timm.create_model('fishnet99')
     load_backbone(given, published_state_dict())
     for model in (pretrained, filled, given):
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
-    digits = timm.create_model('fishnet99', num_classes=10)
-    assert load_backbone(digits, published).skipped == ['fc.weight', 'fc.bias']
+    with pytest.raises(ValueError, match=r'255 missing \(tail.1.blocks.2.bn1.weight, .*\); 0 unexpected; 0 of another'):
+        load_backbone(timm.create_model('fishnet150_depla'), published)
 
 
-@pytest.mark.parametrize(
-    'name,message',
-    [
-        ('fishnet150_depla', r'255 missing \(tail.1.blocks.2.bn1.weight, .*\); 0 unexpected; 0 of another shape'),
-        ('test_fishnet', r'0 missing; 195 unexpected \(.*\); .* shape \(stem.0.0.weight \(32, 3, 3, 3\) for'),
-        ('resnet18_depla', r'\d+ missing \(.*\); 500 unexpected \(conv1.0.weight'),
-    ],
-)
-def test_published_checkpoint_of_another_network(published, name, message):
-    with pytest.raises(ValueError, match=message):
-        load_backbone(timm.create_model(name), published)
-
-
-@pytest.mark.parametrize(
-    'content,message',
-    [
-        (b'<!doctype html>', 'cannot be read as a checkpoint'),
-        ([torch.zeros(1)], 'cannot be read as a checkpoint'),
-        ({'epoch': 99}, 'holds something else than the tensors of a model'),
-        ({'state_dict': {}}, 'holds something else than the tensors of a model'),
-    ],
-)
-def test_file_that_is_no_checkpoint(content, message, tmp_path):
+@pytest.mark.parametrize('content', [b'<!doctype html>', [torch.zeros(1)], {'epoch': 99}, {'state_dict': {}}])
+def test_file_that_is_no_checkpoint(content, tmp_path):
     path = tmp_path / 'fishnet99_ckpt.tar'
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    message = 'something else than the tensors' if isinstance(content, dict) else 'cannot be read as a checkpoint'
     with pytest.raises(ValueError, match=message):
         load_backbone(timm.create_model('test_fishnet'), path)
-
-
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_without_its_refinement_depla_is_the_original(memory_format):
-    original, model = create('test_fishnet'), create('test_fishnet_depla')
-    load_backbone(model, original.state_dict())
-    x = torch.randn(2, 3, 97, 70).contiguous(memory_format=memory_format)
-    blocks = [m for m in model.modules() if isinstance(m, Depla)]
-    assert len(blocks) == 6
-    with torch.no_grad():
-        assert not torch.allclose(model(x), original(x))
-        for block in blocks:
-            block.norm.weight.zero_()
-        torch.testing.assert_close(model(x), original(x))
 
 
 def test_maps_keep_their_type_under_the_autocast_of_a_gpu():
@@ -142,21 +105,13 @@ def test_maps_keep_their_type_under_the_autocast_of_a_gpu():
     assert len(types) > 12 and set(types.values()) == {torch.bfloat16}, types
 
 
-@pytest.mark.parametrize('name', ['fishnet99', 'fishnet150_depla', 'fishnet201_depla'])
-def test_features(name):
-    backbone = timm.create_model(name, features_only=True, device='meta')
-    features = backbone(torch.randn(1, 3, 64, 96, device='meta'))
-    assert backbone.feature_info.reduction() == [2, 4, 8, 16, 32]
-    assert [f.shape[1] for f in features] == backbone.feature_info.channels()
-    assert [tuple(f.shape[2:]) for f in features] == [(64 // r, 96 // r) for r in (2, 4, 8, 16, 32)]
-
-
 @pytest.mark.parametrize('indices', [(1, 3), (0,)])
 def test_some_features(indices):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = create('test_fishnet_depla').forward_intermediates(x, intermediates_only=True)
         backbone = create('test_fishnet_depla', features_only=True, out_indices=indices)
+        assert backbone.feature_info.reduction() == [[2, 4, 8, 16, 32][i] for i in indices]
         torch.testing.assert_close(backbone(x), [expected[i] for i in indices])
 
 

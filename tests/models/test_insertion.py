@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from helpers import create, run
+from helpers import create
 from timm.models import save_for_hf
 
 import timm_depla
@@ -65,7 +65,6 @@ def test_modules_by_name():
     [
         ('densenet121', {}, ValueError, r'^features.denseblock3.denselayer1 and 23 more of DenseNet takes or'),
         ('test_vit', {}, ValueError, '^VisionTransformer works on tokens, not on maps: DEPLA has no place in it$'),
-        ('vit_tiny_patch16_224', {}, ValueError, '^VisionTransformer works on tokens, not on maps'),
         ('vgg11', {}, ValueError, r'^features\.\d+ of VGG has no blocks: name other blocks'),
         ('twins_pcpvt_small', {}, ValueError, '^Twins tells no stage at 1/16: name blocks'),
         ('test_resnet', {}, ValueError, '^layer3.0 of ResNet changes the shape of its map: name other blocks'),
@@ -84,23 +83,16 @@ def test_what_cannot_be_served_says_why(backbone, depla, error, message):
 
 
 @pytest.mark.parametrize('backbone', ['test_convnext', 'test_mambaout'])
-def test_script_and_export(backbone):
-    model, x = create('backbone_depla', backbone=backbone, num_classes=7), torch.randn(2, 3, 160, 128)
-    with torch.no_grad():
-        expected = model(x)
-        torch.testing.assert_close(torch.jit.script(model)(x), expected)
-        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
-
-
-@pytest.mark.parametrize('backbone', ['test_convnext', 'swin_tiny_patch4_window7_224'])
 def test_entrypoint(backbone):
-    x = torch.randn(1, 3, 224, 224)
+    x = torch.randn(2, 3, 160, 128)
     model, plain = create('backbone_depla', backbone=backbone, depla=dict(temperature=0.5)), create(backbone)
     assert len(inserted(model)) and model.pretrained_cfg['architecture'] == 'backbone_depla'
     assert model.pretrained_cfg['mean'] == plain.pretrained_cfg['mean'] and not model.pretrained_cfg.get('hf_hub_id')
     with torch.no_grad():
         load_backbone(model, plain.state_dict())  # a plain network's names
         assert torch.equal(model(x), plain(x))
+        for form in (torch.jit.script(model), torch.export.export(model, (x,)).module()):
+            torch.testing.assert_close(form(x), plain(x))
         features = create('backbone_depla', backbone=backbone, features_only=True)
         assert [f.shape[1] for f in features(x)] == features.feature_info.channels()
         assert features.feature_info.channels() == create(backbone, features_only=True).feature_info.channels()
@@ -108,7 +100,7 @@ def test_entrypoint(backbone):
         timm.create_model('backbone_depla', backbone='convnext_tini')
 
 
-def test_weights_of_the_whole_come_back_in_another_process(tmp_path):
+def test_weights_of_the_whole_come_back(tmp_path):
     arguments = dict(backbone='test_convnext', depla=dict(bfn='adaptive'), num_classes=7)
     model, x = create('backbone_depla', **arguments), torch.randn(1, 3, 160, 160)
     with torch.no_grad():
@@ -119,20 +111,12 @@ def test_weights_of_the_whole_come_back_in_another_process(tmp_path):
         expected = model(x)
     assert not torch.equal(expected, fresh)
     save_for_hf(model, tmp_path, model_args=arguments, safe_serialization=True)
-    torch.save(x, tmp_path / 'x.pt')
-    code = f"""
-import timm, timm_depla, torch
-model = timm.create_model('local-dir:{tmp_path}', pretrained=True).eval()
-torch.save(model(torch.load('{tmp_path}/x.pt')), '{tmp_path}/out.pt')
-print(type(model).__name__)
-"""
-    assert run('-c', code).stdout.endswith('ConvNeXt\n')
-    assert torch.equal(torch.load(tmp_path / 'out.pt'), expected)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert type(loaded).__name__ == 'ConvNeXt' and torch.equal(loaded(x), expected)
 
 
 def test_backbone_learns_at_its_own_rate():
-    argv = ['--recipe', 'finetune', '--lr', '0.01', '--warmup-epochs', '0']
-    args = parse_args(create_train_parser(), argv)
+    args = parse_args(create_train_parser(), ['--recipe', 'finetune', '--lr', '0.01', '--warmup-epochs', '0'])
     model = create('backbone_depla', backbone='test_convnext', num_classes=7)
     optimizer, *_ = create_optimizer(args, model, 10)
     found = [(id(p), group['lr'], group['weight_decay']) for group in optimizer.param_groups for p in group['params']]
