@@ -60,6 +60,8 @@ def test_drawing_becomes_a_digit_of_the_data_set():
 
 
 def test_models_that_the_page_does_not_take(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r'is no run folder, checkpoint or model'):
+        find_models([str(tmp_path / 'nowhere')])
     monkeypatch.setattr('timm_depla.demo.WEIGHTS', tmp_path / 'nowhere')
     with pytest.raises(ConfigError, match='no networks here: name runs or pretrained models with --model'):
         find_models([])
