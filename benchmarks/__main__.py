@@ -12,7 +12,7 @@ from typing import Any, Dict, List
 
 from timm.utils import setup_default_logging
 
-from . import record
+from . import gpu, record
 from .pairs import KEEP_MEMORY
 
 NAMES = (
@@ -31,7 +31,7 @@ DOCS = record.ROOT / 'docs' / 'benchmarks.md'
 OLDER = '\\*'
 EARLIER = (
     'Commit 7087eaf has the tables of forms that are no longer in the code (`grid-paths-*`, `neck-paths`), and of '
-    '`grid-bf16`, `grid-onnx`, `bound-batch32` and `speed-fishnet`.'
+    '`grid-bf16`, `grid-onnx`, `bound-batch32`, `speed-fishnet` and `speed-h100-batch32`.'
 )
 
 
@@ -44,7 +44,7 @@ def records() -> Dict[str, Dict[str, Dict[str, Any]]]:
     found: Dict[str, Dict[str, Dict[str, Any]]] = {benchmark: {} for benchmark in BENCHMARKS}
     for name in record.names():
         found[name.split('-')[0]][name] = record.load(name)
-    return {benchmark: entries for benchmark, entries in found.items() if entries}
+    return {benchmark: entries for benchmark, entries in found.items() if entries or benchmark == 'gpu'}
 
 
 def render_summary() -> str:
@@ -79,10 +79,7 @@ def render_docs() -> str:
         f'changed since; {OLDER} marks such records here.',
         render_summary(),
     ]
-    found = records()
-    for benchmark, entries in {benchmark: found.get(benchmark, {}) for benchmark in BENCHMARKS}.items():
-        if not entries and benchmark != 'gpu':
-            continue
+    for benchmark, entries in records().items():
         parts += [f'## {benchmark}', BENCHMARKS[benchmark].__doc__.strip().replace('\n\n', '\n')]
         for name, entry in entries.items():
             text = BENCHMARKS[benchmark].render(entry['results'])
@@ -93,11 +90,8 @@ def render_docs() -> str:
             else:  # a sentence that ends the paragraph
                 parts[-1] += f'\n{text}'
             parts += [render_origin(entry)]
-        if not entries:
-            parts += [
-                BENCHMARKS[benchmark].render(BENCHMARKS[benchmark].NOTHING),
-                f'`python -m benchmarks {benchmark}`',
-            ]
+        if not entries:  # of a GPU, before there is one
+            parts += [gpu.render(gpu.NOTHING), '`python -m benchmarks gpu`']
     return '\n\n'.join([*parts, '## earlier', EARLIER]) + '\n'
 
 

@@ -4,8 +4,8 @@ Each cell is recorded as it is measured. Another call with the same code, card a
 it leaves out what would not end within `--minutes`. `train.py` is killed and resumed, and ends bit for bit as if it had
 not been, or it does not. Models: channels last, bfloat16; inference, training step and memory over the base, in turn;
 of the base itself the times. `blocks` is `compile_blocks`, `graphs` torch.compile with CUDA graphs. Detectors: two
-images, as in the benchmark `neck`. Training: the recipe `better` on JPEGs of 500 x 375 pixels
-and about 80 kB, from memory: images a second, and the share of the time in which they are waited for.
+images, as in the benchmark `neck`. Training: the recipe `better` on JPEGs of 500 x 375 pixels and about 80 kB, from
+memory: images a second, and the share of the time in which they are waited for.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import numpy as np
 import torch
@@ -41,9 +41,9 @@ from .differences import differences
 from .pairs import median_interval, peak_memory, time_rounds
 from .pipeline import write_images
 
+Sizes = Dict[str, Any]
 MODES = ('eager', 'blocks', 'compiled', 'graphs')
 SECONDS = dict(tests=150, training=100, resuming=150, detector=60, eager=20, blocks=50, compiled=110, graphs=110)
-Cell = Tuple[str, Any, str]  # what, its batch, and the mode
 SIZES = dict(
     models={
         'resnet50_depla': 'resnet50', 'seresnet50_depla': 'resnet50', 'resnet50_depla_adaptive': 'resnet50',
@@ -85,18 +85,17 @@ def _over(samples: List[List[float]]) -> List[float]:
     return [float(f'{value:.4g}') for value in found]
 
 
-def measure_model(args: argparse.Namespace, sizes: Dict[str, Any], cell: Cell) -> Dict[str, Any]:
-    name, batch, mode = cell
-    x = torch.randn(batch, 3, sizes['img_size'], sizes['img_size'], device=args.device)
+def measure_model(args: argparse.Namespace, sizes: Sizes, what: str, batch: str, mode: str) -> Dict[str, Any]:
+    x = torch.randn(int(batch), 3, sizes['img_size'], sizes['img_size'], device=args.device)
     x = x.to(memory_format=torch.channels_last)
     time = partial(time_rounds, rounds=sizes['pairs'], device=args.device)
     compiler = _compiler(mode, sizes['backend'])
-    samples, memory = speed.measure([name, sizes['models'][name]], x, time, True, compiler)
+    samples, memory = speed.measure([what, sizes['models'][what]], x, time, True, compiler)
     return dict({kind: _over(samples[kind]) for kind in speed.KINDS}, memory=memory)
 
 
-def measure_detector(args: argparse.Namespace, sizes: Dict[str, Any], cell: Cell) -> Dict[str, Any]:
-    names, compiler = sizes['detectors'], _compiler(cell[2], sizes['backend'])
+def measure_detector(args: argparse.Namespace, sizes: Sizes, what: str, batch: str, mode: str) -> Dict[str, Any]:
+    names, compiler = sizes['detectors'], _compiler(mode, sizes['backend'])
     kwargs = dict(height=sizes['height'], width=sizes['width'], device=args.device, **sizes['detector_kwargs'])
     detectors, image, target = neck.create_detectors(names, **kwargs)
     if compiler:
@@ -113,7 +112,7 @@ def measure_detector(args: argparse.Namespace, sizes: Dict[str, Any], cell: Cell
     return dict(found, memory=memory)
 
 
-def _write_data(folder: Path, sizes: Dict[str, Any]) -> Path:
+def _write_data(folder: Path, sizes: Sizes) -> Path:
     """Noise in the place of photographs, which scikit-image would have: coarse, and fine enough for 80 kB."""
     draw = np.random.default_rng(0)
 
@@ -129,7 +128,7 @@ def _write_data(folder: Path, sizes: Dict[str, Any]) -> Path:
     return folder / 'data'
 
 
-def _flags(args: argparse.Namespace, sizes: Dict[str, Any], data: Path, mode: str) -> List[str]:
+def _flags(args: argparse.Namespace, sizes: Sizes, data: Path, mode: str) -> List[str]:
     model = next(iter(sizes['models']))
     flags = f'--recipe better --model {model} --img-size {sizes["img_size"]} --batch-size {sizes["batches"][0]} '
     flags += f'--device {args.device} --workers {os.cpu_count()} --channels-last --amp --amp-dtype bfloat16 '
@@ -137,10 +136,10 @@ def _flags(args: argparse.Namespace, sizes: Dict[str, Any], data: Path, mode: st
     return [str(data), '--output', str(data.parent), *flags.split()]
 
 
-def measure_training(args: argparse.Namespace, sizes: Dict[str, Any], cell: Cell) -> Dict[str, Any]:
+def measure_training(args: argparse.Namespace, sizes: Sizes, what: str, batch: str, mode: str) -> Dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         data = _write_data(Path(folder), sizes)
-        train_args = parse_args(create_train_parser(), [*_flags(args, sizes, data, cell[2]), '--no-deterministic'])
+        train_args = parse_args(create_train_parser(), [*_flags(args, sizes, data, mode), '--no-deterministic'])
         world = setup_world(args.device)
         set_up_device(train_args, world)
         run, waits, ends = build(train_args, world), [], [time.perf_counter()]
@@ -156,11 +155,11 @@ def measure_training(args: argparse.Namespace, sizes: Dict[str, Any], cell: Cell
         return dict(rate=round(rate, 1), waits=round(sum(waits[first:]) / seconds, 3), workers=train_args.workers)
 
 
-def measure_resuming(args: argparse.Namespace, sizes: Dict[str, Any], cell: Cell) -> Dict[str, Any]:
+def measure_resuming(args: argparse.Namespace, sizes: Sizes, what: str, batch: str, mode: str) -> Dict[str, Any]:
     """Names what differs of a run that was killed after its first checkpoint and one that was not."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        flags = _flags(args, sizes, _write_data(folder, dict(sizes, links=1)), cell[2])
+        flags = _flags(args, sizes, _write_data(folder, dict(sizes, links=1)), mode)
         flags += ['--epochs', '2', '--recovery-interval', '2', '--resume', 'auto', '--workers', '2']
 
         def start(run: str) -> subprocess.Popen:
@@ -183,7 +182,7 @@ def measure_resuming(args: argparse.Namespace, sizes: Dict[str, Any], cell: Cell
         return dict(differences=differences(folder / 'killed', folder / 'whole'))
 
 
-def run_tests(args: argparse.Namespace, sizes: Dict[str, Any], cell: Cell) -> Dict[str, Any]:
+def run_tests(args: argparse.Namespace, sizes: Sizes, what: str, batch: str, mode: str) -> Dict[str, Any]:
     command = [sys.executable, '-m', 'pytest', '-q', '-o', 'addopts=', '-p', 'no:cacheprovider', 'tests/test_gpu.py']
     lines = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True).stdout.splitlines()
     failed = [line for line in lines if line.startswith('FAILED')]
@@ -194,22 +193,22 @@ NOTHING = dict(card='No GPU yet', toy=False, cells={})  # results before the fir
 FILLED_BY = dict(tests=run_tests, training=measure_training, resuming=measure_resuming, detector=measure_detector)
 
 
-def plan(sizes: Dict[str, Any]) -> Dict[Cell, str]:
-    """The kind of each cell, the most valuable first."""
-    cells: Dict[Cell, str] = {('tests/test_gpu.py', '', 'eager'): 'tests'}
+def plan(sizes: Sizes) -> Dict[str, str]:
+    """The kind of each cell by its name, what/batch/mode, the most valuable first."""
+    cells = {'tests/test_gpu.py//eager': 'tests'}
     models, batches = list(sizes['models']), sizes['batches']
 
     def add(mode: str, names: List[str]) -> None:
-        cells.update({(name, batch, mode): mode for batch in batches for name in names})
+        cells.update({f'{name}/{batch}/{mode}': mode for batch in batches for name in names})
 
     def add_scripts(mode: str) -> None:
-        cells.update({(kind, batches[0], mode): kind for kind in ('training', 'resuming')})
+        cells.update({f'{kind}/{batches[0]}/{mode}': kind for kind in ('training', 'resuming')})
 
     add('eager', models)
     add_scripts('eager')
     add('compiled', models[:1])
     add_scripts('compiled')
-    cells.update({(sizes['detectors'][0], 2, mode): 'detector' for mode in ('eager', 'blocks')})
+    cells.update({f'{sizes["detectors"][0]}/2/{mode}': 'detector' for mode in ('eager', 'blocks')})
     add('blocks', models[:1])
     add('graphs', models[:1])
     for mode in MODES[1:]:
@@ -217,15 +216,11 @@ def plan(sizes: Dict[str, Any]) -> Dict[Cell, str]:
     return cells
 
 
-def _name(cell: Cell) -> str:
-    return '/'.join(map(str, cell))
-
-
-def _measure(args: argparse.Namespace, sizes: Dict[str, Any], cell: Cell, kind: str) -> Dict[str, Any]:
+def _measure(args: argparse.Namespace, sizes: Sizes, cell: str, kind: str) -> Dict[str, Any]:
     torch.manual_seed(0)
     start = time.monotonic()
     try:
-        found = FILLED_BY.get(kind, measure_model)(args, sizes, cell)
+        found = FILLED_BY.get(kind, measure_model)(args, sizes, *cell.rsplit('/', 2))
     except Exception as error:  # such as memory that does not suffice: the other cells do not depend on it
         found = dict(error=(str(error).strip().splitlines() or [type(error).__name__])[-1][:200])
     torch.use_deterministic_algorithms(False)
@@ -249,18 +244,19 @@ def run(args: argparse.Namespace) -> Iterator[Dict[str, Any]]:
             results = found['results']
     yield results
     sizes, cells = TOY if args.toy else SIZES, results['cells']
-    todo = {cell: kind for cell, kind in plan(sizes).items() if 'seconds' not in cells.get(_name(cell), {})}
-    todo.update({cell: kind for cell, kind in plan(sizes).items() if 'error' in cells.get(_name(cell), {})})
-    for cell, kind in todo.items():
+    todo = plan(sizes)
+    again = [cell for cell in todo if 'error' in cells.get(cell, {})]
+    for cell in [*(cell for cell in todo if cell not in cells), *again]:
+        kind = todo[cell]
         longest = max((each['seconds'] for each in cells.values() if each['kind'] == kind), default=None)
         expected = longest or SECONDS[kind] / (20 if args.toy else 1)
         if time.monotonic() + expected > end_time:
             continue
-        cells[_name(cell)] = _measure(args, sizes, cell, kind)
-        print(_name(cell), cells[_name(cell)], flush=True)
+        cells[cell] = _measure(args, sizes, cell, kind)
+        print(cell, cells[cell], flush=True)
         yield results
-    left = [_name(cell) for cell in plan(sizes) if 'seconds' not in cells.get(_name(cell), {})]
-    print(f'{len(left)} of {len(plan(sizes))} cells are left: {", ".join(left)}' if left else 'every cell is filled')
+    left = [cell for cell in todo if cell not in cells]
+    print(f'{len(left)} of {len(todo)} cells are left: {", ".join(left)}' if left else 'every cell is filled')
 
 
 def _text(found: Dict[str, Any]) -> str:
@@ -283,28 +279,14 @@ def _base_text(found: Dict[str, Any]) -> str:
 
 def render(results: Dict[str, Any]) -> str:
     sizes, cells = TOY if results['toy'] else SIZES, results['cells']
-    planned, rows = plan(sizes), {}
-    for what, batch, _ in planned:
-        named = {mode: (what, batch, mode) for mode in MODES}
-        texts = [
-            '-' if cell not in planned else _text(cells[_name(cell)]) if _name(cell) in cells else ''
-            for cell in named.values()
-        ]
-        rows[what, batch] = [f'`{what}`' if what in sizes['models'] else what, batch, *texts]
-        base = sizes['models'].get(what) or dict([sizes['detectors']]).get(what)
-        if base and (base, batch) not in rows:
-            found = [cells.get(_name(cell), {}) for cell in named.values()]
-            rows[base, batch] = [f'`{base}`', batch, *(_base_text(each) if 'memory' in each else '' for each in found)]
-    missing = '' if all(_name(cell) in cells for cell in planned) else ' Empty: not measured yet.'
+    bases, planned, rows = dict([*sizes['models'].items(), sizes['detectors']]), plan(sizes), {}
+    for row in dict.fromkeys(cell.rpartition('/')[0] for cell in planned):
+        what, batch = row.rsplit('/', 1)
+        found = {mode: cells.get(f'{row}/{mode}') for mode in MODES}
+        empty = {mode: '' if f'{row}/{mode}' in planned else '-' for mode in MODES}
+        rows[row] = [what, batch, *(_text(cell) if cell else empty[mode] for mode, cell in found.items())]
+        if what in bases and f'{bases[what]}/{batch}' not in rows:
+            texts = [_base_text(cell) if cell and 'memory' in cell else empty[mode] for mode, cell in found.items()]
+            rows[f'{bases[what]}/{batch}'] = [bases[what], batch, *texts]
+    missing = '' if planned.keys() <= cells.keys() else ' Empty: not measured yet.'
     return f'{results["card"]}.{missing}\n\n{record.table(["", "batch", *MODES], list(rows.values()))}'
-
-
-def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
-    rows = []
-    for (what, batch, mode), kind in plan(TOY if results['toy'] else SIZES).items():
-        found = results['cells'].get(_name((what, batch, mode)), {})
-        if kind in ('eager', 'compiled') and what == 'resnet50_depla' and 'memory' in found:
-            _, middle, low, high = found['training step']
-            on = f'`resnet50`, batch {batch}, {results["card"]}, {mode}'
-            rows.append((f'training step of `{what}`', f'{middle:.3f} ({low:.3f} to {high:.3f})', on))
-    return rows

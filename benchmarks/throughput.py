@@ -3,7 +3,7 @@
 Both train the digits recipe from the same weights, each in its own process, and take turns epoch by epoch; the first
 does not count. The plain loop is the least that does what timm's own train.py does: its loaders, model, optimizer,
 schedule, loss, accuracy and checkpoint saver, without exact resume and without checks. Each runs as glibc is, and where
-it keeps freed memory (docs/training.md).
+it keeps freed memory, as train.py lets it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import build
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.device import set_up_device
-from timm_depla.engine.distributed import Interrupt, setup_world
+from timm_depla.engine.distributed import Interrupt, World
 from timm_depla.engine.progress import Report
 from timm_depla.engine.run import Run
 from timm_depla.engine.training import run_epoch
@@ -113,7 +113,7 @@ def serve(pipe: Any, epoch: Callable[[int], Tuple[float, float]], seen: Callable
 
 def serve_plain(args: argparse.Namespace, pipe: Any) -> None:
     """Serve epochs of the plain loop; it has seen images and learning rates."""
-    plain = PlainLoop(build(args, setup_world('cpu')))
+    plain = PlainLoop(build(args, World(torch.device('cpu'))))
     serve(pipe, plain.run_epoch, lambda: (plain.images, plain.rates))
 
 
@@ -121,7 +121,7 @@ def serve_ours(args: argparse.Namespace, pipe: Any) -> None:
     """As `serve_plain`, for our loop, set up as in train.py."""
     images: List[int] = []
     rates: List[float] = []
-    world = setup_world('cpu')
+    world = World(torch.device('cpu'))  # without its keeping freed memory
     set_up_device(args, world)
     ours = build(args, world)
     ours.model.register_forward_pre_hook(lambda model, x: images.append(len(x[0]) if model.training else 0))

@@ -89,5 +89,5 @@ def test_in_the_scripts(tmp_path):
 def test_in_detection(tmp_path):
     argv = ['--recipe', 'scenes', '--device', 'cpu', '--output', str(tmp_path), '--torchcompile-blocks', 'eager']
     model = build(parse_args(create_detection_parser(), argv), setup_world('cpu')).model
-    blocks = [module for module in model.modules() if isinstance(module, Depla)]
-    assert blocks and all(block._compiled_call_impl for block in blocks)
+    compiled = [module for module in model.modules() if module._compiled_call_impl]
+    assert len(compiled) == sum(isinstance(module, Depla) for module in model.modules()) > 1

@@ -180,13 +180,14 @@ def plot() -> None:
 
 
 def _save_plot(figure: Any, path: Path) -> None:
-    """Save a figure as SVG with text as text and a line a path; the same figure gives the same bytes."""
+    """Save a figure as SVG with text as text and a line a group; the same figure gives the same bytes."""
     import matplotlib
 
     matplotlib.rcParams.update({'svg.hashsalt': '', 'svg.fonttype': 'none'})
     figure.savefig(path, format='svg', metadata={'Date': None})
     text = path.read_text(encoding='utf-8')
-    path.write_text(re.sub(r' d="[^"]*"', lambda match: ' '.join(match[0].split('\n')), text), encoding='utf-8')
+    text = re.sub(r' d="[^"]*"', lambda match: f' {" ".join(match[0].split())}', text)
+    path.write_text(re.sub(r'>\s+<(?!g id)', '><', text) + '\n', encoding='utf-8')
 
 
 def tables() -> Dict[str, str]:

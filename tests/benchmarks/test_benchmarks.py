@@ -10,6 +10,7 @@ from benchmarks import record
 SPEED = 'speed --model test_resnet_depla test_resnet:cbam test_resnet_depla+fused --base test_resnet --amp'
 GRID = 'grid --model test_resnet_depla --img-size 64 --seconds 0.1 --batch-size'
 SCALING = 'scaling --model test_resnet_depla --base test_resnet --img-size 64 96 --pairs 2'
+KERNELS = 'kernels --model test_resnet_depla --base test_resnet --img-size 64 --batch-size 2'
 PIPELINE = 'pipeline --model test_resnet_depla --images 80 --img-size 32 --batch-size 16 --epochs 2'
 
 
@@ -34,6 +35,7 @@ def test_docs_are_generated_from_the_records():
         ('insertion --model test_vit*', '0 of 5 networks take DEPLA. What the others do: 5 works on tokens'),
         ('neck --img-size 96 --pairs 2 --path plain', 'pyramid, training step'),
         ('feeding --pairs 2 --batch-size 4', '| torchvision v2 |'),
+        pytest.param(KERNELS, '| a block | 1', marks=pytest.mark.slow),
         pytest.param(PIPELINE, 'of the values of a crop', marks=pytest.mark.slow),
         pytest.param('throughput --epochs 2 --img-size 32', 'the 44 steps: the same', marks=pytest.mark.slow),
     ],

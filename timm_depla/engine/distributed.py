@@ -1,5 +1,6 @@
 """The processes that train together, and the signals that interrupt them."""
 
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -105,8 +106,18 @@ def explain_lost_peers(world: World) -> Iterator[None]:
         ) from error
 
 
+def keep_memory() -> None:
+    """Make glibc keep freed memory, as the variables of docs/training.md do; other C libraries are left alone."""
+    if os.name == 'posix' and (mallopt := getattr(ctypes.CDLL(None), 'mallopt', None)):
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def setup_world(device: str) -> World:
-    """Join the processes that torchrun or Slurm started together, if any, and set up this one's device and log."""
+    """Join the processes that torchrun or Slurm started together, if any, and set up this one's device and log.
+
+    On a CPU, freed memory is kept: else the system clears its pages again at each step.
+    """
     try:
         torch.zeros((), device=device).item()  # fails on the meta device
         found = init_distributed_device_so(device)
@@ -114,6 +125,8 @@ def setup_world(device: str) -> World:
         raise ConfigError(f"cannot use device '{device}': {str(error).splitlines()[0]}") from error
     control = dist.new_group(backend='gloo') if found['distributed'] else None
     world = World(torch.device(found['device']), found['global_rank'], found['world_size'], control)
+    if world.device.type == 'cpu':
+        keep_memory()
     if not world.is_primary:
         logging.getLogger().setLevel(logging.WARNING)
     return world
