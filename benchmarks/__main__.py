@@ -13,6 +13,7 @@ from typing import Any, Dict, List
 from timm.utils import setup_default_logging
 
 from . import gpu, record
+from .flags import add_flags
 from .pairs import KEEP_MEMORY
 
 NAMES = (
@@ -100,7 +101,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest='name', required=True)
     for name, module in BENCHMARKS.items():
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
-        module.add_args(command)
+        add_flags(command, **module.FLAGS)
         command.add_argument('--record', default=name, metavar='NAME', help=f'of its file, {name}[-SUFFIX]')
     commands.add_parser('docs', help='write docs/benchmarks.md from the records')
     args = parser.parse_args()

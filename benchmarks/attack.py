@@ -21,7 +21,7 @@ import tempfile
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 
@@ -29,18 +29,16 @@ from timm_depla.data import digits_folder
 from timm_depla.data.scenes import scenes_folder
 from timm_depla.errors import UserError
 
-from .attack_cases import CASES, attack_command, train, train_detection
-from .flags import add_flags
+from .attack_cases import CASES, attack_command, call
 from .record import table
 
 SECONDS = 120  # time limit of a case
 OUTSIDE = 'written outside'
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--kinds', nargs='+', choices=CASES, default=list(CASES), metavar='KIND', help='all by default')
-    parser.add_argument('--share', type=float, default=1.0, metavar='X', help='of the cases of each kind')
-    add_flags(parser, seed=0)  # of the first case; the next ones count on
+FLAGS = dict(
+    kinds=dict(nargs='+', choices=CASES, default=list(CASES), metavar='KIND', help='all by default'),
+    share=dict(type=float, default=1.0, metavar='X', help='of the cases of each kind'),
+    seed=0,  # of the first case; the next ones count on
+)
 
 
 def _record_lookups() -> List[str]:
@@ -63,7 +61,7 @@ def _digest(*folders: Path) -> str:
     return digest.hexdigest()
 
 
-def _case(attack: Callable[..., bool], seed: int, target: Path, log: Path) -> None:
+def _case(attack: Callable[..., Optional[bool]], seed: int, target: Path, log: Path) -> None:
     """Run a case, in its own process; write its outcome and its output to `log`."""
     output, outcome, lookups = io.StringIO(), 'accepted', _record_lookups()
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(output), redirect_stderr(output):
@@ -112,9 +110,9 @@ def prepare(folder: Path) -> None:
         shutil.copy(path, target)
     common = ['--workers', 0, '--device', 'cpu', '--output', folder, '--experiment']
     few = [folder / 'few', '--recipe', 'digits', '--img-size', 32, '--epochs', 2, '--warmup-epochs', 1]
-    train(*few, *common, 'classifier')
+    call('train', *few, *common, 'classifier')
     scenes = [folder / 'scenes', '--recipe', 'scenes', '--epochs', 1, '--warmup-epochs', 0, '--batch-size', 2]
-    train_detection(*scenes, *common, 'detector')
+    call('train_detection', *scenes, *common, 'detector')
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:

@@ -12,7 +12,7 @@ import os
 import random
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import timm
@@ -22,8 +22,8 @@ from PIL import Image
 from timm_depla.commands import run_command
 from timm_depla.detection.coco import CocoDetection
 from timm_depla.engine.classification import flags as classification_flags
-from timm_depla.engine.classification import train as train_module
-from timm_depla.engine.classification import validate as validate_module
+from timm_depla.engine.classification import train as classification_train
+from timm_depla.engine.classification import validate as classification_validate
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection import flags as detection_flags
 from timm_depla.engine.detection import train as detection_train
@@ -72,37 +72,31 @@ TEXTS = (
 )  # fmt: skip
 
 
-def _call(main: Callable[[], Any]) -> None:
-    """Run a command's main function as the command does."""
+COMMANDS: Dict[str, Tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    'train': (classification_flags.create_train_parser, classification_train.train),
+    'validate': (classification_flags.create_validate_parser, classification_validate.validate),
+    'train_detection': (detection_flags.create_detection_parser, detection_train.train),
+    'validate_detection': (detection_flags.create_detection_validate_parser, detection_validate.validate),
+    'publish': (create_publish_parser, publish),
+}
+
+
+def call(name: str, *argv: Any) -> None:
+    """Do what a command does."""
+    (create_parser, function), words = COMMANDS[name], list(map(str, argv))
+
+    def main() -> None:
+        parser = create_parser()
+        args = parser.parse_args(words) if name == 'publish' else parse_args(parser, words)
+        if name == 'train' and not args.recipe:
+            args = parse_args(parser, words, resumed_recipe(args) or 'digits')
+        function(args)
+
     try:
-        run_command('attack', lambda: main() and None)
+        run_command('attack', main)
     except SystemExit as end:
         if end.code != 0:
             raise
-
-
-def train(*argv: Any) -> None:
-    """Do what `train.py` does."""
-
-    def main() -> None:
-        parser, words = classification_flags.create_train_parser(), [str(word) for word in argv]
-        args = parse_args(parser, words)
-        train_module.train(args if args.recipe else parse_args(parser, words, resumed_recipe(args) or 'digits'))
-
-    _call(main)
-
-
-def _command(create_parser: Callable[[], Any], function: Callable[[Any], Any]) -> Callable[..., None]:
-    return lambda *argv: _call(lambda: function(parse_args(create_parser(), [str(word) for word in argv])))
-
-
-validate = _command(classification_flags.create_validate_parser, validate_module.validate)
-train_detection = _command(detection_flags.create_detection_parser, detection_train.train)
-validate_detection = _command(detection_flags.create_detection_validate_parser, detection_validate.validate)
-
-
-def publish_run(*argv: Any) -> None:
-    _call(lambda: publish(create_publish_parser().parse_args([str(word) for word in argv])))
 
 
 def _flags(parser: argparse.ArgumentParser, draw: random.Random) -> Tuple[List[str], bool]:
@@ -124,30 +118,29 @@ def _flags(parser: argparse.ArgumentParser, draw: random.Random) -> Tuple[List[s
     return words, is_nonsense
 
 
-def attack_command(draw: random.Random, scratch: Path, runs: Path) -> bool:
+def attack_command(draw: random.Random, scratch: Path, runs: Path) -> Optional[bool]:
     """A random command line."""
-    kind = draw.choice(['train', 'validate', 'train_detection', 'validate_detection', 'publish'])
-    if kind == 'publish':
-        words, is_nonsense = _flags(create_publish_parser(), draw)
-        output = draw.choice([scratch / 'out', runs / 'classifier', Path('/dev/null'), Path('/proc/x'), Path('')])
-        publish_run(runs / 'classifier', '--output', output, *words)
-        return is_nonsense
-    create_parser, command, argv = {
-        'train': (classification_flags.create_train_parser, train, ['--recipe', 'digits']),
-        'train_detection': (detection_flags.create_detection_parser, train_detection, ['--recipe', 'scenes']),
-        'validate': (classification_flags.create_validate_parser, validate, [runs / 'classifier']),
-        'validate_detection': (
-            detection_flags.create_detection_validate_parser, validate_detection, [runs / 'detector']
-        ),
-    }[kind]  # fmt: skip
-    words, is_nonsense = _flags(create_parser(), draw)
-    dry = ['--output', scratch, '--dry-run'] if kind.startswith('train') else []
-    command(*argv, '--workers', 0, *words, *dry)
+    name = draw.choice(list(COMMANDS))
+    words, is_nonsense = _flags(COMMANDS[name][0](), draw)
+    outputs = [scratch / 'out', runs / 'classifier', Path('/dev/null'), Path('/proc/x'), Path('')]
+    dry = ['--workers', 0, *words, '--output', scratch, '--dry-run']
+    argv = {
+        'train': ['--recipe', 'digits', *dry],
+        'validate': [runs / 'classifier', '--workers', 0, *words],
+        'train_detection': ['--recipe', 'scenes', *dry],
+        'validate_detection': [runs / 'detector', '--workers', 0, *words],
+        'publish': [runs / 'classifier', '--output', draw.choice(outputs), *words],
+    }
+    call(name, *argv[name])
     return is_nonsense
 
 
-def damage(draw: random.Random, run: Path) -> Tuple[str, bool]:
-    """Damage one file of a run; returns its name and whether its content must not be used."""
+def _copy(run: Path, scratch: Path) -> Path:
+    return Path(shutil.copytree(run, scratch / 'run', symlinks=True))
+
+
+def _damage(draw: random.Random, run: Path) -> str:
+    """Damage one file of a run; returns how, and its name."""
     files = sorted(path for path in run.rglob('*') if path.is_file() and not path.is_symlink())
     path = draw.choice([file for file in files if file.suffix in ('.json', '.safetensors', '.yaml')])
     data = bytearray(path.read_bytes())
@@ -165,44 +158,42 @@ def damage(draw: random.Random, run: Path) -> Tuple[str, bool]:
         os.mkfifo(path)
     elif how != 'gone':
         path.write_bytes(contents.get(how, bytes(data)))
-    return f'{how} {path.relative_to(run)}', path.suffix != '.yaml'
+    return f'{how} {path.relative_to(run)}'
 
 
-def _resume(run: Path, *argv: Any) -> None:
-    train('--resume', run, '--epochs', 2, '--workers', 0, *argv)
+def _resume(run: Path) -> List[Any]:
+    return ['--resume', run, '--epochs', 2]
 
 
-def _try_each(*calls: Callable[[], None]) -> None:
-    """Make all calls; raises the first message, one that tells an unexpected error before the others."""
+def _try_each(*commands: List[Any]) -> None:
+    """Do what all commands do; raises the first message, one that tells an unexpected error before the others."""
     messages = []
-    for call in calls:
+    for name, *argv in commands:
         try:
-            call()
+            call(name, *argv, *([] if name == 'publish' else ['--workers', 0]))
         except SystemExit as message:
             messages.append(message)
     if messages:
         raise max(messages, key=lambda message: ': unexpected ' in str(message))
 
 
-def attack_run(draw: random.Random, scratch: Path, run: Path) -> bool:
+def attack_run(draw: random.Random, scratch: Path, run: Path) -> Optional[bool]:
     """A damaged run, validated and resumed; returns whether a damaged checkpoint was used."""
-    copy = scratch / 'run'
-    shutil.copytree(run, copy, symlinks=True)
-    what, is_checkpoint = damage(draw, copy)
+    run = _copy(run, scratch)
+    what = _damage(draw, run)
     print(what)
-    _try_each(lambda: validate(copy, '--workers', 0), lambda: _resume(copy))
-    return is_checkpoint and (copy / 'best').resolve().name in what
+    _try_each(['validate', run], ['train', *_resume(run)])
+    return not what.endswith('.yaml') and (run / 'best').resolve().name in what
 
 
-def attack_links(draw: random.Random, scratch: Path, run: Path) -> bool:
+def attack_links(draw: random.Random, scratch: Path, run: Path) -> Optional[bool]:
     """A run or a published folder with a link, a second name, a pipe or a device where a file or folder of ours is."""
-    copy, home = scratch / 'run', Path('home').resolve()
-    shutil.copytree(run, copy, symlinks=True)
+    run, home = _copy(run, scratch), Path('home').resolve()
     names = ['args.yaml', 'summary.csv', 'log.txt', 'curves.png', 'diverged.json', 'best', 'last']
     names = [*names, *(f'.{name}.part' for name in names), '.lock', '.holder', '.holder.part', 'tensorboard', 'wandb']
     names += ['checkpoints', 'checkpoints/0001-000000', 'checkpoints/.0003-000000.part', 'checkpoints/0009-000000']
     names += ['checkpoints/0001-000000/model.safetensors', 'checkpoints/0001-000000/checksums.json']
-    path = copy / draw.choice(names)
+    path = run / draw.choice(names)
     is_publishing = draw.random() < 0.3
     if is_publishing:
         (scratch / 'out').mkdir()
@@ -223,13 +214,12 @@ def attack_links(draw: random.Random, scratch: Path, run: Path) -> bool:
         os.mknod(path, 0o20666, os.makedev(1, 5))  # /dev/zero
     print(how, path)
     if is_publishing:
-        publish_run(copy, '--output', scratch / 'out')
-        return False
-    _try_each(lambda: _resume(copy, '--resume-with-changes'), lambda: validate(copy, '--workers', 0))
-    return False
+        call('publish', run, '--output', scratch / 'out')
+    else:
+        _try_each(['train', *_resume(run), '--resume-with-changes'], ['validate', run])
 
 
-def attack_config(draw: random.Random, scratch: Path, runs: Path) -> bool:
+def attack_config(draw: random.Random, scratch: Path, runs: Path) -> Optional[bool]:
     """A folder of weights whose config.json has other values, and sums that fit."""
     kind = draw.choice(['classifier', 'detector'])
     folder = scratch / 'published'
@@ -245,44 +235,41 @@ def attack_config(draw: random.Random, scratch: Path, runs: Path) -> bool:
     (folder / SUMS).write_bytes(list_sums({path.name: path.read_bytes() for path in files}))
     print({key: value for key, value in place.items() if not isinstance(value, str) or len(value) < 100})
     if kind == 'detector':
-        validate_detection(folder, '--data-dir', runs / 'scenes', '--workers', 0)
+        call('validate_detection', folder, '--data-dir', runs / 'scenes', '--workers', 0)
     elif draw.random() < 0.5:
-        validate(folder, '--data-dir', runs / 'few', '--workers', 0)
+        call('validate', folder, '--data-dir', runs / 'few', '--workers', 0)
     else:
         try:
             model = timm.create_model(f'local-dir:{folder}', pretrained=True)
         except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise SystemExit(str(error)) from error  # a caller's, with whatever words timm has
         return not all(value.isfinite().all() for value in model.state_dict().values())
-    return False
 
 
-def attack_yaml(draw: random.Random, scratch: Path, runs: Path) -> bool:
+def attack_yaml(draw: random.Random, scratch: Path, runs: Path) -> Optional[bool]:
     """A run whose args.yaml asks for something that is not its own to ask for, or is no plain YAML."""
-    copy = scratch / 'run'
-    shutil.copytree(runs / 'classifier', copy, symlinks=True)
-    arguments = yaml.safe_load((copy / 'args.yaml').read_text())
+    run = _copy(runs / 'classifier', scratch)
+    arguments = yaml.safe_load((run / 'args.yaml').read_text())
     for key in draw.sample(sorted(FETCHING), draw.choice([1, 1, 2, 3])):
         arguments[key] = draw.choice(FETCHING[key])
     text = yaml.safe_dump(arguments)
     if draw.random() < 0.4:
         text = draw.choice(['', text]) + draw.choice(TEXTS)
     print(text if len(text) < 5000 else text[:200])
-    (copy / 'args.yaml').write_text(text)
+    (run / 'args.yaml').write_text(text)
     for file in ('checksums.json', 'record.json'):
         if draw.random() < 0.05:
-            (copy / 'best' / file).unlink()
-    calls = [
-        lambda: _resume(copy),
-        lambda: validate(copy, '--workers', 0),
-        lambda: publish_run(copy, '--output', scratch / 'out'),
-        lambda: train('--recipe', copy / 'args.yaml', '--output', scratch, '--dry-run', '--workers', 0),
-    ]  # fmt: skip
-    _try_each(*draw.sample(calls, 2))
-    return False
+            (run / 'best' / file).unlink()
+    commands = [
+        ['train', *_resume(run)],
+        ['validate', run],
+        ['publish', run, '--output', scratch / 'out'],
+        ['train', '--recipe', run / 'args.yaml', '--output', scratch, '--dry-run'],
+    ]
+    _try_each(*draw.sample(commands, 2))
 
 
-def attack_model(draw: random.Random, scratch: Path, runs: Path) -> bool:
+def attack_model(draw: random.Random, scratch: Path, runs: Path) -> Optional[bool]:
     """A network with arguments or a backbone that do not fit."""
     names = ['depla', 'layers', 'block', 'stem_width', 'channels', 'pretrained', 'num_classes', 'drop_rate', 'device',
              'name', 'features_only', 'pretrained_cfg_overlay', 'act_layer', 'norm_layer', 'base_width', 'out_channels',
@@ -303,14 +290,13 @@ def attack_model(draw: random.Random, scratch: Path, runs: Path) -> bool:
     print(model, [text[:100] for text in words])
     if model == 'detector':
         shown = ['--model', 'fasterrcnn_test_resnet_depla_fpn_depla', '--dry-run', '--output', scratch]
-        train_detection(runs / 'scenes', '--recipe', 'scenes', *shown, '--workers', 0, *kwargs)
+        call('train_detection', runs / 'scenes', '--recipe', 'scenes', *shown, '--workers', 0, *kwargs)
     else:
         shown = ['--img-size', 64, '--dry-run', '--output', scratch, '--workers', 0]
-        train(runs / 'few', '--recipe', 'digits', '--model', model, *shown, *kwargs)
-    return False
+        call('train', runs / 'few', '--recipe', 'digits', '--model', model, *shown, *kwargs)
 
 
-def attack_number(draw: random.Random, scratch: Path, runs: Path) -> bool:
+def attack_number(draw: random.Random, scratch: Path, runs: Path) -> Optional[bool]:
     """A short training with an extreme number."""
     parser = classification_flags.create_train_parser()
     left_out = ('workers', 'img_size', 'input_size', 'stop_epoch', 'in_chans')  # which a machine bounds, or this case
@@ -322,11 +308,10 @@ def attack_number(draw: random.Random, scratch: Path, runs: Path) -> bool:
     print(words)
     more = draw.choice([[], ['--model-ema'], ['--mixup', 0.2], ['--opt', 'adamw', '--layer-decay', 0.5]])
     base = '--recipe digits --img-size 32 --workers 0 --epochs 2 --stop-epoch 1 --warmup-epochs 0 --batch-size 10'
-    train(runs / 'few', *base.split(), '--output', scratch, *more, *words)
-    return False
+    call('train', runs / 'few', *base.split(), '--output', scratch, *more, *words)
 
 
-def attack_annotations(draw: random.Random, scratch: Path, folder: Path) -> bool:
+def attack_annotations(draw: random.Random, scratch: Path, folder: Path) -> Optional[bool]:
     """A COCO file with one value replaced; its first samples are read."""
     content = json.loads((folder / 'annotations' / 'instances_val.json').read_text())
     place: Any = content
@@ -343,10 +328,9 @@ def attack_annotations(draw: random.Random, scratch: Path, folder: Path) -> bool
             dataset[index]
     except ValueError as error:
         raise UserError(str(error)) from error
-    return False
 
 
-def attack_image(draw: random.Random, scratch: Path, _: Path) -> bool:
+def attack_image(draw: random.Random, scratch: Path, _: Path) -> Optional[bool]:
     """An image that is truncated, changed or replaced by another file."""
     kind = draw.choice(['PNG', 'JPEG', 'WEBP', 'BMP', 'GIF', 'TIFF'])
     buffer = io.BytesIO()
@@ -363,10 +347,9 @@ def attack_image(draw: random.Random, scratch: Path, _: Path) -> bool:
         open_image(scratch / 'image.jpg', 'RGB')
     except OSError as error:
         raise UserError(str(error)) from error
-    return False
 
 
-CASES: Dict[str, Tuple[Callable[..., bool], str, int]] = {
+CASES: Dict[str, Tuple[Callable[..., Optional[bool]], str, int]] = {
     'command lines': (attack_command, '', 500),
     'damages of a run': (attack_run, 'classifier', 300),
     'links, pipes, devices': (attack_links, 'classifier', 50),

@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_depla.layers import Depla
 
-from .flags import add_flags
 from .pairs import median_text, peak_memory, ratio_text, time_rounds
 from .record import table
 from .speed import along
@@ -36,16 +35,7 @@ KINDS = {
     'norms': ('native_batch_norm', 'native_batch_norm_backward', 'var_mean', 'lerp_', 'rsqrt', 'addcmul'),
     'softmax and others by element': ('_softmax', '_softmax_backward_data', 'log', 'clamp', 'div', 'where', 'mul'),
 }
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--shape', nargs='+', default=SHAPES, metavar='BxCxHxW', help='identity and candidate')
-    add_flags(parser, pairs=40)
-
-
-def _infer(block: Depla, x: torch.Tensor, y: torch.Tensor) -> None:
-    with torch.inference_mode():
-        block(x, y)
+FLAGS = dict(shape=dict(nargs='+', default=SHAPES, metavar='BxCxHxW', help='identity and candidate'), pairs=40)
 
 
 def _step(block: Depla, x: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -78,7 +68,7 @@ def _measure(bfn: str, shape: List[int], memory_format: torch.memory_format, rou
     block = Depla(shape[1], bfn=bfn).train().to(memory_format=memory_format)
     x, y = (torch.randn(shape).to(memory_format=memory_format).requires_grad_() for _ in range(2))
     gradient = torch.randn(shape).to(memory_format=memory_format)
-    infer = partial(_infer, copy.deepcopy(block).eval(), x.detach(), y.detach())
+    infer = torch.inference_mode()(partial(copy.deepcopy(block).eval(), x.detach(), y.detach()))
     steps = [along(form, partial(_step, copy.deepcopy(block), x, y, gradient)) for form in ('', '+plain')]
     out, macs = block(x, y), int(sum(_macs(along('+plain', infer)).values()))
     source, a, b = torch.randn(COPIED), *torch.randn(2, SIDE, SIDE)
@@ -144,8 +134,8 @@ def render(results: Dict[str, Any]) -> str:
         rows.append(row)
         total = sum(entry['seconds'] for entry in result['profile'].values())
         shares = [f'{entry["seconds"] / total:.0%}' for entry in result['profile'].values()]
-        (fast, plain), times = result['memory'], [sample[4:] for sample in samples]
-        steps.append([name, median_text(times, 0), ratio_text(times), f'{fast / plain:.3f}', *shares])
+        times = [sample[4:] for sample in samples]
+        steps.append([name, median_text(times, 0), ratio_text(times), ratio_text(result['memory']), *shares])
     samples = [sample for result in results.values() for sample in result['samples']]
     bandwidth, rate = (
         statistics.median(amount / sample[i] / 1e9 for sample in samples)

@@ -8,7 +8,6 @@ launches, 5 us each. The GPU is an H100 SXM by its maker's numbers (3.35 TB/s, 9
 """
 
 import argparse
-from collections import Counter
 from functools import partial
 from typing import Any, Dict, List, Tuple
 from unittest.mock import patch
@@ -21,29 +20,23 @@ from torch.utils.flop_counter import flop_registry
 
 from timm_depla.layers import Depla
 
-from .flags import add_flags
 from .record import table
-from .speed import KINDS, along, create_model, train_step
+from .speed import KINDS, along, create_model, random_images, train_step
 
 BANDWIDTH = 3.35e12  # bytes a second
 RATE = 989e12 / 2  # multiply-adds a second
 LAUNCH = 5e-6  # seconds
 NO_KERNEL = ('_unsafe_view', 'alias', 'detach', 'empty', 'is_same_size', 'lift_fresh', 'new_empty')  # beside views
+MODELS = ['resnet50_depla', 'resnet50_depla_adaptive', 'seresnet50_depla']
+FLAGS = dict(model=MODELS, base='resnet50', batch_size=256, img_size=224)
 
 
 class KernelCounter(TorchDispatchMode):
-    """Counts the kernels that are dispatched in its context.
-
-    Attributes:
-        kernels: Their number by operation.
-        bytes, macs: What they move and multiply.
-        seconds: The sum of the least times of each on the device.
-    """
+    """Counts the kernels of its context, what they move and multiply, and the sum of the least times of each."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels: Counter = Counter()
-        self.bytes, self.macs, self.seconds = 0, 0, 0.0
+        self.found = dict(kernels=0, bytes=0, macs=0, seconds=0.0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -56,22 +49,17 @@ class KernelCounter(TorchDispatchMode):
         moved = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
         count = flop_registry.get(func._overloadpacket)
         macs = count(*args, **kwargs, out_val=out) // 2 if count else 0
-        self.kernels[name] += len(outputs) if name == 'convolution_backward' else 1
-        self.bytes, self.macs = self.bytes + moved, self.macs + macs
-        self.seconds += max(moved / BANDWIDTH, macs / RATE)
+        self.found['kernels'] += len(outputs) if name == 'convolution_backward' else 1
+        self.found['bytes'] += moved
+        self.found['macs'] += macs
+        self.found['seconds'] += max(moved / BANDWIDTH, macs / RATE)
         return out
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    models = ['resnet50_depla', 'resnet50_depla_adaptive', 'seresnet50_depla']
-    add_flags(parser, model=models, base='resnet50', batch_size=256, img_size=224)
 
 
 def _count(call: Any) -> Dict[str, Any]:
     with KernelCounter() as counter:
         call()
-    kernels = sum(counter.kernels.values())
-    return dict(kernels=kernels, bytes=counter.bytes, macs=counter.macs, seconds=counter.seconds)
+    return counter.found
 
 
 def _infer(model: torch.nn.Module, x: torch.Tensor) -> None:
@@ -85,8 +73,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     with FakeTensorMode(), patch('timm_depla.layers.fused.pays', lambda x, on_gpu: x.numel() >= on_gpu):
         for name in results['names']:
             model = create_model(name, args.img_size)
-            x = torch.randn(args.batch_size, 3, args.img_size, args.img_size)
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = random_images(args.batch_size, args.img_size)
             results[name] = dict(blocks=sum(isinstance(module, Depla) for module in model.modules()))
             for kind, call in zip(KINDS, (partial(_infer, model, x), partial(train_step, model, x, True)), strict=True):
                 model.train(kind == 'training step')

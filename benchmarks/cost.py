@@ -15,12 +15,9 @@ from timm.utils import reparameterize_model
 
 from timm_depla.models.cost import count_cost, count_macs
 
-from .flags import add_flags
 from .record import table
 
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, model=['*_depla*'])
+FLAGS = dict(model=['*_depla*'])
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:

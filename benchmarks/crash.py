@@ -26,27 +26,27 @@ from timm_depla.data.scenes import scenes_folder
 from timm_depla.files import find_change
 
 from .differences import differences
-from .flags import add_flags
+from .record import ROOT
 
-ROOT = Path(__file__).parent.parent
 COMMON = ' --recovery-interval 3 --model-ema --model-ema-decay 0.9 --log-interval 1 --resume auto'
-FLAGS = {
-    'classification': '--recipe digits --img-size 32 --batch-size 32 --aa original --reprob 0.3 '
-    '--mixup 0.2 --cutmix 0.5 --drop-path 0.2' + COMMON,
-    'detection': '--recipe scenes --hflip 0.5 --warmup-epochs 0 --model-kwargs out_channels=16 '
-    'min_size=(96,128) max_size=128 anchor_sizes=(8,16,32,64,128) box_batch_size_per_image=32' + COMMON,
+CLASSIFICATION = '--recipe digits --img-size 32 --batch-size 32 --aa original --reprob 0.3 --mixup 0.2 --cutmix 0.5'
+DETECTION = (
+    '--recipe scenes --hflip 0.5 --warmup-epochs 0 --model-kwargs out_channels=16 '
+    'min_size=(96,128) max_size=128 anchor_sizes=(8,16,32,64,128) box_batch_size_per_image=32'
+)
+TASKS = {  # the script, its data and flags
+    'classification': ('train.py', digits_folder, f'{CLASSIFICATION} --drop-path 0.2{COMMON}'),
+    'detection': ('train_detection.py', scenes_folder, DETECTION + COMMON),
 }
-SCRIPTS = {'classification': ('train.py', digits_folder), 'detection': ('train_detection.py', scenes_folder)}
 MOMENTS = ('during a write', 'at any moment', 'in validation', 'by SIGUSR1')
 PUBLISHED = ('model.safetensors', 'config.json', 'recipe.yaml')  # record.json has the time that validation took
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--task', default='classification', choices=list(FLAGS), help='what to train')
-    parser.add_argument('--kills', type=int, default=30, help='kills in all')
-    parser.add_argument('--processes', type=int, default=1, help='processes that train together, by torchrun')
-    parser.add_argument('--max-workers', type=int, default=4, help='runs take 0 to this many loading processes in turn')
-    add_flags(parser, epochs=4, seed=0)  # the seed of the first kill; the next ones count on
+FLAGS = dict(
+    task=dict(default='classification', choices=list(TASKS), help='what to train'),
+    kills=dict(type=int, default=30, help='kills in all'),
+    processes=dict(type=int, default=1, help='processes that train together, by torchrun'),
+    max_workers=dict(type=int, default=4, help='runs take 0 to this many loading processes in turn'),
+    epochs=4, seed=0,  # the seed of the first kill; the next ones count on
+)  # fmt: skip
 
 
 def launch(command: List[Any], log: Path) -> subprocess.Popen:
@@ -59,9 +59,9 @@ def launch(command: List[Any], log: Path) -> subprocess.Popen:
 
 def start(args: argparse.Namespace, output: Path, name: str, workers: int) -> subprocess.Popen:
     """Start training, its log beside the run."""
-    script, folder = SCRIPTS[args.task]
+    script, folder, flags = TASKS[args.task]
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', args.processes]
-    command = [*(torchrun if args.processes > 1 else []), ROOT / script, folder(), *FLAGS[args.task].split()]
+    command = [*(torchrun if args.processes > 1 else []), ROOT / script, folder(), *flags.split()]
     command += ['--epochs', args.epochs, '--workers', workers, '--output', output, '--experiment', name]
     return launch(command, output / f'{name}.log')
 
@@ -74,6 +74,11 @@ def end(process: subprocess.Popen, processes: List[int]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def succeed(process: subprocess.Popen, log: Path) -> None:
+    if process.wait():
+        raise RuntimeError(log.read_text())
 
 
 def trainers(process: subprocess.Popen, count: int) -> List[int]:
@@ -146,8 +151,7 @@ def kill_publishing(run: Path, output: Path, expected: Path, seconds: float, see
         time.sleep(0.001)
     time.sleep(draw.uniform(0, 0.02) if is_late else 0)
     end(process, [])
-    if publish(run, output).wait():
-        raise RuntimeError(output.with_suffix('.log').read_text())
+    succeed(publish(run, output), output.with_suffix('.log'))
     wrong = [name for name in PUBLISHED if (output / name).read_bytes() != (expected / name).read_bytes()]
     return wrong + [change for change in [find_change(output)] if change]
 
@@ -160,11 +164,10 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch)
         reference, expected = output / 'reference', output / 'published'
-        if start(args, output, 'reference', args.max_workers).wait():
-            raise RuntimeError((output / 'reference.log').read_text())
+        succeed(start(args, output, 'reference', args.max_workers), output / 'reference.log')
         began = time.monotonic()
-        if args.kills >= 5 and publish(reference, expected).wait():  # with fewer, none hits publishing
-            raise RuntimeError((output / 'published.log').read_text())
+        if args.kills >= 5:  # with fewer, none hits publishing
+            succeed(publish(reference, expected), output / 'published.log')
         seconds = time.monotonic() - began
         while hits.total() < args.kills:
             name, ended = f'run{runs}', False

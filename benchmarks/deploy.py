@@ -20,7 +20,6 @@ from torch._inductor import config as inductor_config
 
 from timm_depla.data import digits_folder
 
-from .flags import add_flags
 from .pairs import ratio_text, time_rounds
 from .record import table
 
@@ -123,11 +122,7 @@ RUNTIMES: Dict[str, Callable[[nn.Module, List[Tensor]], Call]] = {
     'torchao, int8 weights': _torchao('Int8WeightOnlyConfig'),
     'torchao, int8': _torchao('Int8DynamicActivationInt8WeightConfig'),
 }
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--runtime', nargs='+', choices=RUNTIMES, default=list(RUNTIMES), metavar='NAME')
-    add_flags(parser, batch_size=8, pairs=60)
+FLAGS = dict(runtime=dict(nargs='+', choices=RUNTIMES, default=list(RUNTIMES), metavar='NAME'), batch_size=8, pairs=60)
 
 
 def read_batches(model: nn.Module, split: str, size: int) -> List[Tensor]:

@@ -21,26 +21,20 @@ import torch
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
-from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import build
-from timm_depla.engine.config import parse_args
 from timm_depla.engine.distributed import setup_world
 from timm_depla.engine.run import Run
 from timm_depla.files import open_image
 
-from .flags import add_flags
-from .pairs import ratio_text
+from .pairs import speed_text
 from .pipeline import OURS_TORCH, write_images
 from .record import table
-from .throughput import PlainLoop
+from .throughput import PlainLoop, plan
 
 SIZE = 224  # pixels
 STEPS = ('decode', 'crop', 'flip', 'augment', 'convert', 'collate')
 Seconds = Dict[str, float]  # by step
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, pairs=40, batch_size=64)
+FLAGS = dict(pairs=40, batch_size=64)
 
 
 def _step(transform: Callable) -> str:
@@ -74,10 +68,9 @@ def in_steps(decode: Callable, transforms: Sequence[Callable], collate: Callable
 
 
 def create_run(data: Path, batch_size: int, backend: str) -> Run:
-    flags = [str(data), '--recipe', 'better', '--model', 'test_resnet_depla', '--img-size', str(SIZE)]
-    flags += ['--num-classes', '1000', '--workers', '0', '--device', 'cpu', '--batch-size', str(batch_size)]
-    args = parse_args(create_train_parser(), [*flags, '--output', str(data.parent), '--resize-backend', backend])
-    return build(args, setup_world('cpu'))
+    flags = [data, '--recipe', 'better', '--model', 'test_resnet_depla', '--img-size', SIZE, '--num-classes', 1000]
+    flags += ['--workers', 0, '--batch-size', batch_size, '--resize-backend', backend]
+    return build(plan(data.parent, *flags), setup_world('cpu'))
 
 
 def load_by_timm(data: Path, batch_size: int) -> Callable[[List[bytes]], Seconds]:
@@ -159,18 +152,16 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 def _speeds(results: Dict[str, Any]) -> Dict[str, str]:
     """How much faster than timm each is."""
     totals = {name: [sum(batch.values()) for batch in found] for name, found in results['milliseconds'].items()}
-    return {name: ratio_text(list(zip(totals['timm'], each, strict=True))) for name, each in totals.items()}
+    return {name: speed_text(totals['timm'], each) for name, each in totals.items()}
 
 
 def render(results: Dict[str, Any]) -> str:
     samples, speeds, rows = results['milliseconds'], _speeds(results), []
     for name, found in samples.items():
-        steps = [
-            f'{statistics.median(batch[step] for batch in found):.2f}' if step in found[0] else '' for step in STEPS
-        ]
+        median = {step: statistics.median(batch[step] for batch in found) for step in found[0]}
+        steps = [f'{median[step]:.2f}' if step in median else '' for step in STEPS]
         total = statistics.median(sum(batch.values()) for batch in found)
-        speed = '1' if name == 'timm' else speeds[name]
-        rows.append([name, *steps, f'{total:.2f}', f'{1000 / total:.0f}', speed])
+        rows.append([name, *steps, f'{total:.2f}', f'{1000 / total:.0f}', '1' if name == 'timm' else speeds[name]])
     header = ['milliseconds an image', *STEPS, 'in all', 'images a second and core', 'speed to timm (95% interval)']
     return f'{SIZE} pixels; medians of {len(samples["timm"])} batches.\n\n{table(header, rows)}'
 

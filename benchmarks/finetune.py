@@ -6,7 +6,6 @@ network alone has only its classifier. There is no control with as many paramete
 """
 
 import argparse
-import csv
 import statistics
 import tempfile
 from pathlib import Path
@@ -17,9 +16,8 @@ from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args
 
-from .flags import add_flags
-from .pairs import mean_text
-from .record import table
+from .pairs import mean_text, score_cells
+from .record import read_summary, table
 
 BACKBONE = 'test_convnext'
 IMAGES = ['--img-size', '64', '--crop-pct', '1', '--hflip', '0', '--color-jitter', '0', '--scale', '0.8', '1']
@@ -27,17 +25,13 @@ VARIANTS = {
     'alone': ['--model', BACKBONE],
     'with DEPLA': ['--model', 'backbone_depla', '--model-kwargs', f'backbone={BACKBONE}'],
 }
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, epochs=20, seed=[0, 1, 2, 3, 4])
+FLAGS = dict(epochs=20, seed=[0, 1, 2, 3, 4])
 
 
 def _train(output: str, name: str, *flags: str) -> float:
     """Validation top-1 of the last epoch of a run."""
     train(parse_args(create_train_parser(), [*flags, *IMAGES, '--output', output, '--experiment', name]))
-    *_, row = csv.DictReader((Path(output) / name / 'summary.csv').open())
-    return round(float(row['eval_top1']), 3)
+    return round(float(read_summary(Path(output, name))[-1]['eval_top1']), 3)
 
 
 def _write_half(folder: Path) -> Path:
@@ -69,19 +63,18 @@ def _gain(results: Dict[str, Any]) -> str:
 
 
 def render(results: Dict[str, Any]) -> str:
-    rows = []
-    for name in VARIANTS:
-        scores = results[name]
-        each = ' '.join(f'{score:.2f}' for score in scores)
-        rows.append([name, each, f'{statistics.mean(scores):.2f}', '' if name == 'alone' else _gain(results)])
-    return (
-        f'{results["epochs"]} epochs of fine-tuning; top-1 in percent. On the five digits, the networks had '
-        f'{statistics.mean(results["pretrained"]):.2f}.\n\n' + table(['', 'each seed', 'mean', 'gain'], rows)
+    gains = {'alone': '', 'with DEPLA': _gain(results)}
+    rows = [[name, *score_cells(results[name]), gain] for name, gain in gains.items()]
+    before = f'{statistics.mean(results["pretrained"]):.2f}'
+    about = (
+        f'{results["epochs"]} epochs of fine-tuning; top-1 in percent. On the five digits, the networks had {before}.'
     )
+    return f'{about}\n\n{table(["", "each seed", "mean", "gain"], rows)}'
 
 
 def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
-    seeds = len(results['alone'])
-    return [
-        ('top-1 of fine-tuning with DEPLA, difference in points', _gain(results), f'fine-tuning without, {seeds} seeds')
-    ]
+    what, on = (
+        'top-1 of fine-tuning with DEPLA, difference in points',
+        f'fine-tuning without, {len(results["alone"])} seeds',
+    )
+    return [(what, _gain(results), on)]

@@ -15,10 +15,14 @@ HELP = dict(
 )
 
 
-def add_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add a flag for each default: `img_size=224` is `--img-size`, and a list takes several values."""
-    for name, default in defaults.items():
-        is_list = isinstance(default, (list, tuple))
-        kind = type(default[0]) if is_list and default else str if is_list else type(default)
-        several = dict(nargs='*') if is_list else {}
-        parser.add_argument(f'--{name.replace("_", "-")}', type=kind, default=default, help=HELP[name], **several)
+def add_flags(parser: argparse.ArgumentParser, **flags: Any) -> None:
+    """Add a flag for each default: `img_size=224` is `--img-size`, and a list takes several values.
+
+    In the place of a default may be the options of `add_argument`; without one the argument is positional.
+    """
+    for name, options in flags.items():
+        if not isinstance(options, dict):
+            several = dict(nargs='*') if isinstance(options, list) else {}
+            kind = type((options or [''])[0]) if several else type(options)
+            options = dict(type=kind, default=options, help=HELP[name], **several)
+        parser.add_argument(f'--{name.replace("_", "-")}' if 'default' in options else name, **options)

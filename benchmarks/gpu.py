@@ -62,12 +62,11 @@ TOY = dict(
     detector_kwargs=dict(out_channels=16, box_batch_size_per_image=16),
     images=40, links=1, seconds=3,
 )  # fmt: skip
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cuda')
-    parser.add_argument('--minutes', type=float, default=9, help='that this call may take')
-    parser.add_argument('--toy', action='store_true', help='tiny networks, to try the benchmark itself')
+FLAGS = dict(
+    device=dict(choices=('cpu', 'cuda'), default='cuda'),
+    minutes=dict(type=float, default=9, help='that this call may take'),
+    toy=dict(action='store_true', default=False, help='tiny networks, to try the benchmark itself'),
+)
 
 
 def _compiler(mode: str, backend: str) -> Optional[Callable[[torch.nn.Module], Any]]:

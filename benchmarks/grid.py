@@ -12,23 +12,17 @@ from typing import Any, Callable, Dict, List, Tuple
 import torch
 
 from .deploy import onnxruntime
-from .flags import add_flags
 from .pairs import ratio_text, time_rounds
 from .record import table
-from .speed import KINDS, create_model, measure, trained
+from .speed import KINDS, create_model, measure, random_images, trained
 
 MODELS = ['resnet50_depla', 'resnet50_depla_adaptive', 'seresnet50_depla', 'regnety_040_depla', 'fishnet150_depla']
 MODES = ('eager', 'compiled', 'onnx', 'bf16')
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, model=MODELS, batch_size=[1, 4, 8, 32], path=[], img_size=224)
-    parser.add_argument('--mode', choices=MODES, default='eager')
-    parser.add_argument('--seconds', type=float, default=30, help='time for each cell of the table')
-
-
-def _base(name: str) -> str:
-    return name.split('_depla')[0]
+FLAGS = dict(
+    model=MODELS, batch_size=[1, 4, 8, 32], path=[], img_size=224,
+    mode=dict(choices=MODES, default='eager'),
+    seconds=dict(type=float, default=30, help='time for each cell of the table'),
+)  # fmt: skip
 
 
 def _time(calls: List[Callable[[], Any]], seconds: float) -> List[List[float]]:
@@ -41,16 +35,15 @@ def _time(calls: List[Callable[[], Any]], seconds: float) -> List[List[float]]:
 
 def _measure(name: str, batch_size: int, args: argparse.Namespace) -> Dict[str, Dict[str, Any]]:
     """By form of a model: its seconds and its base's in each turn by kind, and the memory of a step of both."""
-    specs = [name, *(f'{name}+{path}' for path in args.path), _base(name)]
-    x = torch.randn(batch_size, 3, args.img_size, args.img_size).to(memory_format=torch.channels_last)
+    specs = [name, *(f'{name}+{path}' for path in args.path), name.split('_depla')[0]]
+    x = random_images(batch_size, args.img_size)
     turns = partial(_time, seconds=args.seconds)
     if args.mode == 'onnx':
         models = [create_model(spec, args.img_size).eval() for spec in specs]
         samples, memory = {KINDS[0]: turns([partial(onnxruntime(model, [x]), x) for model in models])}, []
     else:
-        samples, memory = measure(
-            specs, x, turns, args.mode == 'bf16', torch.compile if args.mode == 'compiled' else None
-        )
+        compiler = torch.compile if args.mode == 'compiled' else None
+        samples, memory = measure(specs, x, turns, args.mode == 'bf16', compiler)
     cells: Dict[str, Dict[str, Any]] = {spec: {} for spec in specs[:-1]}
     for kind, columns in zip(KINDS, (specs, trained(specs)), strict=True):
         for column, spec in enumerate(columns[:-1] if kind in samples else []):
@@ -71,50 +64,42 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     return dict(mode=args.mode, img_size=args.img_size, cells=cells)
 
 
-def _ratio(cells: Dict[str, Dict[str, Any]], name: str, batch_size: str, kind: str) -> str:
+def _ratio(results: Dict[str, Any], spec: str, batch_size: Any, kind: str) -> str:
     """A ratio of the table; '' where it is not measured, as a training step of a model that is fused for inference."""
-    cell = cells.get(f'{name}/{batch_size}', {})
-    if kind not in cell or (kind != KINDS[0] and name.endswith('+fused')):
-        return ''
-    return f'{cell[kind][0] / cell[kind][1]:.3f}' if kind == 'memory' else ratio_text(cell[kind])
+    cell = results['cells'].get(f'{spec}/{batch_size}', {})
+    is_there = kind in cell and (kind == KINDS[0] or not spec.endswith('+fused'))
+    return ratio_text(cell[kind]) if is_there else ''
 
 
 def render(results: Dict[str, Any]) -> str:
-    cells = results['cells']
-    keys = list(dict.fromkeys((key.split('/')[0].split('+')[0], key.split('/')[1]) for key in cells))
-    paths = list(dict.fromkeys(key.split('/')[0].partition('+')[2] for key in cells))
-    columns = [
-        (kind, path)
-        for kind in (*KINDS, 'memory')
-        for path in paths
-        if any(_ratio(cells, f'{name}+{path}' if path else name, batch, kind) for name, batch in keys)
-    ]
-    rows = [
-        [
-            f'`{name}`',
-            batch,
-            *(_ratio(cells, f'{name}+{path}' if path else name, batch, kind) for kind, path in columns),
-        ]
-        for name, batch in keys
-    ]
-    header = ['', 'batch', *(f'{kind}, {path}' if path else kind for kind, path in columns)]
-    return (
-        f'{results["img_size"]} pixels, CPU, {results["mode"]}: ratios to the base, median (95% interval).\n\n'
-        + table(header, rows)
-    )
+    specs = [key.split('/') for key in results['cells']]
+    keys = list(dict.fromkeys((spec.split('+')[0], batch) for spec, batch in specs))
+    columns = {}
+    for kind in (*KINDS, 'memory'):
+        for plus, path in dict.fromkeys(spec.partition('+')[1:] for spec, _ in specs):
+            column = [_ratio(results, name + plus + path, batch, kind) for name, batch in keys]
+            if any(column):
+                columns[f'{kind}, {path}' if path else kind] = column
+    rows = [[f'`{name}`', batch, *cells] for (name, batch), *cells in zip(keys, *columns.values(), strict=True)]
+    about = f'{results["img_size"]} pixels, CPU, {results["mode"]}: ratios to the base, median (95% interval).'
+    return f'{about}\n\n{table(["", "batch", *columns], rows)}'
 
 
 def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
     """The forms of ResNet-50 at batch 8, where they are measured."""
-    cells, name = results['cells'], 'resnet50_depla'
-    if f'{name}/8' not in cells or results['mode'] not in ('eager', 'compiled'):
+    if results['mode'] not in ('eager', 'compiled'):
         return []
-    how, on = ', compiled' if results['mode'] == 'compiled' else '', f'`{_base(name)}`, batch 8, CPU'
-    found = [(f'training step of `{name}`{how}', _ratio(cells, name, '8', KINDS[1]), on)]
-    if fused := _ratio(cells, f'{name}+fused', '8', KINDS[0]):
-        found.append((f'inference of `{name}`', _ratio(cells, name, '8', KINDS[0]), on))
-        found.append((f'inference of `{name}`, reparameterized', fused, on))
-        found.append((f'memory of a step of `{name}`', _ratio(cells, name, '8', 'memory'), on))
-        step = _ratio(cells, 'fishnet150_depla', '8', KINDS[1])
-        found.append(('training step of `fishnet150_depla`', step, '`fishnet150`, batch 8, CPU'))
-    return found
+    name, how = 'resnet50_depla', ', compiled' if results['mode'] == 'compiled' else ''
+    wanted = [(name, f'training step of `{name}`{how}', KINDS[1])]
+    if _ratio(results, f'{name}+fused', 8, KINDS[0]):
+        wanted += [
+            (name, f'inference of `{name}`', KINDS[0]),
+            (f'{name}+fused', f'inference of `{name}`, reparameterized', KINDS[0]),
+            (name, f'memory of a step of `{name}`', 'memory'),
+            ('fishnet150_depla', 'training step of `fishnet150_depla`', KINDS[1]),
+        ]
+    return [
+        (what, ratio, f'`{spec.split("_depla")[0]}`, batch 8, CPU')
+        for spec, what, kind in wanted
+        if (ratio := _ratio(results, spec, 8, kind))
+    ]

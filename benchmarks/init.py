@@ -16,12 +16,9 @@ from torchvision.transforms import v2
 from timm_depla.layers import Depla
 from timm_depla.layers.depla import BFNS
 
-from .flags import add_flags
 from .record import table
 
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, batch_size=16, seed=0)
+FLAGS = dict(batch_size=16, seed=0)
 
 
 def _crops(count: int) -> torch.Tensor:

@@ -14,13 +14,8 @@ import torch
 
 import timm_depla
 
-from .flags import add_flags
-
 TAKES = 'takes DEPLA'
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, model='*')
+FLAGS = dict(model='*')
 
 
 def insert(name: str) -> Tuple[str, str]:

@@ -23,15 +23,11 @@ from timm_depla.layers import Depla
 from timm_depla.models.resnet_depla import BottleneckDepla
 
 from .bound import _count
-from .flags import add_flags
 from .record import table
 from .speed import create_model, train_step
 
 CALL = re.compile(r'^ +(?:\w+ = )?(cpp_fused\w*|extern_kernels\.\w+|(?:torch\.ops\.)?(?:aten|mkldnn)\.[\w.]+)\(', re.M)
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, model='resnet50_depla', base='resnet50', batch_size=4, img_size=224)
+FLAGS = dict(model='resnet50_depla', base='resnet50', batch_size=4, img_size=224)
 
 
 def _launches(codes: List[str]) -> int:

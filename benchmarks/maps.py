@@ -17,11 +17,8 @@ from timm_depla.visualize import DEAD, load_any, summarize
 from .record import table
 
 WEIGHTS = Path(__file__).parent.parent / 'hub' / 'weights'
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    names = sorted(folder.name for folder in WEIGHTS.glob('*.digits'))
-    parser.add_argument('--weights', nargs='+', default=names, help='folders of hub/weights')
+NAMES = sorted(folder.name for folder in WEIGHTS.glob('*.digits'))
+FLAGS = dict(weights=dict(nargs='+', default=NAMES, help='folders of hub/weights'))
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:

@@ -13,7 +13,6 @@ from torch import nn
 
 from timm_depla.detection import create_detector
 
-from .flags import add_flags
 from .pairs import median_text, peak_memory, ratio_text, time_rounds
 from .record import table
 from .speed import along
@@ -26,11 +25,7 @@ KINDS = {
     'neck training': 'pyramid, training step',
     'neck memory': 'pyramid, memory of a training step',
 }
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, model='maskrcnn_resnet50_fpn_depla', base='maskrcnn_resnet50_fpn', path=[])
-    add_flags(parser, img_size=800, pairs=20)
+FLAGS = dict(model='maskrcnn_resnet50_fpn_depla', base='maskrcnn_resnet50_fpn', path=[], img_size=800, pairs=20)
 
 
 @torch.inference_mode()
@@ -91,29 +86,20 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     return results
 
 
-def _ratio(results: Dict[str, Any], kind: str, column: int = 0) -> str:
-    values = results[kind]
-    return f'{values[column] / values[-1]:.3f}' if 'memory' in kind else ratio_text(values, column)
-
-
 def render(results: Dict[str, Any]) -> str:
     rows = []
     for kind, label in KINDS.items():
         values = results[kind]
-        base, model = (
-            f'{values[column] / 2**20:.0f} MiB' if 'memory' in kind else median_text(values, column)
-            for column in (-1, 0)
-        )
-        ratios = [_ratio(results, kind, column) for column in range(1 + len(results['paths']))]
-        rows.append([label, base, model, *ratios])
+        ratios = [ratio_text(values, column) for column in range(1 + len(results['paths']))]
+        rows.append([label, median_text(values, -1), median_text(values, 0), *ratios])
     header = ['', 'base', 'model', 'ratio: median (95% interval)', *(f'ratio, {path}' for path in results['paths'])]
-    return (
-        f'`{results["model"]}` over `{results["base"]}`, {results["img_size"]} pixels, {len(results["neck"])} '
-        f'turns.\n\n' + table(header, rows)
+    about = (
+        f'`{results["model"]}` over `{results["base"]}`, {results["img_size"]} pixels, {len(results["neck"])} turns.'
     )
+    return f'{about}\n\n{table(header, rows)}'
 
 
 def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
     on = f'FPN, {results["img_size"]} pixels, CPU'
     kinds = {'detector': 'inference', 'detector training memory': 'memory of a training step'}
-    return [(f'{what} of Mask R-CNN with FPN-DEPLA', _ratio(results, kind), on) for kind, what in kinds.items()]
+    return [(f'{what} of Mask R-CNN with FPN-DEPLA', ratio_text(results[kind]), on) for kind, what in kinds.items()]

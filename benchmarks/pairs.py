@@ -6,14 +6,15 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, List, Sequence, Tuple
+from typing import Any, Callable, List, Sequence, Tuple, Union
 
 import torch
 from scipy.stats import ttest_1samp
 from torch.profiler import ProfilerActivity, profile
 
 KEEP_MEMORY = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': '2147483647'}  # for glibc: docs/training.md
-Samples = Sequence[Sequence[float]]  # a row for each round, a column for each call; that of the base is the last
+# A row of seconds for each round, or one row of bytes; a column for each call, of which the base is the last.
+Samples = Union[Sequence[Sequence[float]], Sequence[int]]
 
 
 def _time(call: Callable[[], Any], device: str) -> float:
@@ -72,9 +73,16 @@ def median_interval(values: Sequence[float]) -> Tuple[float, float, float]:
 
 
 def ratio_text(samples: Samples, column: int = 0) -> str:
-    """Median and 95% interval of the ratio of a column to the base's, row by row."""
+    """The ratio of a column to the base's: median and 95% interval over rows of seconds, or the ratio of two sizes."""
+    if not isinstance(samples[0], Sequence):
+        return f'{samples[column] / samples[-1]:.3f}'
     middle, low, high = median_interval([row[column] / row[-1] for row in samples])
     return f'{middle:.3f} ({low:.3f} to {high:.3f})'
+
+
+def speed_text(base: Sequence[float], seconds: Sequence[float]) -> str:
+    """How many times as fast as the base: median and 95% interval over pairs of times."""
+    return ratio_text(list(zip(base, seconds, strict=True)))
 
 
 def mean_text(values: Sequence[float]) -> str:
@@ -88,5 +96,12 @@ def seconds_text(seconds: float) -> str:
 
 
 def median_text(samples: Samples, column: int) -> str:
-    """Median of a column of seconds."""
+    """Median of a column of seconds, or the size of a column in bytes."""
+    if not isinstance(samples[0], Sequence):
+        return f'{samples[column] / 2**20:.0f} MiB'
     return seconds_text(statistics.median(row[column] for row in samples))
+
+
+def score_cells(scores: Sequence[float]) -> List[str]:
+    """Each score in percent, and their mean."""
+    return [' '.join(f'{score:.2f}' for score in scores), f'{statistics.mean(scores):.2f}']

@@ -13,7 +13,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
@@ -24,20 +24,18 @@ from timm_depla.engine.classification.train import build
 from timm_depla.engine.device import set_up_device
 from timm_depla.engine.distributed import setup_world
 
-from .flags import add_flags
-from .pairs import ratio_text
+from .pairs import speed_text
 from .record import table
-from .throughput import PlainLoop, plan, race, serve, serve_ours, serve_plain
+from .throughput import Loop, PlainLoop, plan, race, start_ours, start_plain
 
 SIZE, QUALITY = (500, 375), 90
 PARTS = dict(loading='loading alone', input='input', loop='training')
 OURS_TORCH = 'ours, --resize-backend torch'
 FILES = ('astronaut', 'coffee', 'chelsea', 'rocket', 'retina', 'ihc', 'hubble_deep_field', 'motorcycle_left')
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, model='test_resnet_depla', img_size=224, epochs=10, batch_size=64)
-    parser.add_argument('--images', type=int, default=1280, help='training images; a quarter as many for validation')
+FLAGS = dict(
+    model='test_resnet_depla', img_size=224, epochs=10, batch_size=64,
+    images=dict(type=int, default=1280, help='training images; a quarter as many for validation'),
+)  # fmt: skip
 
 
 def load_photographs() -> List[Image.Image]:
@@ -83,34 +81,28 @@ def pixel_changes(rounds: int = 100) -> Dict[str, float]:
     return dict(largest=largest, share=statistics.mean(different))
 
 
-def serve_plain_loader(part: str, args: argparse.Namespace, pipe: Any) -> None:
-    """Serve epochs of the plain loop's loading, or of its input."""
-    loader = PlainLoop(build(args, setup_world('cpu'))).loader
-    _serve(pipe, lambda _: loader if part == 'input' else loader.loader)
+def _start_loader(part: str, name: str, args: argparse.Namespace) -> Loop:
+    """The loading of a loop alone, or its input."""
+    world, counts = setup_world('cpu'), []
+    if name == 'ours':
+        set_up_device(args, world)
+    run = build(args, world)
+    loader = PlainLoop(run).loader if name == 'plain' else run.loader
 
-
-def serve_our_loader(part: str, args: argparse.Namespace, pipe: Any) -> None:
-    """Serve epochs of our loading, or of our input."""
-    world = setup_world('cpu')
-    set_up_device(args, world)
-    loader = build(args, world).loader
-
-    def load(number: int) -> Any:
+    def batches(number: int) -> Any:
+        if name == 'plain':
+            return loader if part == 'input' else loader.loader
+        if part == 'input':
+            return loader.epoch(number)
         loader.ahead.seek(number, 0)
         return loader.ahead
-
-    _serve(pipe, loader.epoch if part == 'input' else load)
-
-
-def _serve(pipe: Any, batches: Callable[[int], Any]) -> None:
-    counts: List[int] = []
 
     def epoch(number: int) -> Tuple[float, float]:
         start = time.perf_counter()
         counts.append(sum(len(images) for images, _ in batches(number)))
         return time.perf_counter() - start, 0.0
 
-    serve(pipe, epoch, lambda: (sum(counts), []))
+    return epoch, lambda: (sum(counts), [])
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
@@ -121,26 +113,25 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         flags = [data, '--recipe', 'better', '--model', args.model, '--img-size', args.img_size, '--num-classes', 10]
         flags += ['--batch-size', args.batch_size, '--epochs', args.epochs, '--warmup-epochs', 1]
         for part in PARTS:
-            plain, ours = serve_plain, serve_ours
+            plain, ours = start_plain, start_ours
             if part != 'loop':
-                plain, ours = partial(serve_plain_loader, part), partial(serve_our_loader, part)
-            servers = {
-                name: partial(server, plan(Path(folder, f'{part}-{name}'), *flags, *more))
-                for name, server, more in (
+                plain, ours = (partial(_start_loader, part, name) for name in ('plain', 'ours'))
+            loops = {
+                name: partial(start, plan(Path(folder, f'{part}-{name}'), *flags, *more))
+                for name, start, more in (
                     ('plain', plain, []),
                     ('ours', ours, []),
                     (OURS_TORCH, ours, ['--resize-backend', 'torch']),
                 )
             }
-            raced = race(servers, args.epochs)
+            raced = race(loops, args.epochs)
             images = {name: seen[0] for name, seen in raced['seen'].items()}
             results[part] = dict(training=raced['training'], top1=raced['top1'], images=images)
     return dict(results, pixels=pixel_changes(), size=args.img_size, model=args.model)
 
 
 def _speed(result: Dict[str, Any], name: str) -> str:
-    times = result['training']
-    return ratio_text(list(zip(times['plain'][1:], times[name][1:], strict=True)))
+    return speed_text(result['training']['plain'][1:], result['training'][name][1:])
 
 
 def render(results: Dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Records of the benchmarks' results as JSON files, what has changed since, and Markdown tables."""
 
 import ast
+import csv
 import hashlib
 import json
 from functools import cache
@@ -72,6 +73,12 @@ def changes(record: Dict[str, Any]) -> Optional[List[str]]:
     if 'sources' not in record:
         return None
     return [source for source, found in record['sources'].items() if digest(source) != found]
+
+
+def read_summary(run: Path) -> List[Dict[str, str]]:
+    """The rows of a training's summary.csv; none before its first epoch."""
+    path = run / 'summary.csv'
+    return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
 
 
 def table(header: List[str], rows: List[List[Any]]) -> str:

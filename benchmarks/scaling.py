@@ -16,18 +16,12 @@ from timm.layers import NonLocalAttn
 
 from timm_depla.layers import Depla
 
-from .flags import add_flags
 from .pairs import peak_memory, seconds_text, time_rounds
 from .record import table
-from .speed import train_step
+from .speed import random_images, train_step
 
 CHANNELS, STRIDE = 1024, 16
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    add_flags(
-        parser, model='resnet50_depla', base='resnet50', img_size=[224, 320, 448, 640, 896], batch_size=2, pairs=10
-    )
+FLAGS = dict(model='resnet50_depla', base='resnet50', img_size=[224, 320, 448, 640, 896], batch_size=2, pairs=10)
 
 
 def _step(block: torch.nn.Module, inputs: List[torch.Tensor]) -> None:
@@ -45,7 +39,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     for size in args.img_size:
         shape = (args.batch_size, CHANNELS, size // STRIDE, size // STRIDE)
         x, y = (torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_() for _ in range(2))
-        images = torch.randn(args.batch_size, 3, size, size).to(memory_format=torch.channels_last)
+        images = random_images(args.batch_size, size)
         calls = [partial(_step, modules[i], [x, y][: 2 - i // 2]) for i in range(3)]  # the third takes one map
         calls += [partial(train_step, model, images) for model in modules[3:]]
         samples = time_rounds(calls, args.pairs)

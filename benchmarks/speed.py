@@ -17,20 +17,18 @@ from timm.utils import reparameterize_model
 
 from timm_depla.layers import set_fused_depla
 
-from .flags import add_flags
 from .pairs import median_text, peak_memory, ratio_text, time_rounds
 from .record import table
 
 IMAGENET = 1_281_167  # training images
 EPOCHS = 400  # of the recipe `better`
 KINDS = ('inference', 'training step')
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, model=['resnet50_depla'], base='resnet50', batch_size=8, img_size=224, pairs=80)
-    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
-    parser.add_argument('--amp', action='store_true', help='under autocast to bfloat16')
-    parser.add_argument('--torchcompile', action='store_true', help='compile every model')
+FLAGS = dict(
+    model=['resnet50_depla'], base='resnet50', batch_size=8, img_size=224, pairs=80,
+    device=dict(choices=('cpu', 'cuda'), default='cpu'),
+    amp=dict(action='store_true', default=False, help='under autocast to bfloat16'),
+    torchcompile=dict(action='store_true', default=False, help='compile every model'),
+)  # fmt: skip
 
 
 def create_model(spec: str, img_size: int) -> torch.nn.Module:
@@ -50,6 +48,11 @@ def create_model(spec: str, img_size: int) -> torch.nn.Module:
         if parameter.ndim == 4:  # lambda networks also have 3D convolutions
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
+
+
+def random_images(batch_size: int, size: int, device: str = 'cpu') -> torch.Tensor:
+    """(B, 3, S, S), channels last."""
+    return torch.randn(batch_size, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
 
 
 def along(spec: str, call: Callable[[], Any]) -> Callable[[], Any]:
@@ -105,10 +108,10 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
         raise SystemExit('no CUDA GPU here: run this command on a machine with one, or leave out --device cuda')
     torch.manual_seed(0)
     specs = [*args.model, args.base]
-    x = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
+    x = random_images(args.batch_size, args.img_size, args.device)
     time = partial(time_rounds, rounds=args.pairs, device=args.device)
     compiler = torch.compile if args.torchcompile else None
-    samples, memory = measure(specs, x.to(memory_format=torch.channels_last), time, args.amp, compiler)
+    samples, memory = measure(specs, x, time, args.amp, compiler)
     results = {**samples, 'names': specs, 'peak memory': memory}
     results.update({key: getattr(args, key) for key in ('batch_size', 'img_size', 'device', 'amp', 'torchcompile')})
     if args.device == 'cuda':
@@ -123,22 +126,23 @@ def _on(results: Dict[str, Any]) -> str:
 
 
 def render(results: Dict[str, Any]) -> str:
-    names, rows = results['names'], []
+    names, rows, on_gpu = results['names'], [], results['device'] == 'cuda'
+    steps = trained(names)
     for name in names:
         row = [f'`{name}`']
-        for kind, columns in zip(KINDS, (names, trained(names)), strict=True):
-            samples, is_there = results[kind], name in columns
-            row.append(median_text(samples, columns.index(name)) if is_there else '')
-            row.append('1' if name == names[-1] else ratio_text(samples, columns.index(name)) if is_there else '')
-        if name in columns:
-            memory, column = results['peak memory'], columns.index(name)
-            row += [f'{memory[column] / 2**20:.0f} MiB', f'{memory[column] / memory[-1]:.3f}']
-            if results['device'] == 'cuda':
-                step = statistics.median(sample[column] for sample in results['training step'])
-                row.append(f'{EPOCHS * IMAGENET / results["batch_size"] * step / 3600:.0f}')
+        for kind, specs in ((KINDS[0], names), (KINDS[1], steps), ('peak memory', steps)):
+            if name in specs:
+                samples, column = results[kind], specs.index(name)
+                is_unit = name == names[-1] and kind in KINDS
+                row += [median_text(samples, column), '1' if is_unit else ratio_text(samples, column)]
+            else:
+                row += ['', '']
+        if on_gpu and name in steps:
+            step = statistics.median(sample[steps.index(name)] for sample in results['training step'])
+            row.append(f'{EPOCHS * IMAGENET / results["batch_size"] * step / 3600:.0f}')
         rows.append(row)
     header = ['', 'inference', 'ratio', 'training step', 'ratio', 'memory of a step', 'ratio']
-    header += [f'GPU-hours of {EPOCHS} epochs of ImageNet'] if results['device'] == 'cuda' else []
+    header += [f'GPU-hours of {EPOCHS} epochs of ImageNet'] if on_gpu else []
     return f'B{_on(results)[1:]}; {len(results["inference"])} turns.\n\n{table(header, rows)}'
 
 

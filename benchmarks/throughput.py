@@ -33,16 +33,14 @@ from timm_depla.engine.progress import Report
 from timm_depla.engine.run import Run
 from timm_depla.engine.training import run_epoch
 
-from .flags import add_flags
-from .pairs import KEEP_MEMORY, ratio_text
+from .pairs import KEEP_MEMORY, speed_text
 from .record import table
 
 FREEING = ', memory freed'  # of a server that runs as glibc is
+Loop = Tuple[Callable[[int], Tuple[float, float]], Callable[[], Tuple[int, List[float]]]]
+"""Runs an epoch of a number, for its seconds and top-1; and tells the images and learning rates seen so far."""
 PARTS = {'training': 'training', 'epoch': 'training, validation and checkpoint'}
-
-
-def add_args(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, epochs=18, img_size=128)
+FLAGS = dict(epochs=18, img_size=128)
 
 
 class PlainLoop:
@@ -98,27 +96,19 @@ class PlainLoop:
 
 
 def plan(output: Path, *flags: Any) -> argparse.Namespace:
-    """The training arguments of a loop that saves in a new folder."""
-    output.mkdir()
+    """The training arguments of a loop that saves in a folder."""
+    output.mkdir(exist_ok=True)
     common = ['--workers', 2, '--device', 'cpu', '--output', output, '--experiment', 'run']
-    return parse_args(create_train_parser(), list(map(str, [*flags, *common])))
+    return parse_args(create_train_parser(), list(map(str, [*common, *flags])))
 
 
-def serve(pipe: Any, epoch: Callable[[int], Tuple[float, float]], seen: Callable[[], Any]) -> None:
-    """Run an epoch for each number received, and send its seconds and top-1; at the end send what was seen."""
-    while (number := pipe.recv()) is not None:
-        pipe.send(epoch(number))
-    pipe.send(seen())
-
-
-def serve_plain(args: argparse.Namespace, pipe: Any) -> None:
-    """Serve epochs of the plain loop; it has seen images and learning rates."""
+def start_plain(args: argparse.Namespace) -> Loop:
     plain = PlainLoop(build(args, World(torch.device('cpu'))))
-    serve(pipe, plain.run_epoch, lambda: (plain.images, plain.rates))
+    return plain.run_epoch, lambda: (plain.images, plain.rates)
 
 
-def serve_ours(args: argparse.Namespace, pipe: Any) -> None:
-    """As `serve_plain`, for our loop, set up as in train.py."""
+def start_ours(args: argparse.Namespace) -> Loop:
+    """Our loop, set up as in train.py."""
     images: List[int] = []
     rates: List[float] = []
     world = World(torch.device('cpu'))  # without its keeping freed memory
@@ -135,39 +125,41 @@ def serve_ours(args: argparse.Namespace, pipe: Any) -> None:
         ours.folder.wait()
         return ours.state.history[-1]['seconds'], ours.state.history[-1]['eval_top1']
 
-    serve(pipe, epoch, lambda: (sum(images), rates))
+    return epoch, lambda: (sum(images), rates)
 
 
-def _start(server: Callable[[Any], None], pipe: Any) -> None:
-    """Serve in a process of its own, whose loading processes are forked, as those of training are."""
+def _serve(start: Callable[[], Loop], pipe: Any) -> None:
+    """Run an epoch for each number received; loading processes are forked, as those of training are."""
     multiprocessing.set_start_method('fork', force=True)
-    server(pipe)
+    epoch, seen = start()
+    while (number := pipe.recv()) is not None:
+        pipe.send(epoch(number))
+    pipe.send(seen())
 
 
-def race(servers: Dict[str, Callable[[Any], None]], rounds: int) -> Dict[str, Any]:
-    """Let servers take turns, each in its own process.
+def race(loops: Dict[str, Callable[[], Loop]], rounds: int) -> Dict[str, Any]:
+    """Let loops take turns, each in its own process.
 
     Returns:
-        By name, `training`, the seconds sent in each round; `epoch`, the seconds until each answer; `top1`, the last
-        accuracy; `seen`, what each sends at the end.
+        By name `training`, the seconds of each epoch; `epoch`, those until it answers; `top1`, the last; `seen`.
     """
     spawn, pipes, processes = multiprocessing.get_context('spawn'), {}, []
-    results: Dict[str, Any] = {part: {name: [] for name in servers} for part in (*PARTS, 'top1')}
-    for name, server in servers.items():
+    results: Dict[str, Any] = {part: {name: [] for name in loops} for part in (*PARTS, 'top1')}
+    for name, start in loops.items():
         pipes[name], end = spawn.Pipe()
-        processes.append(spawn.Process(target=_start, args=(server, end)))
+        processes.append(spawn.Process(target=_serve, args=(start, end)))
         with patch.dict(os.environ):
             for variable in KEEP_MEMORY if name.endswith(FREEING) else ():
                 os.environ.pop(variable, None)
             processes[-1].start()
         end.close()  # so that recv raises if the process ends
     for number in range(rounds):
-        for name in servers if number % 2 else reversed(servers):
-            start = time.perf_counter()
+        for name in loops if number % 2 else reversed(loops):
+            began = time.perf_counter()
             pipes[name].send(number)
             training, results['top1'][name] = pipes[name].recv()
             results['training'][name].append(training)
-            results['epoch'][name].append(time.perf_counter() - start)
+            results['epoch'][name].append(time.perf_counter() - began)
         print(number, *(f'{name} {times[-1]:.2f} s' for name, times in results['epoch'].items()), flush=True)
     for pipe in pipes.values():
         pipe.send(None)
@@ -181,12 +173,12 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     """Times of each epoch, and whether both saw as many samples at the same learning rates."""
     flags = ['--recipe', 'digits', '--epochs', args.epochs, '--img-size', args.img_size]
     with tempfile.TemporaryDirectory() as output:
-        servers = {
-            name + more: partial(server, plan(Path(output, name + more), *flags))
+        loops = {
+            name + more: partial(start, plan(Path(output, name + more), *flags))
             for more in ('', FREEING)
-            for name, server in (('plain', serve_plain), ('ours', serve_ours))
+            for name, start in (('plain', start_plain), ('ours', start_ours))
         }
-        results = race(servers, args.epochs)
+        results = race(loops, args.epochs)
     seen = results.pop('seen')
     images, rates = ({name: found[i] for name, found in seen.items()} for i in range(2))
     same_rates = all(each == rates['ours'] for each in rates.values())
@@ -195,8 +187,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 def _speed(results: Dict[str, Any], part: str, name: str, base: str) -> str:
     """A loop's throughput over another's, by pairs of epochs."""
-    times = results[part]
-    return ratio_text(list(zip(times[base][1:], times[name][1:], strict=True)))
+    return speed_text(results[part][base][1:], results[part][name][1:])
 
 
 def render(results: Dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # before PyTorch is imported, and
 
 import pytest
 import torch
-from helpers import fit
+from helpers import SMALL, fit
 
 from timm_depla.data import scenes
 
@@ -28,6 +28,5 @@ def small_scenes(tmp_path_factory):
 def digits_run(tmp_path_factory):
     """A run of three epochs on the embedded digits, of 32 pixels. Tests copy it before they change it."""
     output = tmp_path_factory.mktemp('digits')
-    argv = ['--recipe', 'digits', '--epochs', 3, '--img-size', 32, '--workers', 0, '--device', 'cpu']
-    fit(*argv, '--output', output, '--experiment', 'run')
+    fit(*SMALL, '--epochs', 3, '--output', output, '--experiment', 'run')
     return output / 'run'

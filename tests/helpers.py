@@ -1,5 +1,6 @@
 """Helpers of tests: create a network, train and validate in this process, run a command in another."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args
 
 ROOT = Path(__file__).parent.parent
+SMALL = ('--recipe', 'digits', '--img-size', 32, '--workers', 0, '--device', 'cpu')  # the digits, of 32 pixels
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2)
 
 
@@ -39,6 +41,15 @@ def gpu_autocast(dtype):
             torch.set_autocast_dtype('cuda', torch.float16)  # PyTorch's default
 
 
+def step(network, *inputs, scale=1):
+    """The output of a training step, the gradients of inputs and parameters, and the buffers after it."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = network.train()(*inputs)
+    network.zero_grad()
+    ((out if out.dtype == torch.float64 else out.float()).sin().mean() * scale).backward()
+    return [out.detach(), *(x.grad for x in [*inputs, *network.parameters()]), *network.buffers()]
+
+
 def change_arguments(run, **values):
     """Change the args.yaml of a run; returns its path."""
     path = run / 'args.yaml'
@@ -52,6 +63,11 @@ def write_recipe(path, model_kwargs, **values):
     recipe['model_kwargs'].update(out_channels=16, box_score_thresh=0.0, **model_kwargs)
     path.write_text(yaml.safe_dump({**recipe, 'workers': 0, **values}))
     return path
+
+
+def summary(run):
+    """The rows of a run's summary.csv, one for each epoch."""
+    return list(csv.DictReader((run / 'summary.csv').open()))
 
 
 def flip_bit(file):
@@ -78,13 +94,7 @@ def validate(*argv):
 
 def run(*argv, fails=False, **environment):
     """Run `python *argv` in the project's folder, as a user does; returns what came of it."""
-    result = subprocess.run(
-        [sys.executable, *map(str, argv)],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command, options = [sys.executable, *map(str, argv)], dict(cwd=ROOT, env={**os.environ, **environment})
+    result = subprocess.run(command, **options, capture_output=True, text=True, timeout=300)
     assert (result.returncode != 0) == fails, result.stdout + result.stderr
     return result

@@ -2,10 +2,14 @@
 
 import difflib
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Sequence
+from typing import Iterator, Sequence, Type
 
-__all__ = ['ConfigError', 'DivergedError', 'TrainingError', 'UserError', 'closest', 'command_for', 'require']
+__all__ = [
+    'ConfigError', 'DivergedError', 'TrainingError', 'UserError', 'as_config_error', 'closest', 'command_for',
+    'require',
+]  # fmt: skip
 
 
 class UserError(Exception):
@@ -22,6 +26,20 @@ class TrainingError(UserError, RuntimeError):
 
 class DivergedError(TrainingError):
     """The loss is not finite."""
+
+
+@contextmanager
+def as_config_error(prefix: str = '', *kinds: Type[Exception]) -> Iterator[None]:
+    """Context manager that raises errors of some kinds, by default ValueError, as ConfigErrors: prefix and message.
+
+    A ConfigError passes as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ConfigError) or not isinstance(error, kinds or ValueError):
+            raise
+        raise ConfigError(f'{prefix}{error}') from error
 
 
 def require(module: str, extra: str) -> None:

@@ -16,8 +16,8 @@ from PIL import Image
 
 __all__ = [
     'FORMATS', 'SUMS', 'check_own', 'check_writable', 'escape', 'find_change', 'format_json', 'is_unvalidated',
-    'list_digest', 'list_sums', 'open_image', 'open_to_append', 'read_mapping', 'read_tensors', 'write_bytes',
-    'write_file',
+    'list_digest', 'list_sums', 'open_image', 'open_to_append', 'read_key', 'read_mapping', 'read_tensors',
+    'write_bytes', 'write_file',
 ]  # fmt: skip
 
 SUMS = 'checksums.json'
@@ -36,11 +36,7 @@ def escape(text: str) -> str:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a regular file for reading; reading anything else could block, or never end.
-
-    Raises:
-        OSError: If there is none, or almost all of it is a hole.
-    """
+    """Open a regular file; OSError if there is none or it is sparse: reading other things could block or never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # not opened: that alone can act on a device
         raise OSError(f'{path.name} is no file')
     file = path.open('rb')
@@ -51,15 +47,6 @@ def _open(path: Path) -> BinaryIO:
             raise OSError(f'{path.name} is a sparse file')
         os.lseek(file.fileno(), 0, os.SEEK_SET)
     return file
-
-
-def _read(path: Path, limit: int) -> bytes:
-    """Read a regular file of at most `limit` bytes."""
-    with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise OSError(f'{path.name} has {size:,} bytes, more than {limit:,}')
-        return file.read(size)
 
 
 def format_json(value: Any, width: int = 100, indent: str = '') -> str:
@@ -83,12 +70,7 @@ def list_sums(files: Dict[str, bytes]) -> bytes:
 
 
 def find_change(folder: Path, names: Sequence[str] = ()) -> Optional[str]:
-    """Describe the first file that differs from the folder's checksums.json; None without one or a difference.
-
-    Args:
-        folder: The folder.
-        names: The files to check; all that are listed if empty.
-    """
+    """Describe the first of the named files, or of all, that differs from the folder's checksums.json, if any."""
     if not (folder / SUMS).exists():  # only a checkpoint of training always has it
         return f'{SUMS} is missing' if (folder / 'state.json').exists() else None
     try:
@@ -131,12 +113,15 @@ def _load_yaml(data: bytes) -> Any:
 def read_mapping(path: Path) -> Dict[str, Any]:
     """Read a JSON or YAML file that maps names to values.
 
-    Raises:
-        ValueError: If it cannot be read, is larger or deeper than such files are, or is no mapping.
+    ValueError if it cannot be read, is larger or deeper than such files are, or is no mapping.
     """
-    is_json = path.suffix == '.json'
+    limit, load = (MAX_JSON, json.loads) if path.suffix == '.json' else (MAX_YAML, _load_yaml)
     try:
-        content = json.loads(_read(path, MAX_JSON)) if is_json else _load_yaml(_read(path, MAX_YAML))
+        with _open(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise OSError(f'{path.name} has {size:,} bytes, more than {limit:,}')
+            content = load(file.read(size))
     except (OSError, RecursionError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read '{path}' ({type(error).__name__}: {error})") from error
     if not isinstance(content, dict):
@@ -144,12 +129,19 @@ def read_mapping(path: Path) -> Dict[str, Any]:
     return content
 
 
-def read_tensors(path: Path) -> Dict[str, torch.Tensor]:
-    """The tensors of a safetensors file.
+def read_key(path: Path, *keys: str) -> Any:
+    """The value at nested keys of a file that `read_mapping` reads; None if it cannot be read or lacks one."""
+    try:
+        value = read_mapping(path)
+        for key in keys:
+            value = value[key]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return value
 
-    Raises:
-        ValueError: If it cannot be read, or is no such file.
-    """
+
+def read_tensors(path: Path) -> Dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; ValueError if it cannot be read, or is no such file."""
     try:
         _open(path).close()
         return safetensors.torch.load_file(path)
@@ -167,11 +159,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file atomically.
-
-    Raises:
-        OSError: If it cannot be written, as on a full disk.
-    """
+    """Write a file atomically; OSError if it cannot be written, as on a full disk."""
     scratch = path.with_name(f'.{path.name}.part')
     try:
         write_bytes(scratch, data)
@@ -182,11 +170,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def open_to_append(path: Path) -> BinaryIO:
-    """Open a file of ours to write at its end, or make it.
-
-    Raises:
-        OSError: If it is a link, no file, or a file with another name too.
-    """
+    """Open a file of ours to write at its end, or make it; OSError if it is no file, a link, or has two names."""
     file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _FLAGS, 0o666), 'ab')
     status = os.fstat(file.fileno())
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
@@ -198,12 +182,8 @@ def open_to_append(path: Path) -> BinaryIO:
 def check_own(folder: Path, links: Sequence[str] = ()) -> None:
     """Refuse a folder of ours with links, pipes or devices, which a writer or a removal could follow elsewhere.
 
-    Args:
-        folder: The folder; nothing is checked if there is none. In its folder wandb, links are left alone.
-        links: Names in it of links to its folder checkpoints.
-
-    Raises:
-        ValueError: If there is such a thing, with its name.
+    Allowed are `links`, names in it of links to its folder checkpoints, and links in its folder wandb. Nothing is
+    checked if there is no folder. A ValueError names what is refused.
     """
     if folder.is_symlink():
         raise ValueError(f"'{folder}' is a link: name '{os.readlink(folder)}' itself")
@@ -225,11 +205,7 @@ def check_own(folder: Path, links: Sequence[str] = ()) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Check that a file can be written, before the work that makes its content.
-
-    Raises:
-        ValueError: If the path is a folder, or its parent folder is missing or not writable.
-    """
+    """Check that a file can be written, before the work that makes its content; ValueError if not."""
     folder = path.parent
     if path.is_dir():
         raise ValueError(f"cannot write '{path}': it is a folder")

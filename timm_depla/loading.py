@@ -18,8 +18,8 @@ from timm.models._hub import save_config_for_hf
 from timm_depla.data import digits_folder
 from timm_depla.data.scenes import scenes_folder
 from timm_depla.detection import is_detector
-from timm_depla.errors import ConfigError, closest, command_for
-from timm_depla.files import find_change, format_json, is_unvalidated, read_mapping
+from timm_depla.errors import ConfigError, as_config_error, closest, command_for
+from timm_depla.files import find_change, format_json, is_unvalidated, read_key, read_mapping
 from timm_depla.models import check_published, find_weights, load_backbone
 from timm_depla.timm_runs import read_timm_run, with_data_dir
 
@@ -91,11 +91,7 @@ def _cause(error: Exception) -> str:
 
 
 def check_pretrained(name: str) -> None:
-    """Refuse a name of timm without published weights.
-
-    Raises:
-        ConfigError: If it has none; names those of the same network, or of the network without DEPLA.
-    """
+    """Refuse a name of timm without published weights; name those of its network, or of that without DEPLA."""
     base, _, tag = name.partition('.')
     tags = [other for other in timm.list_models(f'{base}.*', pretrained=True) if other.partition('.')[0] == base]
     if name in tags or (tags and not tag):
@@ -111,16 +107,10 @@ def check_pretrained(name: str) -> None:
 
 
 def pretrained_file(args: Namespace) -> Dict[str, Any]:
-    """The entries of a pretrained cfg that make `args.pretrained_path`, a file or folder, the published weights.
-
-    Raises:
-        ConfigError: If there are no weights.
-    """
+    """Entries of a pretrained cfg for the weights in `args.pretrained_path`, file or folder; ConfigError if none."""
     path = Path(args.pretrained_path)
-    try:
+    with as_config_error('--pretrained-path: ', FileNotFoundError):
         path = find_weights(path) if path.is_dir() else path
-    except FileNotFoundError as error:
-        raise ConfigError(f'--pretrained-path: {error}') from error
     if not path.is_file():
         raise ConfigError(f"--pretrained-path: no file '{path}'")
     return dict(file=str(path), num_classes=-1)
@@ -154,10 +144,8 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
             )
         if is_detector(folder):
             raise ConfigError(f"'{target}' holds a detector: {command_for('validate_detection.py')} validates it")
-        try:
+        with as_config_error(f"'{target}' "):
             check_published(folder)
-        except ValueError as error:
-            raise ConfigError(f"'{target}' {error}") from error
         return create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
     if path.is_file():
         if not model_name:
@@ -196,17 +184,14 @@ def load_weights(model: nn.Module, path: str, heads: Optional[Sequence[str]] = N
 def run_arguments(target: str) -> Dict[str, Any]:
     """The arguments of the run that a run folder, checkpoint or weights file belongs to; empty for other targets.
 
-    Raises:
-        ConfigError: If its args.yaml cannot be read.
+    ConfigError if its args.yaml cannot be read.
     """
     file = _arguments_file(target)
     if not file.is_file():
         found = read_timm_run(target)
         return found.args if found else {}
-    try:
+    with as_config_error():
         return with_data_dir(read_mapping(file))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _arguments_file(target: str) -> Path:
@@ -218,8 +203,7 @@ def _arguments_file(target: str) -> Path:
 def resumed_recipe(args: Namespace) -> Optional[str]:
     """The args.yaml of the run that `--resume` names: a recipe with all that the command line need not repeat.
 
-    Raises:
-        ConfigError: If it names data that is not local, and so could come from anywhere.
+    ConfigError if it names data that is not local, and so could come from anywhere.
     """
     target = str(Path(args.output, args.experiment)) if args.resume == 'auto' and args.experiment else args.resume
     found = run_arguments(target) if target and target != 'auto' else {}
@@ -233,18 +217,13 @@ def resumed_recipe(args: Namespace) -> Optional[str]:
 def trained_data(target: str, data_dir: Optional[str] = None) -> Dict[str, str]:
     """The data of the target's run, or the embedded data that a published folder was trained on, as arguments.
 
-    A run can come from an untrusted source, so its data must be a local folder: nothing is downloaded.
-
-    Args:
-        target: The target.
-        data_dir: The folder to read instead of the run's.
-
-    Raises:
-        ConfigError: If the target's data is unknown, or no local folder.
+    A run can come from an untrusted source, so its data must be a local folder: nothing is downloaded. `data_dir` is
+    read instead of the run's. ConfigError if the target's data is unknown, or no local folder.
     """
     found = run_arguments(target)
     found = {key: found[key] for key in DATA if found.get(key)}
-    if not found and (embedded := _EMBEDDED.get(_data_id(target))):
+    record = Path(target.removeprefix('local-dir:'), 'record.json')
+    if not found and (embedded := _EMBEDDED.get(str(read_key(record, 'dataset', 'id')))):
         return {'data_dir': str(embedded())}
     if not found:
         raise ConfigError(f"'{target}' is no run folder, so its data is unknown: check the path, or give --data-dir")
@@ -255,11 +234,3 @@ def trained_data(target: str, data_dir: Optional[str] = None) -> Dict[str, str]:
             '--data-dir and --dataset'
         )
     return found
-
-
-def _data_id(target: str) -> str:
-    """The id of the data that a published folder was trained on, by its record; empty for other targets."""
-    try:
-        return str(read_mapping(Path(target.removeprefix('local-dir:'), 'record.json'))['dataset']['id'])
-    except (KeyError, TypeError, ValueError):
-        return ''

@@ -162,11 +162,7 @@ _FORM = {'device', 'dtype', 'exportable', 'features_only', 'model_name', 'name',
 
 
 def check(entry: Mapping[str, Any], kinds: Mapping[str, Kind], place: str) -> None:
-    """Check a mapping's values; a missing one is None.
-
-    Raises:
-        ValueError: If one is not of its kind; the message names the place, the key and the value.
-    """
+    """Check a mapping's values, None where missing; a ValueError names the place, the key and the wrong value."""
     for key, kind in kinds.items():
         if not kind.admits(entry.get(key)):
             raise ValueError(f"{place}: '{key}' must be {kind.says}, not {shorten(entry.get(key))}")
@@ -208,8 +204,7 @@ def check_arguments(arguments: Mapping[str, Any], place: str, flags: Optional[Ma
 def check_classifier(config: Mapping[str, Any], place: str) -> None:
     """Check the config.json of a classifier, in timm's format.
 
-    Raises:
-        ValueError: If a value is not of its kind, an argument would load weights, or a class lacks a name.
+    ValueError if a value is not of its kind, an argument would load weights, or a class lacks a name.
     """
     check(config, _CONFIG, place)
     pretrained = config.get('pretrained_cfg') or config

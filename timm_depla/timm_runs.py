@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
 
-from timm_depla.errors import ConfigError
+from timm_depla.errors import ConfigError, as_config_error
 from timm_depla.files import read_mapping
 from timm_depla.schema import check_arguments
 
@@ -48,16 +48,10 @@ class TimmRun(NamedTuple):
 
     @property
     def model_args(self) -> Dict[str, Any]:
-        """Arguments that rebuild the model.
-
-        Raises:
-            ConfigError: If they would load weights from elsewhere.
-        """
+        """Arguments that rebuild the model; ConfigError if they would load weights from elsewhere."""
         kwargs = dict(self.args.get('model_kwargs') or {})
-        try:
+        with as_config_error():
             check_arguments(kwargs, f"'{self.file}', model_kwargs")
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
         size = self.args.get('input_size') or [None]
         kwargs.update(num_classes=self.args.get('num_classes'), in_chans=self.args.get('in_chans') or size[0])
         kwargs.update(global_pool=self.args.get('gp'))
@@ -79,9 +73,7 @@ def read_timm_run(target: str) -> Optional[TimmRun]:
     """The best checkpoint in a run folder of timm, or a checkpoint file of it; None for anything else.
 
     The file is read without running code of it: it holds tensors, numbers, strings and an `argparse.Namespace`.
-
-    Raises:
-        ConfigError: If its args.yaml cannot be read.
+    ConfigError if its args.yaml cannot be read.
     """
     path = Path(target)
     files = [path / name for name in _CHECKPOINTS] if path.is_dir() else [path]
@@ -97,10 +89,8 @@ def read_timm_run(target: str) -> Optional[TimmRun]:
     if not isinstance(name, str) or not timm.is_model(name) or 'state_dict' not in found:
         return None
     beside = file.parent / 'args.yaml'
-    try:
+    with as_config_error():
         args = vars(args) if isinstance(args, argparse.Namespace) else read_mapping(beside) if beside.is_file() else {}
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     epoch = found.get('epoch')
     return TimmRun(file, name, with_data_dir(args), epoch + 1 if isinstance(epoch, int) else 0)
 
@@ -108,8 +98,7 @@ def read_timm_run(target: str) -> Optional[TimmRun]:
 def translate(recipe: Dict[str, Any], left_out: Dict[str, str], name: str) -> Dict[str, Any]:
     """A recipe, which may be timm's args.yaml, without the flags of timm that are left out here at their defaults.
 
-    Raises:
-        ConfigError: If such a flag has another value; it says why there is none.
+    ConfigError if such a flag has another value; it says why there is none.
     """
     recipe = with_data_dir(recipe)
     for key, value in list(recipe.items()):

@@ -20,7 +20,7 @@ from timm_depla.commands import run_command
 from timm_depla.data import find_images
 from timm_depla.detection import from_pretrained, is_detector
 from timm_depla.detection.predict import read_image
-from timm_depla.errors import ConfigError, require
+from timm_depla.errors import ConfigError, as_config_error, require
 from timm_depla.files import check_writable
 from timm_depla.layers.linear import match_size
 from timm_depla.loading import load_model
@@ -39,17 +39,9 @@ def find_limit(*maps: Tensor) -> float:
 
 
 def show_map(place: Any, image: Tensor, values: Tensor, limit: float, title: str) -> Any:
-    """Draw a map over an image, coloured on a logarithmic scale from 1 / limit over the uniform 1 to limit.
+    """Draw a map (h, w), 1 if uniform, over an image (3, H, W) from 0 to 1; returns what `colorbar` takes.
 
-    Args:
-        place: matplotlib axes.
-        image: (3, H, W) from 0 to 1.
-        values: (h, w), times the number of positions, so that 1 is uniform.
-        limit: The end of the scale, see `find_limit`.
-        title: Title of the axes; 'nearly uniform' is added where each position is within a tenth of 1.
-
-    Returns:
-        What matplotlib's `colorbar` takes.
+    The scale is logarithmic, from 1 / limit to limit. The title adds where each position is within a tenth of 1.
     """
     place.imshow(image.mean(0).cpu().numpy(), cmap='gray', vmin=0, vmax=1)
     place.set_title(f'{title}\nnearly uniform' if (values - 1).abs().max() < 0.1 else title, fontsize=9)
@@ -116,10 +108,8 @@ def load_any(target: str) -> nn.Module:
     """Load a run, checkpoint, published folder or pretrained model, classifier or detector; ConfigError if none."""
     folder = Path(target.removeprefix('local-dir:'))
     if is_detector(folder):
-        try:
+        with as_config_error('', TypeError, ValueError):
             return from_pretrained(folder)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(str(error)) from error
     return load_model(target).eval()
 
 
@@ -142,10 +132,8 @@ def prepare(model: nn.Module, pixels: Tensor, name: str = 'the image') -> Tuple[
 
 def read_input(model: nn.Module, file: Path) -> Tuple[Tensor, Any]:
     """Read an image file and `prepare` it; ConfigError if it is no image, or too small."""
-    try:
+    with as_config_error(f"cannot read '{file}' as an image: ", OSError):
         pixels = read_image(file)
-    except OSError as error:
-        raise ConfigError(f"cannot read '{file}' as an image: {error}") from error
     return prepare(model, pixels, f"'{file}'")
 
 
@@ -191,30 +179,25 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command; ConfigError if the model or the image does not load, or there is no such block."""
     model = load_any(args.model)
-    try:
+    with as_config_error(f"'{args.model}': "):
         blocks = find_blocks(model)
-    except ValueError as error:
-        raise ConfigError(f"'{args.model}': {error}") from error
     if args.summary:
         files = find_images(args.image)
         print(f'{len(files)} images\n\n{render_summary(summarize(model, files))}', end='')
         return
     require('matplotlib', 'plot')
-    try:
+    is_writing = f"cannot write --out '{args.out}': ", OSError, ValueError
+    with as_config_error(*is_writing):
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         check_writable(Path(args.out))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write --out '{args.out}': {error}") from error
     name = args.block or list(blocks)[-1]
     if name not in blocks:
         raise ConfigError(f"no block '{name}'; there are {', '.join(blocks)}")
     image, x = read_input(model, Path(args.image))
     title = f'{args.model}, block {name}, T = {blocks[name].rpn.temperature:g}'
     figure = draw_block(image, capture(model, x)[name], title)
-    try:
+    with as_config_error(*is_writing):
         figure.savefig(args.out, dpi=100)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot write --out '{args.out}': {error}") from error
     print(args.out)
 
 

@@ -1,6 +1,8 @@
 """The benchmarks run, their records name the code that they measured, and docs/benchmarks.md is made of them."""
 
+import shlex
 import sys
+from html import escape
 
 import pytest
 
@@ -48,7 +50,7 @@ def test_runs_and_writes_its_record(arguments, expected, monkeypatch, tmp_path, 
     assert expected in capsys.readouterr().out
     assert [record.changes(record.load(name)) for name in record.names()] == [[]]
     docs = (tmp_path / 'benchmarks.md').read_text()
-    assert expected in docs and f'<code>python -m benchmarks {arguments}</code>; ' in docs
+    assert expected in docs and f'<code>python -m benchmarks {escape(shlex.join(arguments.split()))}</code>; ' in docs
 
 
 def test_fused_form_has_no_training_step():

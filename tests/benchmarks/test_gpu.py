@@ -32,12 +32,6 @@ def test_every_cell_in_two_calls(monkeypatch, tmp_path, capsys):
     assert all(any(text in row for row in rows) for text in ('the same bits', '% waiting', ' GiB'))
 
 
-def test_a_page_without_a_record():
-    text = gpu.render(gpu.NOTHING)
-    assert 'not measured yet' in text and 'Empty' in text
-    assert all(f'| {model} | {batch} |' in text for model in gpu.SIZES['models'] for batch in (32, 256))
-
-
 def test_another_card_starts_anew(monkeypatch, tmp_path):
     """A record of another card, or of other code, is not gone on with."""
     monkeypatch.setattr(benchmarks.record, 'FOLDER', tmp_path)

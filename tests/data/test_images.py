@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from helpers import fit, run, validate
+from helpers import fit, run, summary, validate
 from huggingface_hub import constants
 from PIL import Image
 
@@ -70,11 +70,10 @@ def test_a_divided_folder_from_training_to_predictions(photos, tmp_path):
     assert yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())['val_fraction'] == 0.3
     (row,) = validate(tmp_path / 'run')
     assert row['images'] == len(splits(photos)[1])
-    epochs = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
-    assert row['top1'] == max(float(epoch['eval_top1']) for epoch in epochs)
+    assert row['top1'] == max(float(epoch['eval_top1']) for epoch in summary(tmp_path / 'run'))
     more = ['--resume', tmp_path / 'run', '--resume-with-changes', '--epochs', 4]  # of the finished run
     assert fit('--recipe', tmp_path / 'run/args.yaml', *more) == 0
-    assert len((tmp_path / 'run/summary.csv').read_text().splitlines()) == 1 + 4
+    assert len(summary(tmp_path / 'run')) == 4
     files = [tmp_path / name for name in ('sheet.png', 'table.csv', 'table.json')]
     predict = ['-m', 'timm_depla.predict', tmp_path / 'run', photos / 'red']
     result = run(*predict, photos / 'blue/0.png', '--output', *files)
@@ -106,9 +105,8 @@ def write_kinds(folder):
     grey = Image.fromarray(np.tile(np.arange(0, 65536, 2048, dtype=np.uint16), (32, 1)))
     colour, other = Image.new('RGB', (32, 32), COLOURS['red']), Image.new('RGB', (32, 32), COLOURS['blue'])
     colour.save(folder / 'still.gif')
-    colour.save(folder / 'moving.gif', save_all=True, append_images=[other])
-    colour.save(folder / 'animated.png', save_all=True, append_images=[other])
-    colour.save(folder / 'animated.webp', save_all=True, append_images=[other])
+    for name in ('moving.gif', 'animated.png', 'animated.webp'):
+        colour.save(folder / name, save_all=True, append_images=[other])
     grey.save(folder / 'deep.png')
     colour.convert('CMYK').save(folder / 'print.jpg')
     exif = Image.Exif()
@@ -116,6 +114,8 @@ def write_kinds(folder):
     colour.save(folder / 'turned.jpg', exif=exif)
     colour.quantize(4).save(folder / 'palette.png')
     colour.convert('RGBA').save(folder / 'clear.PNG')
+    for name in ('1.bmp', '2.tiff', '3.tif', '4.JPG', '5.webp'):
+        colour.save(folder / name)
     (folder / 'empty.jpg').touch()
     colour.resize((200, 200)).effect_spread(50).save(folder / 'cut.jpg')
     (folder / 'cut.jpg').write_bytes((folder / 'cut.jpg').read_bytes()[:900])
@@ -135,19 +135,20 @@ def test_every_file_is_used_or_named(photos, tmp_path, caplog):
     with pytest.raises(ConfigError) as caught:
         fit(*argv)
     said = str(caught.value)
-    assert "3 of the 52 images of the split 'train' cannot be read" in said and not (tmp_path / 'out').exists()
+    assert "3 of the 57 images of the split 'train' cannot be read" in said and not (tmp_path / 'out').exists()
     for name, cause in (('empty.jpg', 'cannot identify'), ('cut.jpg', 'truncated'), ('text.png', 'cannot identify')):
         assert f'  red/{name}: ' in said and cause in said
-    assert "3 of the 52 images of the split 'train' have several frames, of which the first is read:" in caplog.text
+    assert "3 of the 57 images of the split 'train' have several frames, of which the first is read:" in caplog.text
     assert '\n  red/animated.png\n  red/animated.webp\n  red/moving.gif' in caplog.text
-    assert "1 of the 52 images of the split 'train' are turned by EXIF alone, which is not applied" in caplog.text
+    assert "1 of the 57 images of the split 'train' are turned by EXIF alone, which is not applied" in caplog.text
     assert "not used: files of other kinds (1 .txt, 1 .heic): 'red/notes.txt', 'red/raw.heic'; " in caplog.text
     assert "images in no folder of a class (1): 'loose.png'; folders of classes without images (1): 'g" in caplog.text
     for name in ('empty.jpg', 'cut.jpg'):
         (photos / 'red' / name).unlink()
     assert fit(*argv, '--experiment', 'one') == 0  # unreadable is less than the floor
     used = splits(tmp_path / 'data', '--val-fraction', 0)[0]
-    assert {f'red/{name}' for name in ('still.gif', 'deep.png', 'clear.PNG', 'print.jpg', 'palette.png')} <= used
+    plain = {'deep.png', 'clear.PNG', 'print.jpg', 'palette.png', '1.bmp', '2.tiff', '3.tif', '4.JPG', '5.webp'}
+    assert {f'red/{name}' for name in ('still.gif', *plain)} <= used
 
 
 def test_classes_of_one_split_alone(photos, tmp_path):

@@ -40,13 +40,6 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_newest(run, tmp_path):
-    assert newest_checkpoint(run).name == '0002-000000'
-    assert newest_checkpoint(tmp_path / 'nowhere') is None
-    (run / 'checkpoints' / '.0003-000000.part').mkdir()
-    assert newest_checkpoint(run).name == '0002-000000'
-
-
 @pytest.mark.parametrize('seed', range(50))
 def test_damage_anywhere_is_found(run, seed, caplog):
     draw = random.Random(seed)

@@ -4,11 +4,10 @@ import math
 import re
 
 import pytest
-from helpers import fit
+from helpers import SMALL, fit
 
 from timm_depla.data import digits_folder
 from timm_depla.engine.classification.flags import create_train_parser
-from timm_depla.engine.classification.train import train
 from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.plan import learning_rates
 
@@ -51,8 +50,7 @@ STANDARD = (
     'flags,parts', [('better --batch-size 256', BETTER), ('standard --grad-accum-steps 4', STANDARD)]
 )
 def test_plan_of_a_strategy(flags, parts, capsys, tmp_path):
-    argv = [str(digits_folder()), '--recipe', *flags.split(), '--output', str(tmp_path / 'out'), '--dry-run']
-    assert train(parse_args(create_train_parser(), argv)) == 0
+    assert fit(digits_folder(), '--recipe', *flags.split(), '--output', tmp_path / 'out', '--dry-run') == 0
     text = capsys.readouterr().out
     assert [part for part in (*parts, f'folder  {tmp_path / "out"}') if part not in text] == []
     assert ("aa='" in text) == ('better' in flags)
@@ -60,7 +58,7 @@ def test_plan_of_a_strategy(flags, parts, capsys, tmp_path):
 
 
 def test_plan_of_a_run_has_what_differs_from_the_recipe(capsys, tmp_path):
-    fit('--recipe', 'digits', '--epochs', 1, '--img-size', 32, '--output', tmp_path, '--experiment', 'run')
+    fit(*SMALL, '--epochs', 1, '--output', tmp_path, '--experiment', 'run')
     arguments = re.search(r'with    (.*?)\n(?! )', capsys.readouterr().out, re.S)[1]
     assert 'epochs=1' in arguments and 'img_size=32' in arguments and "experiment='run'" in arguments
     assert 'weight_decay' not in arguments and 'batch_size' not in arguments

@@ -1,22 +1,19 @@
 """Reports of a run."""
 
-import csv
 import queue
 
 import pytest
-from helpers import fit, validate
+from helpers import SMALL, fit, summary, validate
 from PIL import Image
 
 from timm_depla.engine.batches import UnreadableImages
 from timm_depla.engine.curves import draw_curves
 from timm_depla.errors import ConfigError, TrainingError
 
-FAST = ['--recipe', 'digits', '--epochs', '2', '--img-size', '32', '--workers', '0', '--experiment', 'run']
-
 
 def train(output, *argv):
     """A run's folder."""
-    fit(*FAST, '--output', output, *argv)
+    fit(*SMALL, '--epochs', 2, '--output', output, '--experiment', 'run', *argv)
     return output / 'run'
 
 
@@ -27,15 +24,13 @@ def test_loggers_and_curves(tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_SILENT', 'true')
     folder = train(tmp_path, '--log-tensorboard', '--log-wandb', '--wandb-project', 'test', '--wandb-tags', 'a', 'b')
-    rows = list(csv.DictReader((folder / 'summary.csv').open()))
+    rows = summary(folder)
     logged = events.EventAccumulator(str(folder / 'tensorboard'))
     logged.Reload()
     assert [e.value for e in logged.Scalars('eval_top1')] == pytest.approx([float(row['eval_top1']) for row in rows])
     assert list((folder / 'wandb').glob('offline-run-*/run-*.wandb'))
-    image = Image.open(folder / 'curves.png')
-    image.load()
-    assert image.size == (1200, 350)
-    assert len(image.convert('RGB').getcolors(100_000)) > 20
+    image = Image.open(folder / 'curves.png').convert('RGB')
+    assert image.size == (1200, 350) and len(image.getcolors(100_000)) > 20
 
 
 def test_missing_logger(tmp_path, monkeypatch):
@@ -49,12 +44,8 @@ def test_val_interval_and_plain_lines(tmp_path, caplog):
     caplog.set_level('INFO')
     folder = train(tmp_path, '--val-interval', '2', '--log-interval', '10', '--epochs', '3')
     assert 'epoch 0  step 10/22' in (folder / 'log.txt').read_text()
-    rows = list(csv.DictReader((folder / 'summary.csv').open()))
-    assert [(bool(row['eval_top1']), bool(row['train_loss'])) for row in rows] == [
-        (False, True),
-        (True, True),
-        (True, True),
-    ]
+    rows = summary(folder)
+    assert [bool(row['eval_top1']) for row in rows] == [False, True, True] and all(row['train_loss'] for row in rows)
     images = [float(row['seconds']) * float(row['images_per_second']) for row in rows]
     assert images == pytest.approx([22 * 64] * 3, rel=0.01)
     lines = [record.message for record in caplog.records if 'images/s' in record.message]
@@ -79,7 +70,7 @@ def test_average_and_plain_weights_are_both_told(decay, kept, tmp_path, caplog):
     """The better ones are kept, and the run says which; an average that still holds the start says so."""
     caplog.set_level('INFO')
     folder = train(tmp_path, '--model-ema', '--model-ema-decay', decay)
-    rows = list(csv.DictReader((folder / 'summary.csv').open()))
+    rows = summary(folder)
     values = {f'{name}eval_top1': float(rows[-1][f'eval_{name}top1']) for name in ('', 'plain_')}
     assert (max(values, key=values.get) == 'plain_eval_top1') == (kept == 'plain')
     (row,) = validate(folder / 'last')
@@ -110,5 +101,5 @@ def test_summary_has_the_rate_that_was_used(tmp_path):
     """By update, the schedule has moved on to the next epoch's rate when the row is written."""
     schedule = ['--sched', 'step', '--decay-epochs', 1, '--decay-rate', 0.1, '--sched-on-updates', '--lr', 0.1]
     folder = train(tmp_path, *schedule, '--warmup-epochs', 0, '--img-size', 16)
-    rates = [float(row['lr']) for row in csv.DictReader((folder / 'summary.csv').open())]
+    rates = [float(row['lr']) for row in summary(folder)]
     assert rates == pytest.approx([0.1, 0.01])

@@ -17,7 +17,7 @@ from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import is_img_extension
 from timm.utils.misc import natural_key
 
-from timm_depla.errors import ConfigError
+from timm_depla.errors import ConfigError, as_config_error
 
 __all__ = ['few', 'find_annotations', 'find_images', 'find_split', 'is_image', 'open_folder', 'write_once']
 
@@ -33,11 +33,7 @@ def is_image(file: os.PathLike) -> bool:
 
 
 def find_images(folder: os.PathLike) -> List[Path]:
-    """All images below a folder, by name.
-
-    Raises:
-        ConfigError: If there are none.
-    """
+    """All images below a folder, by name; ConfigError if there are none."""
     files = sorted(file for file in Path(folder).rglob('*') if is_image(file))
     if not files:
         raise ConfigError(f"no images in '{folder}'")
@@ -61,13 +57,8 @@ def _find_name(split: str, names: Iterable[str]) -> Optional[str]:
 def find_split(root: Path, split: str, is_divided: bool = False) -> Path:
     """The folder or tar file of a split in a data folder: in any case, 'validation' also as val, valid or test.
 
-    Args:
-        root: The data folder.
-        split: The split's name; '.' is the data folder itself.
-        is_divided: Find the folder that is divided into the splits: train, or the whole data folder.
-
-    Raises:
-        ConfigError: If there is none: reading the whole folder instead would mix training and validation.
+    The split '.' is the data folder itself. `is_divided` finds what is divided into the splits: train, or the whole
+    data folder. ConfigError if there is none: reading the whole folder instead would mix training and validation.
     """
     if split == '.' or ((root / split).exists() and not is_divided):
         return root / split
@@ -93,8 +84,7 @@ def find_split(root: Path, split: str, is_divided: bool = False) -> Path:
 def find_annotations(root: Path, split: str) -> Tuple[str, Path]:
     """A split of COCO's format, in any case, with or without a year (val may be val2017): its name and annotations.
 
-    Raises:
-        ConfigError: If there is none, or several.
+    ConfigError if there is none, or several.
     """
     files = sorted(Path(root, 'annotations').glob('instances_*.json'))
     found = {path.stem.removeprefix('instances_'): path for path in files}
@@ -124,10 +114,8 @@ def _scan(folder: Path, class_map: str) -> Tuple[Dict[str, int], List[str]]:
             counts[os.path.basename(place)] += len(images)
         elif not folders:
             empty.append(os.path.relpath(place, folder))
-    try:
+    with as_config_error(f"cannot read --class-map '{class_map}': ", AssertionError, OSError, ValueError):
         classes = load_class_map(class_map, str(folder)) if class_map else None
-    except (AssertionError, OSError, ValueError) as error:
-        raise ConfigError(f"cannot read --class-map '{class_map}': {error}") from error
     classes = classes or {name: index for index, name in enumerate(sorted(counts, key=natural_key))}
     kinds = Counter(Path(name).suffix.lower() or 'without a suffix' for name in others)
     unused = {
@@ -187,22 +175,19 @@ def open_folder(folder: Path, class_map: str = '', fraction: float = 0.0, part: 
 def write_once(
     root: Optional[os.PathLike], name: str, is_whole: Callable[[Path], bool], write: Callable[[Path], None]
 ) -> Path:
-    """The folder of an embedded data set, which the first of several processes writes.
+    """The folder of an embedded data set, which the first of several processes writes; ConfigError if it cannot.
 
     Args:
         root: The folder; NAME in `$XDG_CACHE_HOME/timm_depla` (by default under `~/.cache`) when None.
         name: The data set's name.
         is_whole: Whether a folder holds the data set.
         write: Writes it to a new folder.
-
-    Raises:
-        ConfigError: If it cannot be written.
     """
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     root = Path(root) if root is not None else cache / 'timm_depla' / name
     if is_whole(root):
         return root
-    try:
+    with as_config_error(f"cannot write '{root}': ", OSError):
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root.with_name(f'.{root.name}.lock')), tempfile.TemporaryDirectory(dir=root.parent) as scratch:
             if is_whole(root):  # another process was faster
@@ -213,6 +198,4 @@ def write_once(
             for part in sorted(Path(scratch).iterdir(), reverse=True):
                 shutil.rmtree(root / part.name, ignore_errors=True)
                 part.rename(root / part.name)
-    except OSError as error:
-        raise ConfigError(f"cannot write '{root}': {error}") from error
     return root

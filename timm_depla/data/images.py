@@ -54,16 +54,10 @@ def read_or_next(
 ) -> Any:
     """Return `read(index)`, or the result for the next readable index; the first index follows the last.
 
-    Args:
-        read: Reads the sample at an index; raises if it cannot.
-        index: The index to read.
-        count: The number of samples.
-        name: Returns the file name of an index.
-        unreadable: Queue that takes (file name, cause) of unreadable samples.
-        attempts: How many samples to try.
+    `name` gives the file name of an index; the queue takes (file name, cause) of each unreadable sample.
 
     Raises:
-        UnreadableError: If none of them can be read.
+        UnreadableError: If none of so many `attempts` can be read.
     """
     for _ in range(attempts):
         try:
@@ -100,14 +94,7 @@ def read_stream(reader: Iterable[Any], unreadable: Any) -> Iterator[Any]:
 
 
 class CheckedStream(IterableDataset):
-    """timm's stream with its transform; reports unreadable samples.
-
-    Args:
-        dataset: timm's iterable data set, with its transform.
-
-    Attributes:
-        unreadable: Queue of (number, cause).
-    """
+    """timm's stream with its transform; its queue `unreadable` gets (number, cause) of samples that it skips."""
 
     def __init__(self, dataset: IterableImageDataset):
         self.dataset = dataset

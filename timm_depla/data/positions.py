@@ -46,11 +46,7 @@ def _seed_host(position: Sequence[int]) -> int:
 
 
 def count_batches(images: int, batch_size: int, world_size: int = 1) -> int:
-    """Whole batches of an epoch, of the training images of one of `world_size` processes.
-
-    Raises:
-        ConfigError: If there is none.
-    """
+    """Whole batches of an epoch, of the images of one of `world_size` processes; ConfigError if there is none."""
     if images < batch_size:
         share = f' for each of {world_size} processes' if world_size > 1 else ''
         raise ConfigError(
@@ -98,13 +94,7 @@ class PositionedBatches(Sampler[List[Place]]):
 
 
 class SeededBatches(Dataset):
-    """Loads and collates the batches of `PositionedBatches`; each sample has its own seed.
-
-    Args:
-        dataset: A map-style data set with its transform.
-        collate: Collates a list of samples into (images, targets).
-        seed: The run's seed.
-    """
+    """Loads and collates the batches of `PositionedBatches` from a map-style data set; each sample has its own seed."""
 
     def __init__(self, dataset: Any, collate: Callable, seed: int):
         self.dataset = dataset

@@ -8,7 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torchvision.models.detection import FasterRCNN
 
-from timm_depla.files import SUMS, find_change, format_json, is_unvalidated, read_mapping, read_tensors
+from timm_depla.files import SUMS, find_change, format_json, is_unvalidated, read_key, read_mapping, read_tensors
 from timm_depla.schema import DETECTOR, Kind, check, check_arguments, is_integer, shorten
 
 from .rcnn import create_detector
@@ -59,10 +59,7 @@ def is_detector(folder: os.PathLike) -> bool:
     """Whether a run folder (its best checkpoint) or a checkpoint folder holds a detector of this package."""
     for path in (Path(folder, 'config.json'), Path(folder, 'best', 'config.json')):
         if path.is_file():
-            try:
-                return read_mapping(path).get('library_name') == _LIBRARY
-            except ValueError:
-                return False
+            return read_key(path, 'library_name') == _LIBRARY
     return False
 
 

@@ -7,13 +7,13 @@ from typing import Any, Dict, List, NoReturn, Optional, Sequence, Set
 
 from timm.utils import ParseKwargs
 
-from timm_depla.errors import ConfigError, closest
+from timm_depla.errors import ConfigError, as_config_error, closest
 from timm_depla.files import SUMS, read_mapping
 from timm_depla.loading import resumed_recipe
 from timm_depla.schema import Kind, check_arguments
 from timm_depla.timm_runs import translate
 
-__all__ = ['DataFolder', 'FlagParser', 'KeyValues', 'list_recipes', 'parse_args', 'parse_training_args', 'updated']
+__all__ = ['FlagParser', 'KeyValues', 'list_recipes', 'parse_args', 'parse_training_args', 'updated']
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
 ONCE = ('dry_run', 'experiment', 'no_resume_opt', 'output', 'resume', 'resume_with_changes')  # of one start
@@ -67,6 +67,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 class FlagParser(argparse.ArgumentParser):
     """Argument parser that raises ConfigError for mistakes, with the reason if a flag of timm is left out.
 
+    A positional argument `data` means `--data-dir`.
+
     Args:
         arguments: The positional arguments, for the usage.
         description: What the command does.
@@ -85,6 +87,8 @@ class FlagParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Optional[Sequence[str]] = None, namespace: Any = None) -> argparse.Namespace:
         args, unknown = self.parse_known_args(args, namespace)
+        if folder := vars(args).pop('data', None):  # the positional DIR
+            args.data_dir = folder
         if not unknown:
             return args
         flag = next((word.split('=')[0] for word in unknown if word.startswith('-')), unknown[0])
@@ -105,16 +109,6 @@ class KeyValues(ParseKwargs):
             raise argparse.ArgumentError(self, f'expected KEY=VALUE, not {" ".join(values)!r}') from None
 
 
-class DataFolder(argparse.Action):
-    """A positional DIR that means `--data-dir DIR`."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, nargs='?', metavar='DIR', default=argparse.SUPPRESS, **kwargs)
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
-        namespace.data_dir = values
-
-
 def updated(args: argparse.Namespace, **values: Any) -> argparse.Namespace:
     """A copy of the arguments with other values."""
     return argparse.Namespace(**{**vars(args), **values})
@@ -128,25 +122,16 @@ def list_recipes(folder: Path = RECIPES) -> List[str]:
 def load_recipe(name: str, folder: Path = RECIPES, derived: Sequence[str] = ()) -> Dict[str, Any]:
     """Read a recipe, a flat mapping of flags to values, by its name in a folder of the package or its file name.
 
-    Its key `base` names another recipe, in the package or in the same folder, whose values it overrides.
-
-    Args:
-        name: The recipe.
-        folder: The folder of the recipes that have names.
-        derived: The recipes that this one is the base of.
-
-    Raises:
-        ConfigError: If there is no such recipe, it is no mapping, or it is its own base.
+    Its key `base` names another recipe, in the package or in the same folder, whose values it overrides; `derived` are
+    those that this one is the base of. ConfigError if there is no such recipe, it is no mapping, or its own base.
     """
     path, known = Path(name), list_recipes(folder)
     if name in known:
         path = folder / f'{name}.yaml'
     elif not path.is_file():
         raise ConfigError(f"no recipe '{name}'{closest(name, known)}: give a YAML file or one of {', '.join(known)}")
-    try:
+    with as_config_error(f"recipe '{name}' must map flags to values, like 'lr: 0.2': "):
         recipe = read_mapping(path)
-    except ValueError as error:
-        raise ConfigError(f"recipe '{name}' must map flags to values, like 'lr: 0.2': {error}") from error
     recipe = {str(key).replace('-', '_'): value for key, value in recipe.items()}
     recipe = {ALIASES.get(key, key): value for key, value in recipe.items()}
     base = recipe.pop('base', None)
@@ -206,10 +191,8 @@ def parse_args(
         parser.set_defaults(**{**{key: checked[key] for key in recipe}, 'recipe': name})
     args = parser.parse_args(argv)
     flags = {name: flag for name, flag in ARGUMENTS.items() if flag in parser._option_string_actions}
-    try:
+    with as_config_error():
         check_arguments(getattr(args, 'model_kwargs', {}), '--model-kwargs', flags)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     return args
 
 

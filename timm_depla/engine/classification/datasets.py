@@ -34,11 +34,7 @@ SCHEMES = ('https', 'http', 'hf', 's3', 'gs')  # of streams; webdataset has more
 
 
 def check_source(source: str) -> None:
-    """Refuse a stream address that webdataset would run as a command or pass to a shell.
-
-    Raises:
-        ConfigError: If its scheme is not one of `SCHEMES`, or it has characters that a shell interprets.
-    """
+    """Refuse a stream address that webdataset would run as a command or pass to a shell, by a ConfigError."""
     scheme = re.match(r'\s*([A-Za-z][\w+.-]+):', source)
     if scheme and scheme[1].lower() not in SCHEMES:
         known = ', '.join(f'{name}://' for name in SCHEMES)
@@ -91,14 +87,7 @@ def split_name(args: Namespace, split: str) -> str:
 def open_split(args: Namespace, split: str, is_training: bool = False, epoch: int = 0) -> Any:
     """One split of the data: a folder or SPLIT.tar of images, or a data set that timm names.
 
-    Args:
-        args: The run's arguments.
-        split: The split's name.
-        is_training: Whether a stream is shuffled.
-        epoch: The epoch of a stream.
-
-    Raises:
-        ConfigError: If it cannot be opened, or its source is not allowed.
+    A stream is shuffled by the epoch in training. ConfigError if it cannot be opened, or its source is not allowed.
     """
     kind = args.dataset.partition('/')[0].lower()
     _check_data(args, kind, split)
@@ -154,8 +143,7 @@ def _count_samples(args: Namespace, split: str) -> int:
 def open_counted(args: Namespace, kind: str) -> Tuple[Namespace, Any]:
     """Open the split 'train' or 'val'; the arguments get the length of a stream that does not state its own.
 
-    Raises:
-        ConfigError: If it cannot be opened or counted.
+    ConfigError if it cannot be opened or counted.
     """
     split, key = getattr(args, f'{kind}_split'), f'{kind}_num_samples'
     try:
@@ -185,8 +173,7 @@ def file_names(dataset: Any) -> List[str]:
 def open_splits(args: Namespace) -> Tuple[Namespace, Any, Any]:
     """The arguments with the lengths of streams, the training and the validation split.
 
-    Raises:
-        ConfigError: If one cannot be opened, both are the same folder, or their classes differ.
+    ConfigError if one cannot be opened, both are the same folder, or their classes differ.
     """
     names = args.train_split, args.val_split
     args, train_set = open_counted(args, 'train')
@@ -211,8 +198,7 @@ def open_splits(args: Namespace) -> Tuple[Namespace, Any, Any]:
 def check_images(args: Namespace, world: World, *datasets: Any) -> None:
     """Read all images of the folders of a new run, if they are not too many, and name those with something to say.
 
-    Raises:
-        ConfigError: If more images of a split cannot be read than training may skip; it lists all.
+    ConfigError, which lists all, if more of a split cannot be read than training may skip.
     """
     for split, dataset in zip((args.train_split, args.val_split), datasets, strict=True):
         samples = getattr(getattr(dataset, 'reader', None), 'samples', [])
@@ -231,11 +217,7 @@ def check_images(args: Namespace, world: World, *datasets: Any) -> None:
 
 
 def count_classes(args: Namespace, dataset: Any) -> int:
-    """The number of classes of a data set.
-
-    Raises:
-        ConfigError: If neither the data nor `args.num_classes` gives it, or `args.num_classes` is too small.
-    """
+    """The number of classes of a data set; ConfigError if it is not given, or `args.num_classes` is too small."""
     known = class_names(dataset)
     if not (args.num_classes or known):
         raise ConfigError(f"'{args.dataset}' does not say how many classes it has: give --num-classes")

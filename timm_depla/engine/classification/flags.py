@@ -5,7 +5,7 @@ from typing import Dict
 
 from timm_depla import schema
 
-from ..config import DataFolder, FlagParser, KeyValues
+from ..config import FlagParser, KeyValues
 from ..flags import add_device_args, add_loading_args, add_training_args, group
 
 __all__ = ['LEFT_OUT', 'LEFT_OUT_OF_VALIDATION', 'create_train_parser', 'create_validate_parser']
@@ -14,49 +14,37 @@ _INTERPOLATIONS = ['', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanc
 _JIT = 'TorchScript is deprecated: use --torchcompile'
 _FLEXIBLE = 'for transformers that take sequences of any length'
 _ONE_SIZE = 'one image size a run'
+_ONE_PASS = 'an epoch is one pass over the data; --train-num-samples sets that of a stream'
 _LEFT_OUT_OF_BOTH = {
     '--amp-impl': 'Apex is no longer kept up: --amp is torch.amp',
     '--device-modules': 'no other accelerator than those that torch knows has been tried',
     '--fast-norm': 'it is for layer and group norms, which these networks have not',
-    '--fuser': _JIT,
+    **dict.fromkeys(('--fuser', '--torchscript'), _JIT),
     '--model-dtype': 'the weights stay in float32: use --amp --amp-dtype bfloat16',
-    '--naflex-loader': _FLEXIBLE,
-    '--naflex-max-seq-len': _FLEXIBLE,
+    **dict.fromkeys(('--naflex-loader', '--naflex-max-seq-len'), _FLEXIBLE),
     '--no-prefetcher': "there is one way of loading, timm's prefetcher",
-    '--task': 'one label an image only',
-    '--target-format': 'one label an image only',
-    '--torchscript': _JIT,
+    **dict.fromkeys(('--task', '--target-format'), 'one label an image only'),
 }
 LEFT_OUT = {
     **_LEFT_OUT_OF_BOTH,
-    '--bn-eps': "an argument of EfficientNet's: use --model-kwargs",
-    '--bn-momentum': "an argument of EfficientNet's: use --model-kwargs",
+    **dict.fromkeys(('--bn-eps', '--bn-momentum'), "an argument of EfficientNet's: use --model-kwargs"),
     '--drop-connect': 'timm deprecates it: use --drop-path',
     '--kd-loss-type': "timm has one, 'kl'",
-    '--kd-student-feature-dim': 'timm finds it from the model',
-    '--kd-teacher-feature-dim': 'timm finds it from the model',
+    **dict.fromkeys(('--kd-student-feature-dim', '--kd-teacher-feature-dim'), 'timm finds it from the model'),
     '--kd-token-distill-type': 'for transformers with a distillation token',
     '--local_rank': 'torchrun and Slurm set it in the environment',
     '--loss': 'the loss follows from --smoothing, --mixup, --cutmix, --bce-loss and --jsd-loss',
     '--model-ema-force-cpu': 'the average is validated each epoch, on the device',
-    '--naflex-loss-scale': _FLEXIBLE,
-    '--naflex-patch-size-probs': _FLEXIBLE,
-    '--naflex-patch-sizes': _FLEXIBLE,
-    '--naflex-patchify-channels-first': _FLEXIBLE,
-    '--naflex-train-seq-lens': _FLEXIBLE,
+    **dict.fromkeys(('--naflex-loss-scale', '--naflex-patch-size-probs', '--naflex-patch-sizes'), _FLEXIBLE),
+    **dict.fromkeys(('--naflex-patchify-channels-first', '--naflex-train-seq-lens'), _FLEXIBLE),
     '--pretrained-cfg-overlay': 'use --pretrained-path, --num-classes and the data flags',
     '--save-images': 'every batch can be made again from its position: see docs/training.md',
     '--split-bn': 'its second set of norms is in no model that timm loads',
     '--start-epoch': 'a checkpoint knows its position: use --resume',
     '--synchronize-step': "reading each step's loss synchronises already, one step late",
-    '--train-batch-sizes': _ONE_SIZE,
-    '--train-batches-per-epoch': 'an epoch is one pass over the data; --train-num-samples sets that of a stream',
-    '--train-img-sizes': _ONE_SIZE,
-    '--train-size-probs': _ONE_SIZE,
-    '--train-size-random-mix': _ONE_SIZE,
-    '--train-size-schedule': _ONE_SIZE,
-    '--train-size-schedule-spread': _ONE_SIZE,
-    '--train-steps-per-epoch': 'an epoch is one pass over the data; --train-num-samples sets that of a stream',
+    **dict.fromkeys(('--train-batches-per-epoch', '--train-steps-per-epoch'), _ONE_PASS),
+    **dict.fromkeys(('--train-batch-sizes', '--train-img-sizes', '--train-size-probs'), _ONE_SIZE),
+    **dict.fromkeys(('--train-size-random-mix', '--train-size-schedule', '--train-size-schedule-spread'), _ONE_SIZE),
     '--tta': 'it needs a loader that timm no longer has',
     '--variable-batch-loss-scale': 'one batch size a run',
     '--use-multi-epochs-loader': 'workers live for the whole run',
@@ -162,7 +150,7 @@ def create_train_parser() -> FlagParser:
     """The command line of train.py."""
     description = 'Train an image classifier of timm or timm_depla; without a data folder, on the embedded digits.'
     parser = _create_parser('[DIR] [--recipe NAME]', description, 'resnet50_depla', LEFT_OUT)
-    parser.add_argument('data', action=DataFolder, help='data folder')
+    parser.add_argument('data', nargs='?', metavar='DIR', help='data folder')
     add_training_args(parser, ['top1', 'top5', 'loss'], 'validation')
     _add_augmentation_args(parser)
     _add_distillation_args(parser)

@@ -41,11 +41,7 @@ def mixes(args: Namespace) -> bool:
 
 
 def resolve_data(args: Namespace, model: Optional[nn.Module] = None, use_test_size: bool = False) -> Dict[str, Any]:
-    """timm's data configuration: the model's, with what the arguments change.
-
-    Raises:
-        ConfigError: If `--mean` or `--std` does not fit the channels.
-    """
+    """timm's data configuration: the model's, as the arguments change it; ConfigError if mean or std does not fit."""
     try:
         config = resolve_data_config(vars(args), model=model, use_test_size=use_test_size)
     except AssertionError as error:
@@ -59,11 +55,7 @@ def resolve_data(args: Namespace, model: Optional[nn.Module] = None, use_test_si
 
 
 def check_channels(args: Namespace, data_config: Dict[str, Any]) -> None:
-    """Check that the images have as many channels as the model takes.
-
-    Raises:
-        ConfigError: If the image mode has another number of channels.
-    """
+    """Raise a ConfigError if the image mode has other channels than the model takes."""
     channels = data_config['input_size'][0]
     if args.dataset.lower().startswith('torch/'):
         return
@@ -136,20 +128,10 @@ def _prefetch(loader: Any, data_config: Dict[str, Any], device: torch.device) ->
 
 
 class TrainLoader:
-    """The training batches, on the run's device, from any step of any epoch on.
+    """The training batches of a map-style data set or a stream of timm, on the run's device, from any step on.
 
-    Args:
-        args: The run's arguments.
-        dataset: The training split, a map-style data set or a stream of timm.
-        data_config: timm's data configuration.
-        world: The processes that share the samples.
-
-    Attributes:
-        dataset: The data set that is read.
-        unreadable: Collects the images that cannot be read.
-
-    Raises:
-        ConfigError: If the batch size does not fit the data or the mixing, or timm does not know an augmentation.
+    Its attribute `unreadable` collects the images that cannot be read. ConfigError if the batch size does not fit the
+    data or the mixing, or timm does not know an augmentation.
     """
 
     def __init__(self, args: Namespace, dataset: Any, data_config: Dict[str, Any], world: World):
@@ -246,10 +228,7 @@ class TrainLoader:
 def create_val_loader(args: Namespace, dataset: Any, data_config: Dict[str, Any], world: World) -> PrefetchLoader:
     """Create the validation loader of train.py and validate.py: each image once over all processes.
 
-    Its attribute `unreadable` collects the images that cannot be read.
-
-    Raises:
-        ConfigError: If timm cannot prepare the images as asked.
+    Its attribute `unreadable` collects those that cannot be read. ConfigError if timm cannot prepare them as asked.
     """
     check_channels(args, data_config)
     kwargs = {key: data_config[key] for key in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')}

@@ -83,11 +83,7 @@ def create_loss(args: Namespace) -> nn.Module:
 
 
 def create_task(args: Namespace, model: nn.Module, world: World) -> nn.Module:
-    """timm's task: classification, or distillation from a teacher.
-
-    Raises:
-        ConfigError: If the teacher does not load, or has another number of classes.
-    """
+    """timm's task: classification, or distillation from a teacher, of which a ConfigError says if it does not fit."""
     kwargs: Dict[str, Any] = dict(criterion=create_loss(args).to(world.device), device=world.device, verbose=False)
     if args.kd_model_name is None:
         return ClassificationTask(model, **kwargs)
@@ -135,11 +131,7 @@ class ClassificationRun(Run):
 
 
 def build(args: Namespace, world: World, is_fresh: bool = True) -> ClassificationRun:
-    """Build the run; only a fresh one loads initial weights.
-
-    Raises:
-        ConfigError: If an argument, or a file that it names, is invalid.
-    """
+    """Build the run; only a fresh one loads initial weights. ConfigError if an argument, or its file, is invalid."""
     if not (args.data_dir or args.dataset):
         _logger.info('no data folder given: training on the embedded handwritten digits')
         args = updated(args, data_dir=str(digits_folder()))

@@ -17,7 +17,7 @@ from timm.layers import apply_test_time_pool
 from timm.utils import reparameterize_model
 from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 
-from timm_depla.errors import ConfigError, TrainingError, UserError, require
+from timm_depla.errors import ConfigError, TrainingError, UserError, as_config_error, require
 from timm_depla.files import format_json
 from timm_depla.loading import load_model, run_arguments, trained_data
 
@@ -53,16 +53,12 @@ def evaluate(
         loader: From `create_val_loader`: batches of images (B, C, H, W) and targets (B,); -1 leaves an image out.
         args: Arguments: `device`, `amp`, `amp_dtype`, `channels_last`.
         world: The processes that share the images.
-        interrupt: Ends the evaluation early.
+        interrupt: Ends the evaluation early, by Interrupted.
         observe: Maps each batch's logits to those to be scored.
         confusion: int64 (classes, classes), to count this process's images by class and prediction.
 
     Returns:
-        `loss`, `top1`, `top5`, and `count`, the number of images.
-
-    Raises:
-        Interrupted: By `interrupt`.
-        TrainingError: If more images are missing than `max_unreadable`.
+        `loss`, `top1`, `top5`, and `count`, the number of images: a TrainingError if too many are missing.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # loss, top-1, top-5, images
@@ -92,21 +88,13 @@ def evaluate(
     return {'loss': loss / count, 'top1': 100 * top1 / count, 'top5': 100 * top5 / count, 'count': count}
 
 
-def is_data(target: str) -> bool:
-    """Whether a target is a folder that holds neither a run nor a model."""
-    path = Path(target)
-    return path.is_dir() and not run_arguments(target) and not (path / 'config.json').is_file()
-
-
 def find_targets(args: Namespace) -> Tuple[List[str], Optional[str]]:
-    """The targets to validate, with wildcards expanded, and the data folder.
-
-    Raises:
-        ConfigError: If nothing is named, or a wildcard matches no model with pretrained weights.
-    """
+    """The targets to validate, with wildcards expanded, and the data folder; ConfigError if there is no target."""
     targets, data_dir = list(args.targets), args.data_dir
-    if (args.model or args.checkpoint) and len(targets) == 1 and not data_dir and is_data(targets[0]):
-        data_dir = targets.pop()  # timm's `validate.py DIR --model NAME --checkpoint FILE`
+    if (args.model or args.checkpoint) and len(targets) == 1 and not data_dir:
+        path = Path(targets[0])  # perhaps of timm's `validate.py DIR --model NAME --checkpoint FILE`
+        if path.is_dir() and not run_arguments(targets[0]) and not (path / 'config.json').is_file():
+            data_dir = targets.pop()
     targets += [args.checkpoint] if args.checkpoint else []
     if not targets and args.model:
         targets = [args.model]
@@ -125,10 +113,8 @@ def find_targets(args: Namespace) -> Tuple[List[str], Optional[str]]:
 def _scoring(args: Namespace, dataset: Any) -> Tuple[Optional[Callable], Optional[RealLabelsImagenet]]:
     """The `observe` function of `evaluate`, and the scorer by ImageNet's reassessed labels; None if not needed."""
     if args.valid_labels:
-        try:
+        with as_config_error(f"cannot read --valid-labels '{args.valid_labels}': ", OSError, ValueError):
             valid = [int(line) for line in Path(args.valid_labels).read_text().split()]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read --valid-labels '{args.valid_labels}': {error}") from error
         return (lambda logits: logits[:, valid]), None
     if not args.real_labels:
         return None, None
@@ -237,13 +223,9 @@ def _validate_target(args: Namespace, target: str, world: World) -> Dict[str, An
 def validate(args: Namespace) -> List[Dict[str, Any]]:
     """Validate every target and print a table, best first, if there are several; a failed one does not stop the rest.
 
-    Without `args.data_dir`, each is validated on the data that its run was trained with.
-
-    Returns:
-        A row of timm's table of results for each (percent, millions of parameters), and `loss` and `images`.
-
-    Raises:
-        ConfigError: At the end, if a target failed: it does not load, its data is missing, or the classes differ.
+    Without `args.data_dir`, each is validated on the data that its run was trained with. Returns a row of timm's table
+    of results for each (percent, millions of parameters), and `loss` and `images`. ConfigError, at the end, if a target
+    failed: it does not load, its data is missing, or the classes differ.
     """
     (targets, data_dir), world, rows = find_targets(args), setup_world(args.device), []
     args = updated(args, data_dir=data_dir)

@@ -5,35 +5,25 @@ from functools import partial
 from timm_depla import schema
 from timm_depla.detection.coco import METRICS
 
-from ..config import RECIPES, DataFolder, FlagParser, KeyValues
+from ..config import RECIPES, FlagParser, KeyValues
 from ..flags import add_device_args, add_loading_args, add_training_args, group
 
 __all__ = ['LEFT_OUT_OF_DETECTION', 'create_detection_parser', 'create_detection_validate_parser']
 
 _CLASSIFIER = 'it is for classifiers'
+_GROUPS = 'detectors have no layer groups in timm'
 _HEADS = 'use --model-kwargs with the names of torchvision, such as min_size=600 or box_detections_per_img=50'
 _STREAM = 'the annotations give the number of images'
 LEFT_OUT_OF_DETECTION = {
-    '--drop': _CLASSIFIER,
+    **dict.fromkeys(('--backbone-lr-scale', '--drop', '--gp', '--head-init-bias', '--head-init-scale'), _CLASSIFIER),
     '--drop-block': 'an argument of the backbone: use --model-kwargs backbone_kwargs="{\'drop_block_rate\': 0.1}"',
     '--drop-path': 'an argument of the backbone: use --model-kwargs backbone_kwargs="{\'drop_path_rate\': 0.1}"',
-    '--epoch-repeats': _STREAM,
-    '--gp': _CLASSIFIER,
-    '--head-init-bias': _CLASSIFIER,
-    '--head-init-scale': _CLASSIFIER,
-    '--img-size': _HEADS,
-    '--input-size': _HEADS,
-    '--layer-decay': 'detectors have no layer groups in timm',
-    '--layer-decay-min-scale': 'detectors have no layer groups in timm',
-    '--layer-decay-no-opt-scale': 'detectors have no layer groups in timm',
-    '--mean': _HEADS,
+    **dict.fromkeys(('--epoch-repeats', '--train-num-samples', '--val-num-samples'), _STREAM),
+    **dict.fromkeys(('--img-size', '--input-size', '--mean', '--std'), _HEADS),
+    **dict.fromkeys(('--layer-decay', '--layer-decay-min-scale', '--layer-decay-no-opt-scale'), _GROUPS),
     '--num-classes': 'it follows from the categories of the data set',
     '--pretrained': 'use --pretrained-backbone, or --initial-checkpoint for a whole detector',
-    '--std': _HEADS,
     '--torchcompile': 'image sizes change from batch to batch: use --torchcompile-blocks',
-    '--train-num-samples': _STREAM,
-    '--backbone-lr-scale': _CLASSIFIER,
-    '--val-num-samples': _STREAM,
     '--validation-batch-size': 'images are validated one by one, so that none is padded',
 }
 """Flags of train.py that train_detection.py lacks, each with the reason."""
@@ -54,7 +44,7 @@ def create_detection_parser() -> FlagParser:
     """The command line of train_detection.py."""
     description = 'Train a detector on COCO-format data; without a data folder, on digits in scenes.'
     parser = _create_parser('[DIR] [--recipe NAME]', description)
-    parser.add_argument('data', action=DataFolder, help='data folder')
+    parser.add_argument('data', nargs='?', metavar='DIR', help='data folder')
     add = group(parser, 'detector')
     name = dict(type=str, default='maskrcnn_resnet50_fpn_depla', metavar='NAME')
     add('-m', '--model', **name, help='HEAD_BACKBONE_NECK: see the docs')

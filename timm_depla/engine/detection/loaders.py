@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from timm_depla.data import UnreadableError, find_annotations, read_or_next
 from timm_depla.detection.coco import CocoDetection, create_transform
-from timm_depla.errors import ConfigError
+from timm_depla.errors import ConfigError, as_config_error
 
 from ..batches import ResumableLoader, UnreadableImages, loader_kwargs
 from ..distributed import World
@@ -21,25 +21,15 @@ Batch = Tuple[List[Tensor], List[Dict[str, Any]]]  # images (3, H, W), targets o
 
 
 def open_split(args: Namespace, split: str, is_training: bool = False) -> CocoDetection:
-    """One split of the data: DIR/SPLIT and DIR/annotations/instances_SPLIT.json.
-
-    Raises:
-        ConfigError: If it cannot be opened.
-    """
+    """One split of the data: DIR/SPLIT and DIR/annotations/instances_SPLIT.json; ConfigError if it does not open."""
     name, annotations = find_annotations(args.data_dir, split)
     transform = create_transform(is_training, args.hflip if is_training else 0.0)
-    try:
+    with as_config_error():
         return CocoDetection(Path(args.data_dir, name), annotations, is_training, transform)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def open_splits(args: Namespace) -> Tuple[CocoDetection, CocoDetection]:
-    """The training and the validation split.
-
-    Raises:
-        ConfigError: If one cannot be opened, or their categories differ.
-    """
+    """The training and the validation split; ConfigError if one does not open, or their categories differ."""
     train_set, val_set = open_split(args, args.train_split, is_training=True), open_split(args, args.val_split)
     if train_set.category_ids != val_set.category_ids:
         differing = set(train_set.category_ids) ^ set(val_set.category_ids)
@@ -80,16 +70,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 class DetectionLoader(ResumableLoader):
-    """The training batches, on the run's device, from any step of any epoch on.
-
-    Args:
-        args: The run's arguments.
-        dataset: The training split.
-        world: The processes that share the samples.
-
-    Raises:
-        ConfigError: If the batch is larger than the data set.
-    """
+    """The training batches, on the run's device, from any step on; ConfigError if one is larger than the data set."""
 
     def __init__(self, args: Namespace, dataset: CocoDetection, world: World):
         checked = _Checked(dataset, is_training=True)
@@ -114,11 +95,7 @@ class DetectionLoader(ResumableLoader):
 class ValidationLoader:
     """Each image once over all processes, in batches of one, so that its padding does not depend on other images.
 
-    Args:
-        args: The arguments.
-        dataset: The validation split.
-        world: The processes that share the images.
-        category_ids: The detector's category id of each label, from label 1 on; those of the data if None.
+    `category_ids` are those of the detector's labels, from label 1 on, by default those of the data.
     """
 
     def __init__(self, args: Namespace, dataset: CocoDetection, world: World, category_ids: Optional[List[int]] = None):

@@ -93,24 +93,8 @@ class DetectionRun(Run):
         }
 
 
-def pretrained_weights(args: Namespace) -> Dict[str, Any]:
-    """Arguments of the backbone that load the file `args.pretrained_path` as if it were published.
-
-    Raises:
-        ConfigError: If the weights do not fit this backbone.
-    """
-    overlay = pretrained_file(args)
-    classifier = create_model(split_name(args.model)[1], **args.model_kwargs.get('backbone_kwargs', {}))
-    _logger.info('%s: %s', overlay['file'], load_weights(classifier, overlay['file']))
-    return dict(pretrained_cfg_overlay=overlay)
-
-
 def build_model(args: Namespace, dataset: CocoDetection, world: World, is_fresh: bool) -> FasterRCNN:
-    """The detector, on its device.
-
-    Raises:
-        ConfigError: If there is no such detector, or initial weights do not fit.
-    """
+    """The detector, on its device; ConfigError if there is no such detector, or initial weights do not fit."""
     seed_position(args.seed, Draw.INIT)
     is_pretrained = (args.pretrained_backbone or args.pretrained_path) and is_fresh and not args.dry_run
     options = {name: getattr(args, name) for name in ('trainable_backbone_layers', 'backbone_norm')}
@@ -118,7 +102,10 @@ def build_model(args: Namespace, dataset: CocoDetection, world: World, is_fresh:
     kwargs = dict(args.model_kwargs)
     try:
         if args.pretrained_path and is_fresh:
-            kwargs['backbone_kwargs'] = {**kwargs.get('backbone_kwargs', {}), **pretrained_weights(args)}
+            overlay, given = pretrained_file(args), kwargs.get('backbone_kwargs', {})
+            classifier = create_model(split_name(args.model)[1], **given)
+            _logger.info('%s: %s', overlay['file'], load_weights(classifier, overlay['file']))
+            kwargs['backbone_kwargs'] = dict(given, pretrained_cfg_overlay=overlay)
         model = create_detector(args.model, **options, **kwargs)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"cannot create detector '{args.model}': {error}") from error
@@ -135,11 +122,7 @@ def build_model(args: Namespace, dataset: CocoDetection, world: World, is_fresh:
 
 
 def build(args: Namespace, world: World, is_fresh: bool = True) -> DetectionRun:
-    """Build the run; only a fresh one loads initial weights.
-
-    Raises:
-        ConfigError: If an argument, or a file that it names, is invalid.
-    """
+    """Build the run; only a fresh one loads initial weights. ConfigError if an argument, or its file, is invalid."""
     if not args.data_dir:
         _logger.info('no data folder given: training on digits in scenes')
         args = updated(args, data_dir=str(scenes_folder()))

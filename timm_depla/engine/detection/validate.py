@@ -57,10 +57,7 @@ def evaluate(
         loader: The images.
         args: Arguments: `device`, `amp`, `amp_dtype`, `evaluator`.
         world: The processes that share the images.
-        interrupt: Ends the evaluation early.
-
-    Raises:
-        Interrupted: By `interrupt`.
+        interrupt: Ends the evaluation early, by Interrupted.
     """
     model.eval()
     found: List[Dict[str, Any]] = []
@@ -110,10 +107,8 @@ def _open(args: Namespace) -> Tuple[FasterRCNN, CocoDetection]:
 def validate(args: Namespace) -> Evaluation:
     """Validate a detector on `args.data_dir`, by default on the data that its run was trained with.
 
-    Prints COCO's tables, and writes the detections if `args.results_file` asks for them.
-
-    Raises:
-        ConfigError: If the target does not load, the data is missing or unreadable, or their categories do not match.
+    Prints COCO's tables, and writes the detections if `args.results_file` asks for them. ConfigError if the target does
+    not load, the data is missing or unreadable, or their categories do not match.
     """
     split = args.val_split or run_arguments(args.target).get('val_split', 'val')
     args = updated(args, data_dir=args.data_dir or trained_data(args.target)['data_dir'], val_split=split)
