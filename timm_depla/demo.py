@@ -23,7 +23,7 @@ from timm_depla import schema
 from timm_depla.capture import BlockCapture, capturing, find_blocks, measure, strength, without_refinement
 from timm_depla.commands import run_command
 from timm_depla.data import digits_folder, find_images
-from timm_depla.errors import ConfigError, require
+from timm_depla.errors import ConfigError, as_config_error, require
 from timm_depla.files import open_image
 from timm_depla.predict import label_names
 from timm_depla.visualize import add_scale, find_limit, load_any, prepare, show_map
@@ -54,12 +54,7 @@ _CSS = 'footer {display: none !important} #picture img {width: 100%; height: 100
 def look(
     model: nn.Module, pixels: Tensor, temperature: float
 ) -> Tuple[Dict[str, float], Dict[str, float], Tensor, Dict[str, BlockCapture]]:
-    """Classify an image and capture the DEPLA blocks at a temperature.
-
-    Args:
-        model: A classifier.
-        pixels: uint8 (3, H, W).
-        temperature: T of all blocks.
+    """Classify an image, uint8 (3, H, W), and capture the DEPLA blocks at a temperature T.
 
     Returns:
         Probabilities by class name with DEPLA and without what it adds, the image as the model saw it, (3, H, W) from 0
@@ -113,11 +108,7 @@ def describe(block: BlockCapture, group: int) -> str:
 
 
 def pixels_of(drawing: Optional[Dict[str, Any]]) -> Optional[Tensor]:
-    """Convert a drawing to the data set's format, white on black, its box 8 x 8 pixels; None if nothing is drawn.
-
-    Returns:
-        uint8 (3, 8, 8).
-    """
+    """A drawing in the data set's format, uint8 (3, 8, 8), white on black, filled by it; None if nothing is drawn."""
     if not drawing or not drawing['layers']:
         return None
     ink = np.max([np.asarray(layer.convert('RGBA'))[..., 3] for layer in drawing['layers']], axis=0)
@@ -137,10 +128,8 @@ def open_model(target: str) -> nn.Module:
     model = load_any(target)
     if not hasattr(model, 'pretrained_cfg'):
         raise ConfigError(f"'{target}' is a detector, the page takes classifiers: see `timm-depla visualize`")
-    try:
+    with as_config_error(f"'{target}': "):
         find_blocks(model)
-    except ValueError as error:
-        raise ConfigError(f"'{target}': {error}") from error
     return model
 
 
@@ -159,8 +148,7 @@ def examples(images: Optional[str] = None) -> List[str]:
 def read_upload(path: str, shown: Sequence[str] = ()) -> Tensor:
     """The pixels of a request's file, uint8 (3, H, W), if it was uploaded to this page or is one of its examples.
 
-    Raises:
-        ConfigError: If it is any other file, whether it exists or not, too large, or no image of at most `MAX_PIXELS`.
+    ConfigError if it is any other file, whether it exists or not, too large, or no image of at most `MAX_PIXELS`.
     """
     from gradio.utils import get_upload_folder
 
@@ -207,18 +195,8 @@ def answer(
 ) -> Tuple[Any, Any, Any, Any, str, int]:
     """Prediction with and without DEPLA, ROI map, heatmap, measures and group for the values of the page's controls.
 
-    Args:
-        shown: Paths of the page's examples.
-        target: What `open_model` takes.
-        image: The path of an upload, if any.
-        drawing: The sketch pad's value.
-        source: Which of the two to use: 'image' or 'drawing'.
-        block: The name of the block; the last block if the model has none of this name.
-        temperature: T of all blocks.
-        group: The index of the ROI group; the strongest if None.
-
-    Raises:
-        ConfigError: If the image is no upload, or cannot be read.
+    `source` names the input to use, 'image' or 'drawing'. The last block stands in for one that the model lacks, and
+    the strongest group for none. ConfigError if the image is no upload and none of `shown`, or cannot be read.
     """
     pixels = pixels_of(drawing) if source == 'drawing' else read_upload(image, shown) if image is not None else None
     if pixels is None:
@@ -251,14 +229,9 @@ def create_inputs(files: List[str]) -> Tuple[Any, Any]:
 
 
 def create_app(models: Dict[str, str], images: Optional[str] = None) -> Any:
-    """The page, a `gradio.Blocks`.
+    """The page, a `gradio.Blocks`, of models by the name to show, with a folder of examples or digits.
 
-    Args:
-        models: What `open_model` takes, by the name to show.
-        images: A folder of examples; digits by default.
-
-    Raises:
-        ConfigError: If the folder has no images.
+    ConfigError if the folder has no images.
     """
     import gradio as gr
 

@@ -19,7 +19,7 @@ from timm_depla.commands import run_command
 from timm_depla.data import find_images
 from timm_depla.detection.predict import draw_detections, predict, read_image
 from timm_depla.engine.progress import progress
-from timm_depla.errors import ConfigError
+from timm_depla.errors import ConfigError, as_config_error
 from timm_depla.files import check_writable, escape, format_json, open_image, write_file
 from timm_depla.visualize import load_any
 
@@ -43,11 +43,7 @@ def label_names(model: nn.Module) -> List[str]:
 
 @torch.inference_mode()
 def classify(model: nn.Module, file: Path, top: int = 5) -> Tuple[Predictions, Image.Image]:
-    """The most probable classes of an image file, read and cropped as in validation, and the picture.
-
-    Raises:
-        OSError: If it cannot be read.
-    """
+    """The most probable classes of an image file, cropped as in validation, and the picture; OSError if unreadable."""
     config = resolve_model_data_config(model, use_test_size=True)
     picture = open_image(file, {1: 'L', 4: 'RGBA'}.get(config['input_size'][0], 'RGB'))
     x = create_transform(**config)(picture)[None].to(next(model.parameters()).device)
@@ -58,11 +54,7 @@ def classify(model: nn.Module, file: Path, top: int = 5) -> Tuple[Predictions, I
 
 
 def detect(model: nn.Module, file: Path, threshold: float = 0.5) -> Tuple[Predictions, Image.Image]:
-    """The objects of an image file, and the picture with them, enlarged where it is small.
-
-    Raises:
-        OSError: If it cannot be read.
-    """
+    """The objects of an image file, and the picture with them, enlarged where it is small; OSError if unreadable."""
     pixels = read_image(file)
     found = predict(model, pixels, threshold)
     rows = [
@@ -135,18 +127,12 @@ SUFFIXES = ('.csv', '.json', '.png', '.jpg', '.jpeg')
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the command.
-
-    Raises:
-        ConfigError: If the model does not load, an output cannot be written, or, at the end, if an image was not read.
-    """
+    """Run the command; ConfigError if the model or an output fails, or, at the end, if an image was not read."""
     for path in map(Path, args.output):
         if path.suffix.lower() not in SUFFIXES:
             raise ConfigError(f"--output '{path}': name a file that ends in one of {', '.join(SUFFIXES)}")
-        try:
+        with as_config_error('--output: '):
             check_writable(path)
-        except ValueError as error:
-            raise ConfigError(f'--output: {error}') from error
     files: List[Path] = []
     for path in map(Path, args.images):
         files += find_images(path) if path.is_dir() else [path]
@@ -167,10 +153,8 @@ def run(args: argparse.Namespace) -> None:
             escape(f'{file}: {"" if is_classifier else f"{len(found)} found "}{", ".join(texts)}'.rstrip()), flush=True
         )
     for path in map(Path, args.output if results else []):
-        try:
+        with as_config_error(f"cannot write --output '{path}': ", OSError, ValueError):
             write_file(path, render(path.suffix.lower(), names, results))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot write --output '{path}': {error}") from error
     if unread:
         raise ConfigError(f'{len(unread)} of {len(files)} images cannot be read: {"; ".join(unread)}')
 

@@ -48,40 +48,31 @@ def scenes_folder(root: Optional[os.PathLike] = None) -> Path:
 
 def _write(folder: Path) -> None:
     require('pycocotools', 'detection')
+    (folder / 'annotations').mkdir(parents=True)
     for number, (split, count) in enumerate(IMAGES.items()):
-        _write_split(folder, split, number, count)
-
-
-def _write_split(folder: Path, split: str, number: int, count: int) -> None:
-    """Write the images of a split, and then its annotations."""
-    paths = sorted((digits_folder() / _DIGITS[split]).glob('*/*.png'))
-    digits = [(int(path.parent.name), np.asarray(Image.open(path))) for path in paths]
-    (folder / split).mkdir(parents=True)
-    (folder / 'annotations').mkdir(exist_ok=True)
-    images, annotations = [], []
-    for index in range(count):
-        pixels, objects = draw_scene(np.random.default_rng((number, index)), digits)
-        name = f'{index:06d}.jpg'
-        Image.fromarray(pixels).save(folder / split / name, quality=95)
-        images.append(dict(id=index + 1, file_name=name, height=_SIZE, width=_SIZE))
-        for label, mask in objects:
-            identity = dict(id=len(annotations) + 1, image_id=index + 1, category_id=label + 1, iscrowd=0)
-            annotations.append({**identity, **_annotate(mask)})
-    content = dict(
-        info=dict(description='Digits in scenes', version='1'),
-        images=images,
-        annotations=annotations,
-        categories=[dict(id=digit + 1, name=str(digit), supercategory='digit') for digit in range(10)],
-    )
-    (folder / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
+        paths = sorted((digits_folder() / _DIGITS[split]).glob('*/*.png'))
+        digits = [(int(path.parent.name), np.asarray(Image.open(path))) for path in paths]
+        (folder / split).mkdir()
+        images, annotations = [], []
+        for index in range(count):
+            pixels, objects = draw_scene(np.random.default_rng((number, index)), digits)
+            name = f'{index:06d}.jpg'
+            Image.fromarray(pixels).save(folder / split / name, quality=95)
+            images.append(dict(id=index + 1, file_name=name, height=_SIZE, width=_SIZE))
+            for label, mask in objects:
+                identity = dict(id=len(annotations) + 1, image_id=index + 1, category_id=label + 1, iscrowd=0)
+                annotations.append({**identity, **_annotate(mask)})
+        content = dict(
+            info=dict(description='Digits in scenes', version='1'),
+            images=images,
+            annotations=annotations,
+            categories=[dict(id=digit + 1, name=str(digit), supercategory='digit') for digit in range(10)],
+        )
+        (folder / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
 
 
 def draw_scene(random: np.random.Generator, digits: Sequence[Digit]) -> Tuple[np.ndarray, List[Tuple[int, np.ndarray]]]:
-    """Draw one image.
-
-    Returns:
-        Pixels (320, 320, 3) as uint8, and the class and mask (320, 320) of each digit; masks do not overlap.
-    """
+    """Draw one image: pixels (320, 320, 3) as uint8, and class and mask (320, 320) of each digit, without overlap."""
     canvas = _texture(random)
     taken = np.zeros((_SIZE, _SIZE), bool)
     objects = []

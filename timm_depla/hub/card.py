@@ -72,10 +72,6 @@ drawn = draw_detections(image, predict(model, image), model.class_names)
 _PRECISION = {'AP': 'box AP', 'mask_AP': 'mask AP'}  # of detectors
 
 
-def _name(source: str) -> str:
-    return source.rpartition('/')[2]
-
-
 def _metrics(record: Dict[str, Any]) -> List[Tuple[str, str, str]]:
     """Label, the Hub's metric type and the printed value of each metric."""
     results = record['results']
@@ -104,25 +100,6 @@ def _rows(record: Dict[str, Any]) -> Dict[str, str]:
     return rows
 
 
-def _data(record: Dict[str, Any], source: str, licence: str) -> ModelCardData:
-    """The metadata, with the metrics as evaluation results."""
-    data, is_classifier = record['dataset'], record['task'] == 'image-classification'
-    where = dict(dataset_type=data['id'], dataset_name=data['name'], dataset_split=data['split'])
-    results = [
-        EvalResult(record['task'], metric_type=kind, metric_name=label, metric_value=float(value), **where)
-        for label, kind, value in _metrics(record)
-    ]
-    return ModelCardData(
-        model_name=_name(source),
-        library_name='timm' if is_classifier else 'timm_depla',
-        license=licence,
-        pipeline_tag=record['task'],
-        tags=[record['task'], 'timm', *(['transformers'] if is_classifier else []), 'depla'],
-        datasets=[data['hub_id']] if data.get('hub_id') else None,
-        eval_results=results,
-    )
-
-
 def create_card(record: Dict[str, Any], recipe: Dict[str, Any], source: str, licence: str = 'apache-2.0') -> ModelCard:
     """The card of published weights.
 
@@ -132,7 +109,21 @@ def create_card(record: Dict[str, Any], recipe: Dict[str, Any], source: str, lic
         source: Where they are loaded from: a name on the Hub or a folder.
         licence: The weights' licence, as the Hub names it.
     """
-    results, data, name = record['results'], record['dataset'], record['architecture']
+    results, data, name, task = (record[key] for key in ('results', 'dataset', 'architecture', 'task'))
+    is_classifier, published = task == 'image-classification', source.rpartition('/')[2]
+    where = dict(dataset_type=data['id'], dataset_name=data['name'], dataset_split=data['split'])
+    metadata = ModelCardData(
+        model_name=published,
+        library_name='timm' if is_classifier else 'timm_depla',
+        license=licence,
+        pipeline_tag=task,
+        tags=[task, 'timm', *(['transformers'] if is_classifier else []), 'depla'],
+        datasets=[data['hub_id']] if data.get('hub_id') else None,
+        eval_results=[
+            EvalResult(task, metric_type=kind, metric_name=label, metric_value=float(value), **where)
+            for label, kind, value in _metrics(record)
+        ],
+    )
     epochs = f'{results["epochs"]}'
     if results['epochs'] < recipe['epochs']:
         epochs += f" of {recipe['epochs']} (a run's `best` checkpoint is chosen on the split above)"
@@ -143,12 +134,12 @@ def create_card(record: Dict[str, Any], recipe: Dict[str, Any], source: str, lic
     if 'candidates' in results:
         scores = ', '.join(f'{key} {value:.4g}' for key, value in results['candidates'].items())
         summary += f' The weights are the {results["weights"]} ({results["selected_by"]}: {scores}).'
-    usage = _CLASSIFIER_USAGE if record['task'] == 'image-classification' else _DETECTOR_USAGE
+    usage = _CLASSIFIER_USAGE if is_classifier else _DETECTOR_USAGE
     table = ['| | |', '| --- | --- |', *(f'| {label} | {value} |' for label, value in _rows(record).items())]
     return ModelCard.from_template(
-        _data(record, source, licence),
+        metadata,
         template_str=_TEMPLATE,
-        name=_name(source),
+        name=published,
         summary=summary,
         usage=usage.format(source=source, mode='RGB' if results['image_size'][0] == 3 else 'L'),
         table='\n'.join(table),

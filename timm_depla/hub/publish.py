@@ -34,8 +34,8 @@ from timm_depla.engine.classification import validate as classification
 from timm_depla.engine.classification.flags import create_train_parser, create_validate_parser
 from timm_depla.engine.config import parse_args, updated
 from timm_depla.engine.run import CHANGE_NOTHING
-from timm_depla.errors import ConfigError, require
-from timm_depla.files import SUMS, check_own, check_writable, format_json, list_sums, read_mapping, write_file
+from timm_depla.errors import ConfigError, as_config_error, require
+from timm_depla.files import SUMS, check_own, check_writable, format_json, list_sums, read_key, read_mapping, write_file
 from timm_depla.loading import load_model, run_arguments
 from timm_depla.models.cost import count_cost
 
@@ -76,21 +76,14 @@ OTHER = 'It has been measured on this data only. Whoever uses it elsewhere shoul
 
 
 def find_checkpoint(source: str) -> Tuple[Path, Dict[str, Any]]:
-    """The folder of a checkpoint, or of a run's best one, and the training arguments.
-
-    Raises:
-        ConfigError: If there is none, or it is damaged.
-    """
+    """The folder of a checkpoint, or of a run's best one, and the training arguments; ConfigError if damaged."""
     path = Path(source).resolve()
     folder = path if (path / 'config.json').is_file() else (path / 'best').resolve()
     if not (folder / 'record.json').is_file() or not (folder.parent.parent / 'args.yaml').is_file():
         raise ConfigError(f"'{source}' is no run of train.py or train_detection.py, and no checkpoint of one")
-    try:
+    with as_config_error():
         check_own(folder.parent.parent, LINKS)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    damage = find_damage(folder)
-    if damage is not None:
+    if damage := find_damage(folder):
         raise ConfigError(f"checkpoint '{folder}' is damaged: {damage}")
     trained = run_arguments(str(folder))
     if wrong := [key for key in ('val_split', 'eval_metric', 'recipe') if not isinstance(trained.get(key), str)]:
@@ -98,24 +91,13 @@ def find_checkpoint(source: str) -> Tuple[Path, Dict[str, Any]]:
     return folder, trained
 
 
-def holds_scenes(annotations: Path) -> bool:
-    """Whether a COCO file belongs to the embedded scenes."""
-    try:
-        return read_mapping(annotations)['info']['description'] == 'Digits in scenes'
-    except (KeyError, TypeError, ValueError):
-        return False
-
-
 def describe_data(args: Namespace, trained: Dict[str, Any], is_detector: bool) -> Dict[str, Any]:
-    """The card's entry on the data set; those of the embedded ones are known.
-
-    Raises:
-        ConfigError: If it is another data set without `args.dataset_name`.
-    """
+    """The card's entry on the data set: known for the embedded ones, a ConfigError asks for the name of others."""
     folder, split = Path(str(trained.get('data_dir', ''))), trained['val_split']
+    annotations = folder / 'annotations' / f'instances_{split}.json'
     if args.dataset_name:
         known = dict(id=args.dataset_name.lower().replace(' ', '-'), name=args.dataset_name, limitations=OTHER)
-    elif is_detector and holds_scenes(folder / 'annotations' / f'instances_{split}.json'):
+    elif is_detector and read_key(annotations, 'info', 'description') == 'Digits in scenes':
         known = SCENES
     elif not is_detector and folder.resolve() == digits_folder().resolve():
         known = DIGITS
@@ -173,10 +155,7 @@ def describe_model(folder: Path, is_detector: bool) -> Dict[str, Any]:
 
 
 def without_folders(value: Any) -> Any:
-    """Shorten paths in a value to their last part, so that no folder and no user of this machine is published.
-
-    Names of classes stay as they are.
-    """
+    """Shorten paths in a value, but for names of classes, to their last part: no folder or user is published."""
     if isinstance(value, str):
         flag, equals, path = value.rpartition('=')
         if Path(path).is_absolute() or Path(path).parts[:1] in (('..',), ('~',)):
@@ -211,16 +190,13 @@ def is_edited(folder: Path) -> bool:
     if not (folder / 'README.md').is_file():
         return False
     card = hashlib.sha256((folder / 'README.md').read_bytes()).hexdigest()
-    try:
-        return read_mapping(folder / 'record.json').get('card') != card
-    except ValueError:
-        return True
+    return read_key(folder / 'record.json', 'card') != card
 
 
 def check_output(folder: Path) -> None:
     """Refuse a folder that holds files of anything but this command, or that cannot be written."""
     own = {*FILES, EDITED, *(f'.{name}.part' for name in FILES)}
-    try:
+    with as_config_error(f"cannot write --output '{folder}': ", OSError, ValueError):
         others = sorted(path.name for path in folder.iterdir() if path.name not in own) if folder.is_dir() else []
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"--output '{folder}' is no folder")
@@ -231,17 +207,12 @@ def check_output(folder: Path) -> None:
             raise ConfigError(f"'{folder}' has an edited README.md, and {EDITED}: move one of them elsewhere")
         folder.mkdir(parents=True, exist_ok=True)
         check_writable(folder / SUMS)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"cannot write --output '{folder}': {error}") from error
 
 
 def publish(args: Namespace) -> Path:
     """Write the repository folder of a run; returns it.
 
-    Raises:
-        ConfigError: If the source is no run, its data set has no name, or the folder holds something else.
+    ConfigError if the source is no run, its data set has no name, or the folder holds something else.
     """
     output = Path(args.output)
     check_output(output)
@@ -268,26 +239,16 @@ def publish(args: Namespace) -> Path:
         source = f'hf-hub:{args.push}' if args.push else place if is_detector else f'local-dir:{place}'
         weights = (folders[best] / 'model.safetensors').read_bytes()
     contents = {'model.safetensors': weights, 'config.json': config, 'recipe.yaml': recipe, 'record.json': record}
-    try:
+    with as_config_error(f"cannot write --output '{output}': ", OSError):
         if is_edited(output):
             os.replace(output / 'README.md', output / EDITED)
             _logger.warning("the edited card is kept as '%s': take over what you wrote", output / EDITED)
         write_folder(output, contents, source, args.licence)
-    except OSError as error:
-        raise ConfigError(f"cannot write --output '{output}': {error}") from error
     return output
 
 
 def write_folder(folder: Path, contents: Dict[str, Any], source: str, licence: str) -> None:
-    """Write a repository folder.
-
-    Args:
-        folder: The folder.
-        contents: The bytes of model.safetensors, and what config.json, recipe.yaml and record.json hold. The record
-            also gets the digest of the card, by which an edited one is known.
-        source: Where the weights are loaded from, for the card.
-        licence: Their licence, for the card.
-    """
+    """Write a repository folder; the record also gets the digest of the card, by which an edited one is known."""
     recipe = yaml.safe_dump(contents['recipe.yaml'], default_flow_style=None, width=120)  # whose order is the card's
     card = str(create_card(contents['record.json'], yaml.safe_load(recipe), source, licence)).encode()
     record = {**contents['record.json'], 'card': hashlib.sha256(card).hexdigest()}
@@ -303,11 +264,7 @@ def write_folder(folder: Path, contents: Dict[str, Any], source: str, licence: s
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:
-    """Upload a repository folder to the Hub in one commit, which also removes pickles; returns the commit's URL.
-
-    Raises:
-        ConfigError: If the Hub refuses.
-    """
+    """Upload a folder to the Hub in one commit, which also removes pickles; returns its URL. ConfigError if refused."""
     api = HfApi(library_name='timm_depla', library_version=timm_depla.__version__)
     try:
         api.create_repo(repo, private=private, exist_ok=True)

@@ -21,8 +21,7 @@ __all__ = ['adopted']
 def adopted(source: str) -> Iterator[str]:
     """A run or checkpoint of timm's train.py as one of ours, in a temporary folder; anything else is given back.
 
-    Raises:
-        ConfigError: If its weights do not fit its model.
+    ConfigError if its weights do not fit its model.
     """
     found = read_timm_run(source)
     if found is None:
