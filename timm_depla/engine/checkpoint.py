@@ -24,8 +24,7 @@ from timm_depla.files import SUMS, find_change, list_sums, read_mapping, read_te
 
 __all__ = [
     'DIVERGED', 'LINKS', 'TIMES', 'checkpoint_name', 'find_damage', 'list_checkpoints', 'newest_checkpoint',
-    'pack_state', 'position', 'read_state', 'to_cpu', 'write_checkpoint', 'write_file',
-    'writing',
+    'pack_state', 'position', 'read_state', 'to_cpu', 'write_checkpoint', 'write_file', 'writing',
 ]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ def find_damage(folder: Path) -> Optional[str]:
         record = read_mapping(folder / 'record.json')
         name = checkpoint_name(record['epoch'], record['step'])
     except (KeyError, TypeError, ValueError) as error:
-        return f'record.json tells no position ({type(error).__name__}: {error})'
+        return f'record.json has no position ({type(error).__name__}: {error})'
     folder = folder.resolve()
     is_renamed = folder.parent.name == 'checkpoints' and folder.name != name
     return f'it is the checkpoint {name} under another name' if is_renamed else None
@@ -182,9 +181,7 @@ def read_state(folder: Path) -> Dict[str, Any]:
             return value
         if value.keys() == {'tensor'}:
             return tensors[value['tensor']]
-        return {
-            int(key) if key.isdecimal() else key: decode(item) for key, item in value.items()
-        }  # as JSON has no ints
+        return {int(k) if k.isdecimal() else k: decode(v) for k, v in value.items()}  # keys are strings in JSON
 
     try:
         return {key: decode(value) for key, value in read_mapping(text).items()}

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from timm_depla.compile import compile_blocks
-from timm_depla.errors import ConfigError
+from timm_depla.errors import ConfigError, as_config_error
 
 from .distributed import World
 
@@ -48,8 +48,6 @@ def compile_depla(args: Namespace, *models: nn.Module) -> None:
     compiled = check_compile(args, 'torchcompile_blocks')
     if compiled and check_compile(args):
         raise ConfigError('--torchcompile compiles the blocks, too: leave out --torchcompile-blocks')
-    try:
+    with as_config_error('--torchcompile-blocks: '):
         for model in models if compiled else ():
             compile_blocks(model, **compiled)
-    except ValueError as error:
-        raise ConfigError(f'--torchcompile-blocks: {error}') from error

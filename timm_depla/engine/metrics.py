@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from timm_depla.errors import ConfigError
+from timm_depla.errors import ConfigError, as_config_error
 from timm_depla.files import check_writable, write_file
 
 __all__ = ['PLAIN', 'Metric', 'check_results', 'choose', 'rank', 'write_results']
@@ -53,11 +53,9 @@ def rank(history: List[Dict[str, Any]], metric: str) -> List[Dict[str, Any]]:
 
 def check_results(path: str) -> None:
     """Check that `--results-file` can be written, before the work is done; raise a ConfigError if not."""
-    try:
+    with as_config_error('--results-file: '):
         if path:
             check_writable(Path(path))
-    except ValueError as error:
-        raise ConfigError(f'--results-file: {error}') from error
 
 
 def write_results(path: str, text: str) -> None:

@@ -106,8 +106,8 @@ class Report:
 
 def check_loggers(args: Namespace) -> None:
     """Refuse a logger that is not installed, before the run has a folder."""
-    for is_wanted, module in ((args.log_tensorboard, 'tensorboard'), (args.log_wandb, 'wandb')):
-        if is_wanted:
+    for module in ('tensorboard', 'wandb'):
+        if getattr(args, f'log_{module}'):
             require(module, 'log')
 
 

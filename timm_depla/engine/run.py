@@ -194,11 +194,8 @@ class Run:
 
 def describe_changes(old: Dict[str, Any], new: Dict[str, Any]) -> Dict[str, str]:
     """What differs between two runs' `arguments`, in words."""
-    changes = {}
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if a != b:
-            changes[key] = f'{key.replace("_", " ")} {a!r} -> {b!r}'
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changes = {key: f'{key.replace("_", " ")} {old.get(key)!r} -> {new.get(key)!r}' for key in changed}
     if 'files' in changes:
         changes['files'] = 'the names of the training images, or their order'
     if 'classes' in changes:

@@ -256,7 +256,7 @@ def write_folder(folder: Path, contents: Dict[str, Any], source: str, licence: s
         'model.safetensors': contents['model.safetensors'],
         'config.json': f'{format_json(contents["config.json"])}\n'.encode(),
         'recipe.yaml': recipe.encode(),
-        'record.json': f'{format_json(record)}\n'.encode(),
+        'record.json': f'{format_json(record, width=2000)}\n'.encode(),
     }
     write_file(folder / SUMS, list_sums(files))  # first: sums reveal a partial write; the card may be edited
     for name, data in {**files, 'README.md': card}.items():
