@@ -8,7 +8,7 @@ import sys
 from html import escape
 from importlib import import_module
 from inspect import isgenerator
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 from timm.utils import setup_default_logging
 
@@ -34,10 +34,6 @@ EARLIER = (
     'Commit 7087eaf has the tables of forms that are no longer in the code (`grid-paths-*`, `neck-paths`), and of '
     '`grid-bf16`, `grid-onnx`, `bound-batch32`, `speed-fishnet` and `speed-h100-batch32`.'
 )
-
-
-def sources(benchmark: str) -> List[str]:
-    return [*MEASURED.get(benchmark, NETWORKS), f'benchmarks/{benchmark}.py']
 
 
 def records() -> Dict[str, Dict[str, Dict[str, Any]]]:
@@ -110,10 +106,11 @@ def main() -> None:
         if not re.fullmatch(rf'{args.name}(-[\w-]+)?', args.record):
             parser.error(f"--record must be '{args.name}' or '{args.name}-SUFFIX', not '{args.record}'")
         module = BENCHMARKS[args.name]
+        measured = [*MEASURED.get(args.name, NETWORKS), f'benchmarks/{args.name}.py']
         command = f'python -m benchmarks {shlex.join(sys.argv[1:])}'
         found = module.run(args)
         for results in found if isgenerator(found) else [found]:
-            record.save(args.record, command, vars(args), sources(args.name), results)
+            record.save(args.record, command, vars(args), measured, results)
         print(module.render(results))
     DOCS.write_text(render_docs())
 

@@ -22,6 +22,7 @@ import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
+from unittest.mock import Mock
 
 import torch
 
@@ -41,18 +42,6 @@ FLAGS = dict(
 )
 
 
-def _record_lookups() -> List[str]:
-    """Refuse every look-up of a host, and return the list that they are recorded in."""
-    found: List[str] = []
-
-    def look_up(host: Any, *_: Any, **__: Any) -> Any:
-        found.append(str(host))
-        raise socket.gaierror('no network in this benchmark')
-
-    socket.getaddrinfo = look_up
-    return found
-
-
 def _digest(*folders: Path) -> str:
     """What the files in folders hold."""
     digest = hashlib.sha256()
@@ -63,7 +52,8 @@ def _digest(*folders: Path) -> str:
 
 def _case(attack: Callable[..., Optional[bool]], seed: int, target: Path, log: Path) -> None:
     """Run a case, in its own process; write its outcome and its output to `log`."""
-    output, outcome, lookups = io.StringIO(), 'accepted', _record_lookups()
+    output, outcome = io.StringIO(), 'accepted'
+    socket.getaddrinfo = look_ups = Mock(side_effect=socket.gaierror('no network in this benchmark'))
     with tempfile.TemporaryDirectory() as scratch, redirect_stdout(output), redirect_stderr(output):
         os.chdir(scratch)
         case, home, outside = (Path(scratch, name) for name in ('case', 'home', 'outside'))
@@ -83,8 +73,8 @@ def _case(attack: Callable[..., Optional[bool]], seed: int, target: Path, log: P
         except BaseException:
             outcome = 'traceback'
             traceback.print_exc()
-        if lookups and attack is not attack_command:  # there, the user may have named it
-            outcome = f'fetched {lookups[0]}'
+        if look_ups.called and attack is not attack_command:  # there, the user may have named it
+            outcome = f'fetched {look_ups.call_args_list[0].args}'
         outcome = OUTSIDE if _digest(home, outside) != before else outcome
         outcome = 'executed' if list(Path(scratch).rglob('executed')) else outcome
         os.chdir('/')

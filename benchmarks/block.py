@@ -2,9 +2,8 @@
 
 Forward reads X and Y and writes the output; backward reads three maps, writes two, and has twice the multiply-adds. The
 floor is the time of these bytes at the copy bandwidth (read and written) and of the multiply-adds at the rate of a
-large matrix product, both measured in turn with the block. A timing repeats the call until the block has 5 G
-multiply-adds, at most 20 times. The shares of a step are those of PyTorch's profiler, whose own time is in the small
-operations.
+large matrix product, both measured in turn with the block. The shares of a step are those of PyTorch's profiler, whose
+own time is in the small operations.
 """
 
 import argparse
@@ -39,11 +38,6 @@ FLAGS = dict(shape=dict(nargs='+', default=SHAPES, metavar='BxCxHxW', help='iden
 
 
 def _step(block: Depla, x: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor) -> None:
-    torch.autograd.grad(block(x, y), [x, y, *block.parameters()], gradient)
-
-
-def _backward(block: Depla, x: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor) -> None:
-    """As `_step`, which PyTorch's counter does not take."""
     for tensor in (x, y, *block.parameters()):
         tensor.grad = None
     block(x, y).backward(gradient)
@@ -83,7 +77,7 @@ def _measure(bfn: str, shape: List[int], memory_format: torch.memory_format, rou
     samples = time_rounds([partial(_repeat, call, times) for call in calls], rounds)
     return dict(
         macs=macs, bytes=x.nbytes, samples=[[seconds / times for seconds in sample] for sample in samples],
-        memory=list(map(peak_memory, steps)), profile=_profile(partial(_backward, block, x, y, gradient), times),
+        memory=list(map(peak_memory, steps)), profile=_profile(partial(_step, block, x, y, gradient), times),
     )  # fmt: skip
 
 

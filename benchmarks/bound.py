@@ -1,10 +1,9 @@
 """What a model costs a GPU at least, counted without one.
 
-The model runs on fake tensors in channels-last format under autocast to bfloat16, in the form that it has on a GPU.
-Each operation that PyTorch dispatches is a kernel, unless it only makes a view or allocates; a convolution's backward
-pass has one for each gradient. A kernel takes at least the time of its inputs and outputs at the GPU's bandwidth, and
-of its multiply-adds at its matrix rate; device time is the sum. Eager execution takes at least the time of all
-launches, 5 us each. The GPU is an H100 SXM by its maker's numbers (3.35 TB/s, 989 TFLOPS dense in bfloat16).
+The model runs on fake tensors, channels last, under autocast to bfloat16, in the form that it has on a GPU. Each
+operation that PyTorch dispatches is a kernel, unless it only makes a view or allocates; a convolution's backward pass
+has one for each gradient. A kernel takes at least the time of its inputs and outputs at the bandwidth of an H100 SXM
+(3.35 TB/s by its maker), and of its multiply-adds at 989 TFLOPS; device time is the sum. A launch takes 5 us at least.
 """
 
 import argparse

@@ -1,10 +1,9 @@
 """Training that is killed repeatedly ends bit for bit like uninterrupted training.
 
 The runs have everything that is random or has state: augmentation, erasing, mixup, cutmix, stochastic depth, an average
-of the weights. The moments take turns: while a checkpoint is written, at any moment, in validation, each by SIGKILL,
-and by SIGUSR1, after which training must save and exit. Every fifth kill hits `hub.publish`. A killed run is resumed
-with another number of workers until it ends, and compared with an uninterrupted one: weights, states, summary,
-publication.
+of the weights. Kills are by SIGKILL while a checkpoint is written, at any moment and in validation, and by SIGUSR1,
+after which training must save and exit. Every fifth hits `hub.publish`. A killed run is resumed with another number of
+workers until it ends, and compared with an uninterrupted one: weights, states, summary, publication.
 """
 
 import argparse
@@ -81,13 +80,6 @@ def succeed(process: subprocess.Popen, log: Path) -> None:
         raise RuntimeError(log.read_text())
 
 
-def trainers(process: subprocess.Popen, count: int) -> List[int]:
-    """The training processes: the one started, or torchrun's children, by rank."""
-    if count == 1:
-        return [process.pid]
-    return [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
-
-
 def await_moment(process: subprocess.Popen, run: Path, moment: str, draw: random.Random) -> None:
     """Wait until the moment has come, or the run has ended."""
     log = run.with_suffix('.log')
@@ -116,7 +108,9 @@ def kill(process: subprocess.Popen, count: int, run: Path, seed: int) -> str:
     await_moment(process, run, moment, draw)
     if process.poll() is not None:
         return ''
-    log, ranks = run.with_suffix('.log'), trainers(process, count)
+    log, ranks = run.with_suffix('.log'), [process.pid]
+    if count > 1:  # torchrun's children, by rank
+        ranks = [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
     hit = [ranks, ranks[:1], ranks[1:] or ranks][draw.randrange(3)]
     is_signal = moment == 'by SIGUSR1'
     if moment == 'in validation' and 'step' not in log.read_text().strip().splitlines()[-1]:

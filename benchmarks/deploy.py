@@ -28,61 +28,53 @@ BASE = dict(layers=(1, 1, 4, 1), stem_width=8, channels=(16, 32, 48, 64))  # wha
 Call = Callable[[Tensor], Any]
 
 
-def _export(model: nn.Module, batches: List[Tensor], path: Path) -> str:
-    torch.onnx.export(model, (batches[0],), dynamo=True, verbose=False).save(path)
-    return str(path)
-
-
-def _session(path: str) -> Call:
+def _session(model: nn.Module, batches: List[Tensor], is_int8: bool) -> Call:
     import onnxruntime
+    from onnxruntime.quantization import quantize_dynamic
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    with tempfile.TemporaryDirectory() as folder:
+        path = f'{folder}/model.onnx'
+        torch.onnx.export(model, (batches[0],), dynamo=True, verbose=False).save(path)
+        if is_int8:
+            quantize_dynamic(path, f'{folder}/int8.onnx')
+            path = f'{folder}/int8.onnx'
+        session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images.numpy()})[0]
 
 
 def onnxruntime(model: nn.Module, batches: List[Tensor]) -> Call:
     """`torch.onnx.export(model, (images,), dynamo=True).save('model.onnx')`"""
-    with tempfile.TemporaryDirectory() as folder:
-        return _session(_export(model, batches, Path(folder, 'model.onnx')))
+    return _session(model, batches, is_int8=False)
 
 
 def onnxruntime_int8(model: nn.Module, batches: List[Tensor]) -> Call:
     """`onnxruntime.quantization.quantize_dynamic('model.onnx', 'int8.onnx')`"""
-    from onnxruntime.quantization import quantize_dynamic
+    return _session(model, batches, is_int8=True)
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = _export(model, batches, Path(folder, 'model.onnx'))
-        quantize_dynamic(path, f'{folder}/int8.onnx')
-        return _session(f'{folder}/int8.onnx')
+
+def _convert(model: nn.Module, batches: List[Tensor], is_int8: bool) -> Call:
+    import openvino
+
+    converted = openvino.convert_model(model, example_input=batches[0], input=list(batches[0].shape))
+    if is_int8:
+        import nncf
+
+        converted = nncf.quantize(converted, nncf.Dataset(batches))
+    compiled = openvino.compile_model(converted, 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads()})
+    return lambda images: compiled(images.numpy())[0]
 
 
 def openvino(model: nn.Module, batches: List[Tensor]) -> Call:
     """`openvino.compile_model(openvino.convert_model(model, example_input=images))`"""
-    return _compile_openvino(_convert(model, batches))
+    return _convert(model, batches, is_int8=False)
 
 
 def openvino_int8(model: nn.Module, batches: List[Tensor]) -> Call:
     """`nncf.quantize(openvino.convert_model(...), nncf.Dataset(batches))`"""
-    import nncf
-
-    return _compile_openvino(nncf.quantize(_convert(model, batches), nncf.Dataset(batches)))
-
-
-def _convert(model: nn.Module, batches: List[Tensor]) -> Any:
-    import openvino
-
-    return openvino.convert_model(model, example_input=batches[0], input=list(batches[0].shape))
-
-
-def _compile_openvino(converted: Any) -> Call:
-    import openvino
-
-    threads = {'INFERENCE_NUM_THREADS': torch.get_num_threads()}
-    compiled = openvino.compile_model(converted, 'CPU', threads)
-    return lambda images: compiled(images.numpy())[0]
+    return _convert(model, batches, is_int8=True)
 
 
 def pt2e_int8(model: nn.Module, batches: List[Tensor]) -> Call:
@@ -159,14 +151,12 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def render(results: Dict[str, Any]) -> str:
-    rows = [
-        [name, (RUNTIMES[name].__doc__ or '').strip(), f'{row["top1"]:.2f}', ratio_text(row['seconds'])]
-        for name, row in results.items()
-        if name != 'batch_size'
-    ]
-    return f'Batches of {results["batch_size"]} images of 128 x 128 pixels.\n\n' + table(
-        ['runtime', 'how', 'top-1', 'time over the plain network: median (95% interval)'], rows
-    )
+    rows = []
+    for name in (name for name in results if name != 'batch_size'):
+        how, found = (RUNTIMES[name].__doc__ or '').strip(), results[name]
+        rows.append([name, how, f'{found["top1"]:.2f}', ratio_text(found['seconds'])])
+    header = ['runtime', 'how', 'top-1', 'time over the plain network: median (95% interval)']
+    return f'Batches of {results["batch_size"]} images of 128 x 128 pixels.\n\n{table(header, rows)}'
 
 
 def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:

@@ -1,6 +1,5 @@
 """What differs between two runs that should have ended alike; for the benchmark `crash` and the tests of resuming."""
 
-import csv
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -8,7 +7,7 @@ import torch
 
 from timm_depla.engine.checkpoint import TIMES, find_damage, read_state
 
-__all__ = ['differences']
+from .record import read_summary
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -22,24 +21,21 @@ def _same(a: Any, b: Any) -> bool:
     return a == b or (a != a and b != b)
 
 
-def _summary(run: Path) -> List[Dict[str, str]]:
-    """The rows of summary.csv without times."""
-    rows = csv.DictReader((run / 'summary.csv').read_text().splitlines())
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+def _without_times(row: Dict[str, Any]) -> Dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in TIMES}
 
 
 def _state(run: Path) -> Dict[str, Any]:
-    """The last state without times."""
-    state = read_state(run / 'last')
-    state['history'] = [{key: value for key, value in row.items() if key not in TIMES} for row in state['history']]
-    return {key: value for key, value in state.items() if key not in TIMES}
+    """The last state, and the rows of summary.csv."""
+    state = _without_times(read_state(run / 'last'))
+    for key, rows in (('history', state['history']), ('summary.csv', read_summary(run))):
+        state[key] = list(map(_without_times, rows))
+    return state
 
 
 def differences(run: Path, reference: Path) -> List[str]:
     """Names of what differs between the final states of two runs, but for the time that they took."""
     found = [str(folder) for folder in (run / 'last').resolve().parent.iterdir() if find_damage(folder)]
-    if _summary(run) != _summary(reference):
-        found.append('summary.csv')
     for name in ('last/model.safetensors', 'best/model.safetensors'):
         if (run / name).read_bytes() != (reference / name).read_bytes():
             found.append(name)

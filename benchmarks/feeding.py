@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
@@ -67,29 +68,14 @@ def in_steps(decode: Callable, transforms: Sequence[Callable], collate: Callable
     return load
 
 
+def _decode(decode: Callable, file: bytes) -> Any:
+    return decode(io.BytesIO(file), 'RGB')
+
+
 def create_run(data: Path, batch_size: int, backend: str) -> Run:
     flags = [data, '--recipe', 'better', '--model', 'test_resnet_depla', '--img-size', SIZE, '--num-classes', 1000]
     flags += ['--workers', 0, '--batch-size', batch_size, '--resize-backend', backend]
     return build(plan(data.parent, *flags), setup_world('cpu'))
-
-
-def load_by_timm(data: Path, batch_size: int) -> Callable[[List[bytes]], Seconds]:
-    loader = PlainLoop(create_run(data, batch_size, 'pil')).loader
-    transforms = loader.dataset.transform.transforms
-    return in_steps(lambda data: open_image(io.BytesIO(data), 'RGB'), transforms, loader.loader.collate_fn)
-
-
-def load_by_ours(data: Path, batch_size: int, backend: str) -> Callable[[List[bytes]], Seconds]:
-    loader = create_run(data, batch_size, backend).loader
-    decode, transforms = loader.dataset.decode, loader.transform.transforms
-    return in_steps(lambda data: decode(io.BytesIO(data), 'RGB'), transforms, loader.collate)
-
-
-def load_by_torchvision() -> Callable[[List[bytes]], Seconds]:
-    from torchcodec.decoders import decode_jpeg  # torchvision's own is deprecated
-
-    transforms = (v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip(), v2.AutoAugment())
-    return in_steps(decode_jpeg, transforms, default_collate)
 
 
 def load_by_dali(data: Path, batch_size: int) -> Callable[[List[bytes]], Seconds]:
@@ -124,16 +110,22 @@ def batches(data: Path, batch_size: int) -> Iterator[List[bytes]]:
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
+    from torchcodec.decoders import decode_jpeg
+
     torch.set_num_threads(1)  # as in a loading process
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, 'data')
         write_images(data, 640)
-        loaders = {
-            'timm': load_by_timm(data, args.batch_size),
-            'ours': load_by_ours(data, args.batch_size, 'pil'),
-            OURS_TORCH: load_by_ours(data, args.batch_size, 'torch'),
-            'torchvision v2': load_by_torchvision(),
-        }
+        timm = PlainLoop(create_run(data, args.batch_size, 'pil')).loader
+        by_timm = timm.dataset.transform.transforms, timm.loader.collate_fn
+        loaders = {'timm': in_steps(partial(_decode, open_image), *by_timm)}
+        for name, backend in (('ours', 'pil'), (OURS_TORCH, 'torch')):
+            ours = create_run(data, args.batch_size, backend).loader
+            decode = partial(_decode, ours.dataset.decode)
+            loaders[name] = in_steps(decode, ours.transform.transforms, ours.collate)
+        crop = v2.RandomResizedCrop(SIZE, antialias=True)
+        by_torchvision = [crop, v2.RandomHorizontalFlip(), v2.AutoAugment()], default_collate
+        loaders['torchvision v2'] = in_steps(decode_jpeg, *by_torchvision)  # torchvision's own is deprecated
         if find_spec('nvidia') and find_spec('nvidia.dali'):
             loaders['DALI, on the CPU'] = load_by_dali(data, args.batch_size)
         samples: Dict[str, List[Seconds]] = {name: [] for name in loaders}

@@ -1,9 +1,8 @@
 """Maps of the trained networks: entropy, coverage and peak of each group over the digits' validation set.
 
 The entropy is 1 for a uniform map and 0 for a single position. Coverage is the share of positions where the mean of a
-group's maps is above uniform. A peak is a map's maximum over the uniform value: the median over the groups, for each
-block in turn. A group is dead if its strength (norm of its back-filled vector times contrast of its heatmap) is below a
-hundredth of the strongest group's.
+group's maps is above uniform. A peak is a map's maximum over the uniform value: a block's median over the groups. A
+group is dead if norm of its vector times contrast of its heatmap is below a hundredth of the strongest group's.
 """
 
 import argparse

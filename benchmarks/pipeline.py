@@ -130,17 +130,13 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     return dict(results, pixels=pixel_changes(), size=args.img_size, model=args.model)
 
 
-def _speed(result: Dict[str, Any], name: str) -> str:
-    return speed_text(result['training']['plain'][1:], result['training'][name][1:])
-
-
 def render(results: Dict[str, Any]) -> str:
     rows, pixels = [], results['pixels']
     for part, what in PARTS.items():
         times, images, row = results[part]['training'], results[part]['images'], [what]
         for name, seconds in times.items():
             row.append(f'{images[name] / len(seconds) / statistics.median(seconds[1:]):.0f}')
-            row += [] if name == 'plain' else [_speed(results[part], name)]
+            row += [] if name == 'plain' else [speed_text(times['plain'][1:], seconds[1:])]
         rows.append(row)
     header = ['images a second', 'plain', 'ours', 'ratio by epoch', OURS_TORCH, 'ratio by epoch']
     top1 = ', '.join(f'{score:.2f} {name}' for name, score in sorted(results['loop']['top1'].items()))
@@ -152,5 +148,5 @@ def render(results: Dict[str, Any]) -> str:
 
 
 def summary(results: Dict[str, Any]) -> List[Tuple[str, str, str]]:
-    result, on = results['loop'], f"a plain loop of timm's parts, {results['size']} pixels"
-    return [('speed of training from JPEGs', _speed(result, 'ours'), on)]
+    times, on = results['loop']['training'], f"a plain loop of timm's parts, {results['size']} pixels"
+    return [('speed of training from JPEGs', speed_text(times['plain'][1:], times['ours'][1:]), on)]

@@ -1,9 +1,8 @@
 """Time and memory of models over a base.
 
-Models take turns in one process. A training step is forward and backward, without the optimizer. Memory is that of the
-weights and buffers and the most that PyTorch allocates in a step. `MODEL:NAME` has timm's attention layer NAME in its
-residual blocks. `MODEL+plain` runs under `set_fused_depla(False)`. `MODEL+fused` is the result of timm's
-`reparameterize_model`, for inference alone.
+A training step is forward and backward, without the optimizer. Memory is that of the weights and buffers and the most
+that PyTorch allocates in a step. `MODEL:NAME` has timm's attention layer NAME in its residual blocks. `MODEL+plain`
+runs under `set_fused_depla(False)`. `MODEL+fused` is by timm's `reparameterize_model`, for inference alone.
 """
 
 import argparse

@@ -1,9 +1,8 @@
 """Our training against a plain loop of timm's parts: samples, schedule, accuracy, and images per second.
 
-Both train the digits recipe from the same weights, each in its own process, and take turns epoch by epoch; the first
-does not count. The plain loop is the least that does what timm's own train.py does: its loaders, model, optimizer,
-schedule, loss, accuracy and checkpoint saver, without exact resume and without checks. Each runs as glibc is, and where
-it keeps freed memory, as train.py lets it.
+Both train the digits recipe from the same weights, each in its own process, an epoch in turn; the first does not count.
+The plain loop is the least that does what timm's own train.py does, without exact resume and without checks. Each runs
+as glibc is, and where it keeps freed memory, as train.py lets it.
 """
 
 import argparse

@@ -26,16 +26,12 @@ def fashion_folder() -> Path:
     """
     root = digits_folder().parent / 'fashion'
     with FileLock(root.with_name('.fashion.lock')):
-        if not _is_whole(root):
+        if len(list(root.glob('FashionMNIST/raw/*-ubyte'))) < 4:
             shutil.rmtree(root, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
                 _write(Path(scratch, 'fashion'))
                 Path(scratch, 'fashion').rename(root)
     return root
-
-
-def _is_whole(root: Path) -> bool:
-    return len(list(root.glob('FashionMNIST/raw/*-ubyte'))) == 4
 
 
 def _write(folder: Path) -> None:

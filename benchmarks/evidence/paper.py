@@ -6,20 +6,18 @@ the paper quotes from others are not run.
 """
 
 import argparse
-import csv
 import json
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
+from ..record import ROOT, read_summary
 from ..record import table as markdown
 from .hours import estimate
 from .report import PAPER
 
-ROOT = Path(__file__).parents[2]
 TABLES = {'imagenet': (1, 2, 3, 5), 'coco': (4, 5)}
 _CLASSIFIERS = {  # the paper's rows and what they are here
     1: {
@@ -34,21 +32,13 @@ _CLASSIFIERS = {  # the paper's rows and what they are here
 _NECKS = (('fpn', None), ('fpn_depla', 0.2), ('fpn_depla', 0.5), ('fpn_depla', 1.0))
 
 
-@dataclass(frozen=True)
-class PaperRun:
-    """A training that a table needs.
+class PaperRun(NamedTuple):
+    """A training that a table needs."""
 
-    Args:
-        row: The first columns of the paper's row.
-        metrics: The paper's columns that it gives, and its own in summary.csv.
-        name: Of its folder.
-        argv: The script and its flags, without data and output.
-    """
-
-    row: Tuple[Any, ...]
-    metrics: Dict[str, List[str]]
-    name: str
-    argv: Tuple[str, ...]
+    row: Tuple[Any, ...]  # the first columns of the paper's row
+    metrics: Dict[str, List[str]]  # the paper's columns that it gives, and its own in summary.csv
+    name: str  # of its folder
+    argv: Tuple[str, ...]  # the script and its flags, without data and output
 
 
 def paper_table(number: int) -> Dict[str, Any]:
@@ -66,25 +56,24 @@ def runs(data: str, number: int, output: Path) -> List[PaperRun]:
             PaperRun((row,), metrics, f'{recipe}-{model}', ('train.py', '--recipe', recipe, '--model', model))
             for row, model in _CLASSIFIERS[number].items()
         ]
-    sizes = ('AP', 'AP_S', 'AP_M', 'AP_L')
+    sizes, found = ('AP', 'AP_S', 'AP_M', 'AP_L'), []
     if number == 4:
         metrics = {f'box_ap{size[2:].lower()}': [f'eval_{size}'] for size in sizes}
-        found = []
         for neck, temperature in _NECKS:
-            kwargs = () if temperature is None else ('--model-kwargs', f"depla={{'temperature': {temperature}}}")
-            name = f'coco_1x-{neck}' + ('' if temperature is None else f'-{temperature}')
-            argv = ('train_detection.py', '--recipe', 'coco_1x', '--model', f'maskrcnn_resnet50_{neck}', *kwargs)
+            argv = ('train_detection.py', '--recipe', 'coco_1x', '--model', f'maskrcnn_resnet50_{neck}')
+            name = f'coco_1x-{neck}'
+            if temperature is not None:
+                name = f'{name}-{temperature}'
+                argv = (*argv, '--model-kwargs', f"depla={{'temperature': {temperature}}}")
             found.append(PaperRun((neck, temperature), metrics, name, argv))
         return found
-    found = []
     for backbone in _CLASSIFIERS[5]:
-        for detector, kinds in (('mask', ('mask_', '')), ('faster', ('',))):
+        for detector, kinds in (('mask', ('mask', 'box')), ('faster', ('box',))):
             metrics = {
-                f'{detector}_rcnn_{"mask" if kind else "box"}_ap_s_m_l': [f'eval_{kind}{size}' for size in sizes]
+                f'{detector}_rcnn_{kind}_ap_s_m_l': [f'eval_{"mask_" * (kind == "mask")}{size}' for size in sizes]
                 for kind in kinds
             }
-            model = f'{detector}rcnn_{backbone}_fpn'
-            weights = str(output / f'standard-{backbone}')
+            model, weights = f'{detector}rcnn_{backbone}_fpn', str(output / f'standard-{backbone}')
             argv = ('train_detection.py', '--recipe', 'coco_fishnet', '--model', model, '--pretrained-path', weights)
             found.append(PaperRun((backbone,), metrics, f'coco_fishnet-{model}', argv))
     return found
@@ -98,15 +87,9 @@ def command(run: PaperRun, args: argparse.Namespace) -> List[str]:
     return [sys.executable, *(processes if args.processes > 1 else ()), str(ROOT / script), *place, *flags, *args.flags]
 
 
-def rows_of(run: PaperRun, output: Path) -> List[Dict[str, str]]:
-    """The rows of a run's summary.csv; none before its first epoch."""
-    path = output / run.name / 'summary.csv'
-    return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
-
-
 def cost(run: PaperRun, args: argparse.Namespace) -> str:
     """Its epochs so far and the GPU-hours of one, measured, or else estimated."""
-    rows = rows_of(run, args.output)
+    rows = read_summary(args.output / run.name)
     if not rows and run.argv[0] != 'train.py':
         return 'not started, GPU-hours unknown'
     if not rows:
@@ -124,7 +107,7 @@ def report(data: str, number: int, output: Path) -> str:
     printed = paper_table(number)
     found: Dict[Tuple[Any, ...], Dict[str, str]] = {}
     for run in runs(data, number, output):
-        rows = rows_of(run, output)
+        rows = read_summary(output / run.name)
         for column, keys in run.metrics.items():
             scores = [row for row in rows if row[keys[0]]]
             if scores:
@@ -132,19 +115,16 @@ def report(data: str, number: int, output: Path) -> str:
                 scale = 100 if 'AP' in keys[0] else 1
                 values = ' '.join(f'{scale * float(best[key]):.1f}' for key in keys)
                 found.setdefault(run.row, {})[column] = f'{values} (epoch {int(best["epoch"]) + 1})'
-    keys = len(next(iter(runs(data, number, output))).row)
-    columns = printed['columns'][keys:]
-    rows = []
+    keys = len(run.row)
+    header, rows = printed['columns'][:keys], []
+    for name in printed['columns'][keys:]:
+        header += [name] if name == 'gflops' else [f"{name}, the paper's", f'{name}, ours']
     for row in printed['rows']:
-        cells = []
-        for name, value in zip(columns, row[keys:], strict=True):
-            text = ' '.join(map(str, value)) if isinstance(value, list) else str(value)
-            ours = found.get(tuple(row[:keys]), {}).get(name)
-            cells += [text, ours or ''] if name != 'gflops' else [text]
-        rows.append([*('' if key is None else key for key in row[:keys]), *cells])
-    header = [*printed['columns'][:keys]]
-    for name in columns:
-        header += [f"{name}, the paper's", f'{name}, ours'] if name != 'gflops' else [name]
+        cells = ['' if key is None else key for key in row[:keys]]
+        for name, value in zip(printed['columns'][keys:], row[keys:], strict=True):
+            cells.append(' '.join(map(str, value)) if isinstance(value, list) else value)
+            cells += [] if name == 'gflops' else [found.get(tuple(row[:keys]), {}).get(name, '')]
+        rows.append(cells)
     return markdown(header, rows)
 
 

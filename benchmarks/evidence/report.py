@@ -3,9 +3,8 @@
 import json
 import re
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import timm
 from scipy import stats
@@ -19,6 +18,7 @@ from .variants import VARIANTS
 DOCS = Path(__file__).parents[2] / 'docs'
 PAGES = ('evidence.md', 'protocol.md')
 PAPER = Path(__file__).parents[1] / 'paper_results.json'
+TRAINED = [(data, name) for data in DATA for name, each in VARIANTS.items() if each.is_detector == (data == 'scenes')]
 LEVEL = 0.05  # of a verdict, after Holm's correction
 
 # By table its claims: a variant, the one that it is compared with, and the rows of the paper that say the same.
@@ -38,13 +38,11 @@ CLAIMS: Dict[str, Sequence[Tuple[str, str, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """A difference of two means by Welch's t test, as networks of one seed share little but the order of the data."""
 
     mean: float
-    half: float
-    """Half of its 95% confidence interval."""
+    half: float  # of its 95% confidence interval
     p: float
 
     def __str__(self) -> str:
@@ -55,12 +53,6 @@ def final(data: str, variant: str) -> Optional[List[float]]:
     """Top-1 or box AP in percent at the end of each run that counts, by seed; None until all are on record."""
     runs = [study.load(job) for job in final_jobs(data, variant)]
     return None if not runs or None in runs else list(map(study.score, runs))
-
-
-def average(values: Sequence[float]) -> str:
-    """Mean of some runs and half its 95% confidence interval, by Student's t distribution."""
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    return f'{statistics.mean(values):.2f} ± {(high - low) / 2:.2f}'
 
 
 def difference(data: str, variant: str, other: str) -> Optional[Difference]:
@@ -119,39 +111,34 @@ def compare(name: str) -> str:
     return table(['set', 'difference', '95% interval', 'corrected p', "the paper's, on ImageNet or COCO", ''], rows)
 
 
-def _trained(data: str) -> List[str]:
-    """The variants that a set may have trained."""
-    return [name for name, variant in VARIANTS.items() if variant.is_detector == (data == 'scenes')]
-
-
 def networks() -> str:
     rows = []
-    for data in DATA:
-        for name in _trained(data):
-            if values := final(data, name):
-                variant, parameters = VARIANTS[name], ''
-                if not variant.is_detector:
-                    kwargs = arguments(variant, data)
-                    model = timm.create_model(variant.model, device='meta', num_classes=10, in_chans=1, **kwargs)
-                    parameters = f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.3f}'
-                seeds = ' '.join(f'{value:.2f}' for value in values)
-                rows.append([data, variant.label, parameters, best_rate(data, name), average(values), seeds])
+    for data, name in TRAINED:
+        if values := final(data, name):
+            variant, parameters = VARIANTS[name], ''
+            if not variant.is_detector:
+                kwargs = arguments(variant, data)
+                model = timm.create_model(variant.model, device='meta', num_classes=10, in_chans=1, **kwargs)
+                parameters = f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.3f}'
+            seeds = ' '.join(f'{value:.2f}' for value in values)
+            low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+            mean = f'{statistics.mean(values):.2f} ± {(high - low) / 2:.2f}'
+            rows.append([data, variant.label, parameters, best_rate(data, name), mean, seeds])
     return table(['set', '', 'M parameters', 'learning rate', 'top-1 or box AP (%)', 'each seed'], rows)
 
 
 def tuning() -> str:
     """Mean of the tuning seeds at each learning rate, and how many seeds there are where not yet all are."""
     rows = []
-    for data in DATA:
-        for name in _trained(data):
-            cells = []
-            for rate in RATES:
-                jobs = study.tuning_jobs(data, name, rate)
-                scores = [study.score(run) for job in jobs if (run := study.load(job))]
-                part = '' if len(scores) in (0, len(jobs)) else f' ({len(scores)} of {len(jobs)})'
-                cells.append(f'{statistics.mean(scores):.2f}{part}' if scores else '')
-            if any(cells):
-                rows.append([data, VARIANTS[name].label, *cells])
+    for data, name in TRAINED:
+        cells = []
+        for rate in RATES:
+            jobs = study.tuning_jobs(data, name, rate)
+            scores = [study.score(run) for job in jobs if (run := study.load(job))]
+            part = '' if len(scores) in (0, len(jobs)) else f' ({len(scores)} of {len(jobs)})'
+            cells.append(f'{statistics.mean(scores):.2f}{part}' if scores else '')
+        if any(cells):
+            rows.append([data, VARIANTS[name].label, *cells])
     return table(['set', '', *RATES], rows)
 
 
@@ -175,19 +162,11 @@ def plot() -> None:
         axes.invert_yaxis()
         axes.margins(y=0.5 / len(found))
         axes.set_xlabel(f'{title}: percentage points')
-    _save_plot(figure, DOCS / 'evidence.svg')
     plt.close(figure)
-
-
-def _save_plot(figure: Any, path: Path) -> None:
-    """Save a figure as SVG with text as text and a line a group; the same figure gives the same bytes."""
-    import matplotlib
-
-    matplotlib.rcParams.update({'svg.hashsalt': '', 'svg.fonttype': 'none'})
-    figure.savefig(path, format='svg', metadata={'Date': None})
-    text = path.read_text(encoding='utf-8')
-    text = re.sub(r' d="[^"]*"', lambda match: f' {" ".join(match[0].split())}', text)
-    path.write_text(re.sub(r'>\s+<(?!g id)', '><', text) + '\n', encoding='utf-8')
+    with plt.rc_context({'svg.hashsalt': '', 'svg.fonttype': 'none'}):  # text as text, the same bytes each time
+        figure.savefig(path := DOCS / 'evidence.svg', format='svg', metadata={'Date': None})
+    text = re.sub(r' d="[^"]*"', lambda match: f' {" ".join(match[0].split())}', path.read_text(encoding='utf-8'))
+    path.write_text(re.sub(r'>\s+<(?!g id)', '><', text) + '\n', encoding='utf-8')  # a line a group
 
 
 def tables() -> Dict[str, str]:

@@ -1,6 +1,5 @@
 """Trains the variants, each learning rate and seed once: what is on record is not trained again."""
 
-import csv
 import json
 import os
 import shlex
@@ -22,7 +21,8 @@ from timm_depla.engine.detection import train as detection
 from timm_depla.engine.detection.flags import create_detection_parser
 from timm_depla.hub.record import create_record
 
-from .proxies import PROXIES, arguments
+from ..record import read_summary
+from . import proxies
 from .variants import VARIANTS
 
 RECORDS = Path(__file__).with_name('records.jsonl')  # a line a run
@@ -111,14 +111,14 @@ def train(job: Job, device: str = 'cpu') -> Dict[str, Any]:
         flags += [] if device == 'cpu' else ['--no-deterministic']  # each process would compile a RoI align
         parser, engine = create_detection_parser(), detection
     else:
-        flags += PROXIES[job.data].flags()
+        flags += proxies.flags(job.data)
         parser, engine = create_train_parser(), classification
     with tempfile.TemporaryDirectory() as output:
         args = parse_args(parser, [*flags, '--output', output])
-        args = updated(args, model_kwargs={**args.model_kwargs, **arguments(variant, job.data)})
+        args = updated(args, model_kwargs={**args.model_kwargs, **proxies.arguments(variant, job.data)})
         if code := engine.train(args):  # stopped by a signal
             raise SystemExit(code)
-        rows = list(csv.DictReader(Path(output, 'run', 'summary.csv').read_text().splitlines()))
+        rows = read_summary(Path(output, 'run'))
     results = {
         key: [float(row[key]) for row in rows if row[key]]
         for key in rows[-1]

@@ -14,19 +14,12 @@ NARROW = dict(channels=(16, 32, 56, 160), stem_width=8)
 
 
 class Variant(NamedTuple):
-    """A network of the study.
+    """A network of the study."""
 
-    Args:
-        label: Its name in the tables.
-        model: Its name in timm, or among the detectors.
-        kwargs: Its arguments.
-        rate_of: The variant whose learning rate it takes; tuned on its own if empty.
-    """
-
-    label: str
-    model: str
+    label: str  # in the tables
+    model: str  # in timm, or among the detectors
     kwargs: Dict[str, Any] = {}
-    rate_of: str = ''
+    rate_of: str = ''  # the variant whose learning rate it takes; tuned on its own if empty
 
     @property
     def is_detector(self) -> bool:
