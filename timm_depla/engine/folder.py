@@ -70,9 +70,8 @@ class RunFolder:
             open_to_append(path / '.lock').close()
             log = open_to_append(path / 'log.txt')
         except FileExistsError as error:
-            raise ConfigError(
-                f"run folder '{path}' exists: resume it by --resume auto, or choose another --experiment or --output"
-            ) from error
+            todo = 'resume it by --resume auto, or choose another --experiment or --output'
+            raise ConfigError(f"run folder '{path}' exists: {todo}") from error
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot write run folder '{path}': {error}") from error
         with log, self._lock(), _logged_to(log):
@@ -86,9 +85,7 @@ class RunFolder:
             return FileLock(self.path / '.lock').acquire(timeout=LOCK_SECONDS)
         except Timeout as error:
             who = holder.read_text() if holder.is_file() else 'another process'
-            raise ConfigError(
-                f"run folder '{self.path}' is in use by {who}: let it end, or name another --experiment"
-            ) from error
+            raise ConfigError(f"run folder '{self.path}' is in use by {who}: let it end or name another") from error
 
     def save(self, state: Dict[str, Any], weights: Dict[str, torch.Tensor], config: bytes) -> None:
         """Write a checkpoint in the background, after the one before it, whose error is raised.

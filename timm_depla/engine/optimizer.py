@@ -65,9 +65,8 @@ def create_optimizer(args: Namespace, trainable: nn.Module, num_updates: int) ->
         hint = '' if args.opt.lower() in list_optimizers() else closest(args.opt.lower(), list_optimizers())
         raise ConfigError(f"cannot create optimizer '{args.opt}': {error}{hint}") from error
     if args.sched not in SCHEDULES:
-        raise ConfigError(
-            f"no schedule '{args.sched}'{closest(args.sched, SCHEDULES)}: give one of {', '.join(SCHEDULES)}"
-        )
+        hint = closest(args.sched, SCHEDULES)
+        raise ConfigError(f"no schedule '{args.sched}'{hint}: give one of {', '.join(SCHEDULES)}")
     try:
         scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=num_updates)
     except (ArithmeticError, AssertionError, LookupError, ValueError) as error:
