@@ -41,11 +41,9 @@ Measured by `{{ record.command }}` at commit `{{ record.commit }}` ({{ versions 
 
 ```bibtex
 @inproceedings{sun2021depla,
-  title = {Aggregation With Feature Detection},
+  title = {Aggregation With Feature Detection}, booktitle = {ICCV}, year = {2021},
   author = {Sun, Shuyang and Yue, Xiaoyu and Qi, Xiaojuan and Ouyang, Wanli and Prisacariu, Victor Adrian and
-            Torr, Philip H.S.},
-  booktitle = {ICCV},
-  year = {2021}
+            Torr, Philip H.S.}
 }
 ```
 """
