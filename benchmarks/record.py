@@ -24,8 +24,9 @@ def save(name: str, command: str, arguments: Dict[str, Any], sources: Sequence[s
 
 
 def format_record(value: Any, levels: int = 3, indent: str = '') -> str:
-    """JSON with a line for each entry of the outer dictionaries, such as a row of a table, three levels deep."""
-    if levels and isinstance(value, dict) and any(isinstance(item, dict) for item in value.values()):
+    """JSON with a line for each entry of the outer dictionaries, such as a row of a table; short ones on a line."""
+    is_outer = levels and isinstance(value, dict) and any(isinstance(item, dict) for item in value.values())
+    if is_outer and len(json.dumps(value)) > 700:
         entries = [
             f'{indent} {json.dumps(str(key))}: {format_record(item, levels - 1, indent + " ")}'
             for key, item in value.items()
