@@ -33,7 +33,7 @@ def test_every_cell_in_two_calls(monkeypatch, tmp_path, capsys):
 
 
 def test_another_card_starts_anew(monkeypatch, tmp_path):
-    """A record of another card, or of other code, is not gone on with."""
+    """A record of another card, or of other code, is not continued."""
     monkeypatch.setattr(benchmarks.record, 'FOLDER', tmp_path)
     for card, sources in (('H100', {}), ('CPU', {'benchmarks/gpu.py': 'another'})):
         results = dict(gpu.NOTHING, card=card, toy=True, cells={'resuming/4/eager': dict(kind='resuming', seconds=1)})
