@@ -36,13 +36,13 @@ class Instrument(NamedTuple):
 
 
 _FRESH = {'train': 120000, 'validation': 5000}  # images, each seen once
-_KNOWN = ('base', 'se', 'cbam', 'nl')
+_KNOWN = ('base', 'control', 'gc', 'nl', 'se', 'cbam', 'depla', 'adaptive', 'kept')
 _ODD = ('base', 'control', 'gc', 'nl', 'se', 'depla', 'adaptive', 'kept')
 INSTRUMENTS = {
-    'odd': Instrument('odd.yaml', _ODD, OddOneOut(_FRESH, pairs=2), tuning_seeds=(100, 101)),
-    'odd-inks': Instrument('odd.yaml', _ODD, OddOneOut(_FRESH, pairs=1, groups=2), tuning_seeds=(100, 101)),
-    'same': Instrument('shapes.yaml', _KNOWN, Shapes(_FRESH, 'same')),
-    'inside': Instrument('shapes.yaml', _KNOWN, Shapes(_FRESH, 'inside')),
+    'odd': Instrument('relations.yaml', _ODD, OddOneOut(_FRESH, pairs=2), tuning_seeds=(100, 101)),
+    'odd-inks': Instrument('relations.yaml', _ODD, OddOneOut(_FRESH, pairs=1, groups=2), tuning_seeds=(100, 101)),
+    'same': Instrument('relations.yaml', _KNOWN, Shapes(_FRESH, 'same')),
+    'inside': Instrument('relations.yaml', _KNOWN, Shapes(_FRESH, 'inside')),
     'fashion': Instrument(
         'fashion.yaml', ('base', 'se', 'gc', 'cbam', 'nl', 'depla'), arguments=dict(stage=2)
     ),  # 7 x 7 positions

@@ -27,6 +27,7 @@ class Table(NamedTuple):
     """Differences on one set, whose p values are corrected together."""
 
     data: str  # of INSTRUMENTS
+    title: str
     claims: Sequence[Tuple[str, str]]  # a variant, and the one that it is compared with
     paper: Sequence[Any] = ()  # for each claim, the rows of the paper that say the same
 
@@ -35,13 +36,21 @@ _FPN = [('fpn_temperature', ['fpn_depla', t], 'fpn', 'box_ap') for t in (0.2, 0.
 _FISHNET = ('coco_backbones', 'fishnet150_depla', 'fishnet150', 'mask_rcnn_box_ap_s_m_l')
 _KNOWN = [(name, 'base') for name in ('se', 'gc', 'cbam', 'nl')]  # modules that gain on ImageNet
 TABLES = {
-    'relations': Table('odd', [(name, 'base') for name in ('control', 'gc', 'nl', 'depla')] + [('depla', 'control')]),
-    'calibration': Table('fashion', _KNOWN),
+    'relations': Table(
+        'odd',
+        'Odd one out: top-1',
+        [(name, 'base') for name in ('control', 'gc', 'nl', 'depla')] + [('depla', 'control')],
+    ),
+    'calibration': Table('fashion', 'Fashion-MNIST, known modules: top-1', _KNOWN),
     'claims': Table(
-        'fashion', [('depla', 'base')], [('imagenet_standard_training', 'resnet50_depla', 'resnet50', 'top1')]
+        'fashion',
+        'Fashion-MNIST: top-1',
+        [('depla', 'base')],
+        [('imagenet_standard_training', 'resnet50_depla', 'resnet50', 'top1')],
     ),
     'detection': Table(
         'scenes',
+        'Digits in scenes: box AP',
         [
             ('fpn-depla-0.2', 'fpn'),
             ('fpn-depla-0.5', 'fpn'),
@@ -110,9 +119,9 @@ def _paper_difference(name: str, better: Any, worse: Any, column: str) -> str:
 
 def _found(name: str) -> List[Tuple[str, Difference, Any]]:
     """What has been run of a table's claims: label, difference, and the paper's rows."""
-    data, claims, paper = TABLES[name]
+    data, _, claims, paper = TABLES[name]
     return [
-        (f'{VARIANTS[variant].label} less {VARIANTS[other].label}', found, rows)
+        (f'{VARIANTS[variant].label} over {VARIANTS[other].label}', found, rows)
         for (variant, other), rows in zip_longest(claims, paper)
         if (found := difference(data, variant, other))
     ]
@@ -160,27 +169,24 @@ def tuning() -> str:
 
 
 def plot() -> None:
-    """Plot the difference of each finished claim, a panel for each set."""
+    """Plot the difference of each finished claim, in percentage points: a panel for each table."""
     from matplotlib import pyplot as plt
 
-    panels: Dict[str, List[Tuple[str, Difference]]] = {}
-    for name in TABLES:
-        panels.setdefault(TABLES[name].data, []).extend(row[:2] for row in _found(name))
-    panels = {data: found for data, found in panels.items() if found}
-    if not panels:
-        return
+    panels = {each.title: found for name, each in TABLES.items() if (found := _found(name))}
     heights = [len(found) + 2 for found in panels.values()]
     figure, places = plt.subplots(
         len(panels), figsize=(8, 0.28 * sum(heights)), height_ratios=heights, squeeze=False, layout='constrained'
     )
     for axes, (title, found) in zip(places.flat, panels.items(), strict=True):
-        labels, differences = zip(*found, strict=True)
+        labels, differences = zip(*(row[:2] for row in found), strict=True)
         means, halves = [each.mean for each in differences], [each.half for each in differences]
-        axes.errorbar(means, list(labels), xerr=halves, fmt='o', markersize=4, capsize=2, color='tab:blue')
+        axes.errorbar(means, range(len(found)), xerr=halves, fmt='o', markersize=4, capsize=2, color='tab:blue')
+        axes.set_yticks(range(len(found)), labels)
+        axes.secondary_yaxis('right').set_yticks(range(len(found)), list(map(str, differences)))
         axes.axvline(0, color='0.7', linewidth=1)
         axes.invert_yaxis()
         axes.margins(y=0.5 / len(found))
-        axes.set_xlabel(f'{title}: percentage points')
+        axes.set_title(title, loc='left', fontsize='medium', fontweight='bold')
     plt.close(figure)
     with plt.rc_context({'svg.hashsalt': '', 'svg.fonttype': 'none'}):  # text as text, the same bytes each time
         figure.savefig(path := DOCS / 'evidence.svg', format='svg', metadata={'Date': None})

@@ -6,7 +6,7 @@ from typing import Dict
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE = 64  # pixels, height and width of an image
+SIZE = 48  # pixels, height and width of an image
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Shapes:
     classes: int = 2
 
     def draw(self, random: np.random.Generator, is_training: bool, label: int) -> np.ndarray:
-        radii = (11, 11) if self.question == 'same' else (20, 5)
+        radii = (8, 8) if self.question == 'same' else (15, 4)
         first = _shape(random)
         outlines = [first, first if self.question == 'same' and label else _shape(random)]
         is_inside = bool(label) and self.question == 'inside'

@@ -81,11 +81,9 @@ VARIANTS: Dict[str, Variant] = {
     'fpn-depla-0.2': Variant('FPN-DEPLA, T = 0.2', FPN_DEPLA, dict(depla=dict(temperature=0.2)), 'fpn-depla-0.5'),
     'fpn-depla-0.5': Variant('FPN-DEPLA, T = 0.5', FPN_DEPLA, dict(depla=dict(temperature=0.5))),
     'fpn-depla-1.0': Variant('FPN-DEPLA, T = 1.0', FPN_DEPLA, dict(depla=dict(temperature=1.0)), 'fpn-depla-0.5'),
-    'fpn-norm': Variant('FPN, norms in the pyramid', FPN, NORM, 'fpn-depla-0.5'),
+    'fpn-norm': Variant('FPN + norms', FPN, NORM, 'fpn-depla-0.5'),
     'backbone-fishnet': Variant('FishNet', FISHNET),
     'backbone-fishnet-depla': Variant('FishNet-DEPLA', FISHNET_DEPLA),
-    'backbone-fishnet-norm': Variant('FishNet, norms in the pyramid', FISHNET, NORM, 'backbone-fishnet'),
-    'backbone-fishnet-depla-norm': Variant(
-        'FishNet-DEPLA, norms in the pyramid', FISHNET_DEPLA, NORM, 'backbone-fishnet-depla'
-    ),
+    'backbone-fishnet-norm': Variant('FishNet + norms', FISHNET, NORM, 'backbone-fishnet'),
+    'backbone-fishnet-depla-norm': Variant('FishNet-DEPLA + norms', FISHNET_DEPLA, NORM, 'backbone-fishnet-depla'),
 }

@@ -182,14 +182,14 @@ def test_tables(small, monkeypatch):
     found = report.difference('odd', 'depla', 'base')
     assert (found.mean, found.half) == pytest.approx((3.0, 1.401), abs=1e-3)
     claims = [(name, 'base') for name in ('depla', 'se', 'gc', 'nl')]
-    monkeypatch.setitem(report.TABLES, 'claims', report.Table('odd', claims))
+    monkeypatch.setitem(report.TABLES, 'claims', report.Table('odd', 'Odd one out', claims))
     assert report.compare('claims').splitlines()[2:] == [
-        '| DEPLA less base | +3.00 ± 1.40 | < 0.001 | **gains** |',
-        '| SE less base | -3.00 ± 1.40 | < 0.001 | **costs** |',
-        '| GC less base | +0.01 ± 1.40 | 0.988 | **undecided** |',
+        '| DEPLA over base | +3.00 ± 1.40 | < 0.001 | **gains** |',
+        '| SE over base | -3.00 ± 1.40 | < 0.001 | **costs** |',
+        '| GC over base | +0.01 ± 1.40 | 0.988 | **undecided** |',
     ]
     assert report.compare('detection').splitlines()[2:] == [
-        '| FPN-DEPLA, T = 1.0 less FPN | +10.00 ± 2.31 | < 0.001 | **gains** | +1.0 |'
+        '| FPN-DEPLA, T = 1.0 over FPN | +10.00 ± 2.31 | < 0.001 | **gains** | +1.0 |'
     ]
     for name in report.PAGES:
         (small / name).write_text('\n\n'.join(f'<!-- {mark} -->\n\n<!-- end -->' for mark in ('networks', 'tuning')))
