@@ -18,6 +18,18 @@ from timm_depla.engine.detection.flags import create_detection_parser
 COMMAND = ('-m', 'benchmarks.evidence')
 
 
+@pytest.fixture(scope='module')
+def imagenet(tmp_path_factory):
+    """Ten classes of ImageNet's layout, with a few digits each."""
+    root = tmp_path_factory.mktemp('data') / 'imagenet'
+    for split, name, count in (('train', 'train', 8), ('validation', 'val', 4)):
+        for digit in range(10):
+            (folder := root / name / f'n{1440764 + digit:08}').mkdir(parents=True)
+            for image in sorted((digits_folder() / split / str(digit)).iterdir())[:count]:
+                (folder / image.name).with_suffix('.JPEG').symlink_to(image)
+    return root
+
+
 @pytest.mark.parametrize(
     'data,number', [(data, number) for data, numbers in paper.TABLES.items() for number in numbers]
 )
@@ -55,18 +67,13 @@ def test_the_hours_of_the_page():
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page(tmp_path):
-    """On ten classes of ImageNet's layout and a local file of timm's weights, as far as sizes and the Hub allow."""
-    for split, name, count in (('train', 'train', 8), ('validation', 'val', 4)):
-        for digit in range(10):
-            (folder := tmp_path / 'imagenet' / name / f'n{1440764 + digit:08}').mkdir(parents=True)
-            for image in sorted((digits_folder() / split / str(digit)).iterdir())[:count]:
-                (folder / image.name).with_suffix('.JPEG').symlink_to(image)
+def test_the_commands_of_the_page(imagenet, tmp_path):
+    """On a local file of timm's weights, as far as sizes and the Hub allow."""
     weights = tmp_path / 'resnet18.safetensors'
     save_model(timm.create_model('resnet18', num_classes=10), weights)
     block = re.search(r'```sh\n(.*?)```', (ROOT / 'docs' / 'imagenet.md').read_text(), re.DOTALL)[1]
     for line in block.splitlines():
-        line = line.replace('/imagenet', f'{tmp_path}/imagenet', line.startswith('python train.py'))
+        line = line.replace('/imagenet', str(imagenet), line.startswith('python train.py'))
         line = re.sub(r'(output|published)/', rf'{tmp_path}/\1/', re.sub(r'--push \S+', '', line))
         argv = shlex.split(line)[1:]
         argv += [] if 'publish' in line else ['--workers', 0, '--device', 'cpu']
@@ -82,13 +89,9 @@ def test_the_commands_of_the_page(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_table_from_start_to_end(tmp_path):
-    for split in ('train', 'validation'):
-        (tmp_path / 'images' / split).mkdir(parents=True)
-        for digit in '123':
-            (tmp_path / 'images' / split / digit).symlink_to(digits_folder() / split / digit)
-    table = ('imagenet', tmp_path / 'images', '--table', 3, '--output', tmp_path, '--processes', 1)
-    flags = ('--flags', '--epochs', 1, '--warmup-epochs', 0, '--img-size', 32, '--batch-size', 64, '--device', 'cpu')
+def test_a_table_from_start_to_end(imagenet, tmp_path):
+    table = ('imagenet', imagenet, '--table', 3, '--output', tmp_path, '--processes', 1)
+    flags = ('--flags', '--epochs', 1, '--warmup-epochs', 0, '--img-size', 32, '--batch-size', 16, '--device', 'cpu')
     run(*COMMAND, *table, '--submit', *flags)
     rows = run(*COMMAND, *table, '--report').stdout.splitlines()[2:]
     assert [row.split(' | ')[0] for row in rows] == ['| resnet50', '| resnet50_depla', '| resnet50_depla_adaptive']
