@@ -2,12 +2,14 @@
 
 import re
 import shlex
+import sys
 
 import pytest
 import timm
 from helpers import ROOT, run
 from safetensors.torch import save_model
 
+from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import hours, paper
 from timm_depla.data import digits_folder
 from timm_depla.detection.rcnn import split_name
@@ -46,16 +48,21 @@ def test_runs_are_of_the_table(data, number, tmp_path, capsys):
         assert timm.is_model(model), model
 
 
-def test_costs_are_estimates_before_they_are_measured(tmp_path):
-    out = run(*COMMAND, 'imagenet', '/imagenet', '--table', 3, '--output', tmp_path, '--processes', 1).stdout
+def test_costs_are_estimates_before_they_are_measured(tmp_path, monkeypatch, capsys):
+    def call(*argv):
+        monkeypatch.setattr(sys, 'argv', ['evidence', *map(str, argv), '--output', str(tmp_path)])
+        evidence.main()
+        return capsys.readouterr().out
+
+    out = call('imagenet', '/imagenet', '--table', 3, '--processes', 1)
     found = re.findall(r'estimated (\S+) H100-hours an epoch, (\S+) in all: 1,281,167 / 256 steps x (\S+) ms', out)
     assert len(found) == 3
     for epoch, total, step in (map(float, row) for row in found):  # by the standard recipe
         assert epoch == pytest.approx(1_281_167 / 256 * step / 3.6e6, rel=0.05)
         assert total == pytest.approx(100 * epoch, rel=0.05)
     assert float(found[0][2]) == 65.7 < float(found[1][2]) < 80  # of resnet50, which was measured
-    assert run(*COMMAND, 'coco', '/coco', '--table', 5, '--output', tmp_path).stdout.count('GPU-hours unknown') == 4
-    run(*COMMAND, 'coco', '/coco', '--table', 4, '--output', tmp_path, '--slurm')
+    assert call('coco', '/coco', '--table', 5).count('GPU-hours unknown') == 4
+    call('coco', '/coco', '--table', 4, '--slurm')
     script = (tmp_path / 'coco_1x-fpn_depla-0.2.slurm').read_text()
     words = shlex.split(script.splitlines()[-1])
     assert words[0] == 'srun' and "depla={'temperature': 0.2}" in words and '--nproc-per-node=8' in words
