@@ -8,8 +8,9 @@ import gzip
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
-from typing import List, Tuple
+from typing import List
 
 import numpy as np
 from filelock import FileLock
@@ -47,7 +48,8 @@ def _write(folder: Path) -> None:
         raise RuntimeError(f'no Fashion-MNIST: apt install dataset-fashion-mnist ({error})') from error
 
 
-def garments(is_training: bool) -> List[Tuple[int, np.ndarray]]:
-    """Each garment's class and 28 x 28 grey levels."""
+@cache
+def by_class(is_training: bool) -> List[List[np.ndarray]]:
+    """By class, the garments of a split, 28 x 28 grey levels."""
     data = FashionMNIST(str(fashion_folder()), train=is_training)
-    return list(zip(data.targets.tolist(), data.data.numpy(), strict=True))
+    return [list(data.data[data.targets == label].numpy()) for label in range(10)]
