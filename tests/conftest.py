@@ -8,12 +8,18 @@ import pytest
 import torch
 from helpers import SMALL, fit
 
-from timm_depla.data import scenes
+from timm_depla.data import digits_folder, scenes
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def digit():
+    """The file of a four."""
+    return min((digits_folder() / 'validation' / '4').iterdir())
 
 
 @pytest.fixture(scope='session')

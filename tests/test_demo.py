@@ -28,11 +28,6 @@ DIGITS = f'local-dir:{WEIGHTS / "test_resnet_depla.digits"}'
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 
 
-@pytest.fixture(scope='module')
-def digit():
-    return min((digits_folder() / 'validation' / '4').iterdir())
-
-
 def test_temperature_is_set_for_the_look_alone(digit):
     model = open_model(DIGITS)
     pixels = pil_to_tensor(Image.open(digit).convert('RGB'))

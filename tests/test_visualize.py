@@ -11,20 +11,13 @@ from helpers import ROOT, create, run
 from PIL import Image
 
 from timm_depla.capture import capture, capturing, find_blocks, measure, strength
-from timm_depla.data import digits_folder
 from timm_depla.detection import create_detector
 from timm_depla.errors import ConfigError
 from timm_depla.layers.linear import back_fill, match_size, soft_roi_pool
 from timm_depla.visualize import draw_block, main, render_summary, summarize
 
-COMMAND = ('-m', 'timm_depla.visualize')
 DIGITS = f'local-dir:{ROOT / "hub" / "weights" / "test_resnet_depla.digits"}'
 ADAPTIVE = dict(depla=dict(bfn='adaptive', temperature=0.5))
-
-
-@pytest.fixture(scope='module')
-def digit():
-    return next((digits_folder() / 'validation' / '4').iterdir())
 
 
 def build(name):
@@ -135,14 +128,16 @@ def test_maps_are_on_one_scale(digit):
         assert [text.get_text() for text in figure.axes[-1].get_xticklabels()] == ticks
 
 
-def test_command(digit, tmp_path):
+def test_command(digit, tmp_path, monkeypatch, capsys):
     file = tmp_path / 'figure.png'
-    run(*COMMAND, digit, '--model', DIGITS, '--out', file)
+    run('-m', 'timm_depla.visualize', digit, '--model', DIGITS, '--out', file)
     image = Image.open(file)
     assert image.width >= 1000
     assert len(image.convert('RGB').getcolors(1 << 24)) > 500
-    result = run(*COMMAND, digit.parent, '--model', DIGITS, '--summary')
-    assert re.search(r'^\| `layer3\.\d\.depla` \| 0\.\d{3} \(0\.\d{3} to 0\.\d{3}\) \|', result.stdout, re.MULTILINE)
+    monkeypatch.setattr(sys, 'argv', ['visualize', str(digit.parent), '--model', DIGITS, '--summary'])
+    main()
+    printed = capsys.readouterr().out
+    assert re.search(r'^\| `layer3\.\d\.depla` \| 0\.\d{3} \(0\.\d{3} to 0\.\d{3}\) \|', printed, re.MULTILINE)
 
 
 def test_bad_input(digit, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.utils import reparameterize_model
 from torchvision.transforms.v2.functional import resize, to_pil_image
 
 from timm_depla import schema
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
     files: List[Path] = []
     for path in map(Path, args.images):
         files += find_images(path) if path.is_dir() else [path]
-    model = load_any(args.source)
+    model = reparameterize_model(load_any(args.source), inplace=True)
     is_classifier = hasattr(model, 'pretrained_cfg')
     read = partial(classify, top=args.top) if is_classifier else partial(detect, threshold=args.threshold)
     names, results, unread = [], [], []

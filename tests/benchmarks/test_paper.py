@@ -2,12 +2,14 @@
 
 import re
 import shlex
+import sys
 
 import pytest
 import timm
 from helpers import ROOT, run
 from safetensors.torch import save_model
 
+from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import hours, paper
 from timm_depla.data import digits_folder
 from timm_depla.detection.rcnn import split_name
@@ -16,6 +18,18 @@ from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection.flags import create_detection_parser
 
 COMMAND = ('-m', 'benchmarks.evidence')
+
+
+@pytest.fixture(scope='module')
+def imagenet(tmp_path_factory):
+    """Ten classes of ImageNet's layout, with a few digits each."""
+    root = tmp_path_factory.mktemp('data') / 'imagenet'
+    for split, name, count in (('train', 'train', 8), ('validation', 'val', 4)):
+        for digit in range(10):
+            (folder := root / name / f'n{1440764 + digit:08}').mkdir(parents=True)
+            for image in sorted((digits_folder() / split / str(digit)).iterdir())[:count]:
+                (folder / image.name).with_suffix('.JPEG').symlink_to(image)
+    return root
 
 
 @pytest.mark.parametrize(
@@ -34,16 +48,21 @@ def test_runs_are_of_the_table(data, number, tmp_path, capsys):
         assert timm.is_model(model), model
 
 
-def test_costs_are_estimates_before_they_are_measured(tmp_path):
-    out = run(*COMMAND, 'imagenet', '/imagenet', '--table', 3, '--output', tmp_path, '--processes', 1).stdout
+def test_costs_are_estimates_before_they_are_measured(tmp_path, monkeypatch, capsys):
+    def call(*argv):
+        monkeypatch.setattr(sys, 'argv', ['evidence', *map(str, argv), '--output', str(tmp_path)])
+        evidence.main()
+        return capsys.readouterr().out
+
+    out = call('imagenet', '/imagenet', '--table', 3, '--processes', 1)
     found = re.findall(r'estimated (\S+) H100-hours an epoch, (\S+) in all: 1,281,167 / 256 steps x (\S+) ms', out)
     assert len(found) == 3
     for epoch, total, step in (map(float, row) for row in found):  # by the standard recipe
         assert epoch == pytest.approx(1_281_167 / 256 * step / 3.6e6, rel=0.05)
         assert total == pytest.approx(100 * epoch, rel=0.05)
     assert float(found[0][2]) == 65.7 < float(found[1][2]) < 80  # of resnet50, which was measured
-    assert run(*COMMAND, 'coco', '/coco', '--table', 5, '--output', tmp_path).stdout.count('GPU-hours unknown') == 4
-    run(*COMMAND, 'coco', '/coco', '--table', 4, '--output', tmp_path, '--slurm')
+    assert call('coco', '/coco', '--table', 5).count('GPU-hours unknown') == 4
+    call('coco', '/coco', '--table', 4, '--slurm')
     script = (tmp_path / 'coco_1x-fpn_depla-0.2.slurm').read_text()
     words = shlex.split(script.splitlines()[-1])
     assert words[0] == 'srun' and "depla={'temperature': 0.2}" in words and '--nproc-per-node=8' in words
@@ -55,18 +74,13 @@ def test_the_hours_of_the_page():
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page(tmp_path):
-    """On ten classes of ImageNet's layout and a local file of timm's weights, as far as sizes and the Hub allow."""
-    for split, name, count in (('train', 'train', 8), ('validation', 'val', 4)):
-        for digit in range(10):
-            (folder := tmp_path / 'imagenet' / name / f'n{1440764 + digit:08}').mkdir(parents=True)
-            for image in sorted((digits_folder() / split / str(digit)).iterdir())[:count]:
-                (folder / image.name).with_suffix('.JPEG').symlink_to(image)
+def test_the_commands_of_the_page(imagenet, tmp_path):
+    """On a local file of timm's weights, as far as sizes and the Hub allow."""
     weights = tmp_path / 'resnet18.safetensors'
     save_model(timm.create_model('resnet18', num_classes=10), weights)
     block = re.search(r'```sh\n(.*?)```', (ROOT / 'docs' / 'imagenet.md').read_text(), re.DOTALL)[1]
     for line in block.splitlines():
-        line = line.replace('/imagenet', f'{tmp_path}/imagenet', line.startswith('python train.py'))
+        line = line.replace('/imagenet', str(imagenet), line.startswith('python train.py'))
         line = re.sub(r'(output|published)/', rf'{tmp_path}/\1/', re.sub(r'--push \S+', '', line))
         argv = shlex.split(line)[1:]
         argv += [] if 'publish' in line else ['--workers', 0, '--device', 'cpu']
@@ -82,13 +96,9 @@ def test_the_commands_of_the_page(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_table_from_start_to_end(tmp_path):
-    for split in ('train', 'validation'):
-        (tmp_path / 'images' / split).mkdir(parents=True)
-        for digit in '123':
-            (tmp_path / 'images' / split / digit).symlink_to(digits_folder() / split / digit)
-    table = ('imagenet', tmp_path / 'images', '--table', 3, '--output', tmp_path, '--processes', 1)
-    flags = ('--flags', '--epochs', 1, '--warmup-epochs', 0, '--img-size', 32, '--batch-size', 64, '--device', 'cpu')
+def test_a_table_from_start_to_end(imagenet, tmp_path):
+    table = ('imagenet', imagenet, '--table', 3, '--output', tmp_path, '--processes', 1)
+    flags = ('--flags', '--epochs', 1, '--warmup-epochs', 0, '--img-size', 32, '--batch-size', 16, '--device', 'cpu')
     run(*COMMAND, *table, '--submit', *flags)
     rows = run(*COMMAND, *table, '--report').stdout.splitlines()[2:]
     assert [row.split(' | ')[0] for row in rows] == ['| resnet50', '| resnet50_depla', '| resnet50_depla_adaptive']

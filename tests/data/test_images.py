@@ -15,6 +15,8 @@ from timm_depla.engine.classification.datasets import open_splits
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args
 from timm_depla.errors import ConfigError
+from timm_depla.predict import classify
+from timm_depla.visualize import load_any
 
 FAST = ['--model', 'test_resnet', '--img-size', 32, '--batch-size', 4, '--workers', 1, '--epochs', 1]
 SPLIT = ['--val-fraction', 0.3]
@@ -65,7 +67,7 @@ def test_small_classes_have_both_parts(photos):
 
 def test_a_divided_folder_from_training_to_predictions(photos, tmp_path):
     """The run remembers how it was divided, and validates and predicts by itself."""
-    argv = [*FAST, '--epochs', 3, '--lr', 0.05, '--warmup-epochs', 0]
+    argv = [*FAST, '--model', 'test_resnet_depla', '--epochs', 3, '--lr', 0.05, '--warmup-epochs', 0]
     assert fit(photos, *SPLIT, *argv, '--output', tmp_path, '--experiment', 'run') == 0
     assert yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())['val_fraction'] == 0.3
     (row,) = validate(tmp_path / 'run')
@@ -82,6 +84,9 @@ def test_a_divided_folder_from_training_to_predictions(photos, tmp_path):
     for row in rows:
         assert sum(found['score'] for found in row['predictions']) == pytest.approx(1)
         assert {found['label'] for found in row['predictions']} == set(COLOURS)
+    found, _ = classify(load_any(str(tmp_path / 'run')), photos / 'blue/0.png')  # as trained; the command fuses it
+    pairs = zip(rows[-1]['predictions'], found, strict=True)
+    assert all(a['label'] == b['label'] and a['score'] == pytest.approx(b['score'], abs=1e-5) for a, b in pairs)
     table = list(csv.DictReader(files[1].open()))
     assert [row['image'] for row in table[::2]] == [row['image'] for row in rows]
     sheet = np.asarray(Image.open(files[0])).reshape(-1, 3)

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
-import torch
 from helpers import ROOT, run, summary
 from PIL import Image
 from safetensors.torch import load_file
@@ -49,15 +47,6 @@ def test_learns_and_validation_reproduces_the_logged_accuracy(folder):
     assert float(rows[-1]['eval_top1']) > 80
     best = max(float(r['eval_top1']) for r in rows)
     assert f'top-1 {best:.2f}' in run('validate.py', folder).stderr
-
-
-def test_initial_checkpoint_of_the_backbone(images, tmp_path):
-    torch.manual_seed(0)
-    torch.save(timm.create_model('resnet18', num_classes=1000).state_dict(), tmp_path / 'resnet18.pth')
-    result = run('train.py', images, '--model', 'resnet18_depla', *FAST, '--batch-size', 2, '--output', tmp_path,
-                 '--model-kwargs', "depla={'keep_candidate': True}",
-                 '--initial-checkpoint', tmp_path / 'resnet18.pth')  # fmt: skip
-    assert re.search(r'resnet18.pth: 120 tensors loaded, \d+ of DEPLA new, head left as it was', result.stderr)
 
 
 @pytest.fixture
