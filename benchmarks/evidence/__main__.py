@@ -9,7 +9,7 @@ import torch
 from timm_depla.commands import run_command
 
 from . import hours, paper, report, study
-from .proxies import DATA
+from .instruments import INSTRUMENTS
 from .variants import VARIANTS
 
 
@@ -19,7 +19,7 @@ def main() -> Optional[int]:
     run = commands.add_parser('run', help='train what is not on record yet', description=study.__doc__)
     train = commands.add_parser('train', help='train one network, on record or not, and record it')
     for command in (run, train):
-        command.add_argument('data', choices=DATA, metavar='DATA', help=f'one of {", ".join(DATA)}')
+        command.add_argument('data', choices=INSTRUMENTS, metavar='DATA', help=f'one of {", ".join(INSTRUMENTS)}')
         command.add_argument('--device', default='cpu', help="'cpu' or 'cuda'")
     names = ', '.join(VARIANTS)
     run.add_argument('variants', nargs='+', metavar='VARIANT', help=f'variants, with wildcards: {names}')
@@ -34,7 +34,8 @@ def main() -> Optional[int]:
     commands.add_parser('docs', help='write the tables and plots of docs/evidence.md from the records')
     args = parser.parse_args()
     if args.name == 'run':
-        chosen = [variant for variant in VARIANTS if any(fnmatch(variant, pattern) for pattern in args.variants)]
+        known = INSTRUMENTS[args.data].variants
+        chosen = [variant for variant in known if any(fnmatch(variant, pattern) for pattern in args.variants)]
         study.run(args.data, chosen, args.jobs, args.device)
     elif args.name == 'train':
         torch.set_num_threads(1)

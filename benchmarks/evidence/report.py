@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -11,30 +12,46 @@ from scipy import stats
 
 from ..record import table
 from . import study
-from .proxies import DATA, arguments
+from .instruments import INSTRUMENTS
 from .study import RATES, best_rate, final_jobs
 from .variants import VARIANTS
 
 DOCS = Path(__file__).parents[2] / 'docs'
 PAGES = ('evidence.md', 'protocol.md')
 PAPER = Path(__file__).parents[1] / 'paper_results.json'
-TRAINED = [(data, name) for data in DATA for name, each in VARIANTS.items() if each.is_detector == (data == 'scenes')]
+TRAINED = [(data, name) for data, instrument in INSTRUMENTS.items() for name in instrument.variants]
 LEVEL = 0.05  # of a verdict, after Holm's correction
 
-# By table its claims: a variant, the one that it is compared with, and the rows of the paper that say the same.
-CLAIMS: Dict[str, Sequence[Tuple[str, str, Any]]] = {
-    'calibration': [(name, 'base', None) for name in ('se', 'gc', 'cbam', 'nl')],  # modules that gain on ImageNet
-    'claims': [('depla', 'base', ('imagenet_standard_training', 'resnet50_depla', 'resnet50', 'top1'))],
-    'detection': [
-        *((f'fpn-depla-{t}', 'fpn', ('fpn_temperature', ['fpn_depla', t], 'fpn', 'box_ap')) for t in (0.2, 0.5, 1.0)),
-        ('fpn-depla-0.5', 'fpn-norm', None),
-        (
-            'backbone-fishnet-depla',
-            'backbone-fishnet',
-            ('coco_backbones', 'fishnet150_depla', 'fishnet150', 'mask_rcnn_box_ap_s_m_l'),
-        ),
-        ('backbone-fishnet-depla-norm', 'backbone-fishnet-norm', None),
-    ],
+
+class Table(NamedTuple):
+    """Differences on one set, whose p values are corrected together."""
+
+    data: str  # of INSTRUMENTS
+    claims: Sequence[Tuple[str, str]]  # a variant, and the one that it is compared with
+    paper: Sequence[Any] = ()  # for each claim, the rows of the paper that say the same
+
+
+_FPN = [('fpn_temperature', ['fpn_depla', t], 'fpn', 'box_ap') for t in (0.2, 0.5, 1.0)]
+_FISHNET = ('coco_backbones', 'fishnet150_depla', 'fishnet150', 'mask_rcnn_box_ap_s_m_l')
+_KNOWN = [(name, 'base') for name in ('se', 'gc', 'cbam', 'nl')]  # modules that gain on ImageNet
+TABLES = {
+    'relations': Table('odd', [(name, 'base') for name in ('control', 'gc', 'nl', 'depla')] + [('depla', 'control')]),
+    'calibration': Table('fashion', _KNOWN),
+    'claims': Table(
+        'fashion', [('depla', 'base')], [('imagenet_standard_training', 'resnet50_depla', 'resnet50', 'top1')]
+    ),
+    'detection': Table(
+        'scenes',
+        [
+            ('fpn-depla-0.2', 'fpn'),
+            ('fpn-depla-0.5', 'fpn'),
+            ('fpn-depla-1.0', 'fpn'),
+            ('fpn-depla-0.5', 'fpn-norm'),
+            ('backbone-fishnet-depla', 'backbone-fishnet'),
+            ('backbone-fishnet-depla-norm', 'backbone-fishnet-norm'),
+        ],
+        [*_FPN, None, _FISHNET, None],
+    ),
 }
 
 
@@ -91,24 +108,24 @@ def _paper_difference(name: str, better: Any, worse: Any, column: str) -> str:
     return f'{found[0] - found[1]:+.1f}'
 
 
-def _found(data: str, name: str) -> List[Tuple[str, Difference, Any]]:
-    """What has been run of a table's claims on a set: label, difference, and the paper's rows."""
-    found = []
-    for variant, other, paper in CLAIMS[name]:
-        if VARIANTS[variant].is_detector == (data == 'scenes') and (each := difference(data, variant, other)):
-            found.append((f'{VARIANTS[variant].label} less {VARIANTS[other].label}', each, paper))
-    return found
+def _found(name: str) -> List[Tuple[str, Difference, Any]]:
+    """What has been run of a table's claims: label, difference, and the paper's rows."""
+    data, claims, paper = TABLES[name]
+    return [
+        (f'{VARIANTS[variant].label} less {VARIANTS[other].label}', found, rows)
+        for (variant, other), rows in zip_longest(claims, paper)
+        if (found := difference(data, variant, other))
+    ]
 
 
 def compare(name: str) -> str:
-    """A table of claims on each set where a claim has been run. The correction is over the claims of a set."""
-    rows = []
-    for data in DATA:
-        found = _found(data, name)
-        for (label, each, paper), p in zip(found, correct([each for _, each, _ in found]), strict=True):
-            row = [data, label, str(each), f'{p:.3f}' if p >= 0.001 else '< 0.001']
-            rows.append([*row, '' if paper is None else _paper_difference(*paper), f'**{verdict(each, p)}**'])
-    return table(['set', 'difference', '95% interval', 'corrected p', "the paper's, on ImageNet or COCO", ''], rows)
+    """A table of the claims that have been run. The correction is over these."""
+    found, rows = _found(name), []
+    for (label, each, paper), p in zip(found, correct([each for _, each, _ in found]), strict=True):
+        row = [label, str(each), f'{p:.3f}' if p >= 0.001 else '< 0.001', f'**{verdict(each, p)}**']
+        rows.append([*row, *([_paper_difference(*paper) if paper else ''] if TABLES[name].paper else [])])
+    header = ['difference', '95% interval', 'corrected p', '']
+    return table([*header, *(["the paper's, on ImageNet or COCO"] if TABLES[name].paper else [])], rows)
 
 
 def networks() -> str:
@@ -117,7 +134,7 @@ def networks() -> str:
         if values := final(data, name):
             variant, parameters = VARIANTS[name], ''
             if not variant.is_detector:
-                kwargs = arguments(variant, data)
+                kwargs = INSTRUMENTS[data].model_kwargs(variant)
                 model = timm.create_model(variant.model, device='meta', num_classes=10, in_chans=1, **kwargs)
                 parameters = f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.3f}'
             seeds = ' '.join(f'{value:.2f}' for value in values)
@@ -146,7 +163,9 @@ def plot() -> None:
     """Plot the difference of each finished claim, a panel for each set."""
     from matplotlib import pyplot as plt
 
-    panels = {data: [row[:2] for name in CLAIMS for row in _found(data, name)] for data in DATA}
+    panels: Dict[str, List[Tuple[str, Difference]]] = {}
+    for name in TABLES:
+        panels.setdefault(TABLES[name].data, []).extend(row[:2] for row in _found(name))
     panels = {data: found for data, found in panels.items() if found}
     if not panels:
         return
@@ -171,7 +190,7 @@ def plot() -> None:
 
 def tables() -> Dict[str, str]:
     """By the name of its marker, each table of the pages."""
-    return {**{name: compare(name) for name in CLAIMS}, 'networks': networks(), 'tuning': tuning()}
+    return {**{name: compare(name) for name in TABLES}, 'networks': networks(), 'tuning': tuning()}
 
 
 def write() -> None:

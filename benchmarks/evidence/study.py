@@ -22,19 +22,17 @@ from timm_depla.engine.detection.flags import create_detection_parser
 from timm_depla.hub.record import create_record
 
 from ..record import read_summary
-from . import proxies
+from .instruments import INSTRUMENTS
 from .variants import VARIANTS
 
 RECORDS = Path(__file__).with_name('records.jsonl')  # a line a run
 RATES = (0.001, 0.003, 0.009, 0.027, 0.081, 0.243, 0.729, 2.187)  # each variant uses its best
-FIRST_RATES = {'top1': (1, 4), 'AP': (2, 5)}  # slice to try; extended while the best is at its end
-TUNING_SEEDS = (100, 101, 102)  # to choose the learning rate; the first alone in detection
 
 
 class Job(NamedTuple):
     """A network to train."""
 
-    data: str  # of PROXIES; 'scenes' in detection
+    data: str  # of INSTRUMENTS
     variant: str
     seed: int
     lr: float
@@ -68,8 +66,8 @@ def score(run: Dict[str, Any]) -> float:
 
 def tuning(data: str, variant: str) -> Dict[float, Optional[float]]:
     """Mean over the tuning seeds at each learning rate that a variant is to try, None until all are on record."""
-    low, high = FIRST_RATES['AP' if VARIANTS[variant].is_detector else 'top1']
-    known = _index()
+    rates, known = INSTRUMENTS[data].rates, _index()
+    low, high = RATES.index(rates[0]), RATES.index(rates[-1]) + 1
     while True:
         found = {}
         for rate in RATES[low:high]:
@@ -85,8 +83,7 @@ def tuning(data: str, variant: str) -> Dict[float, Optional[float]]:
 
 
 def tuning_jobs(data: str, variant: str, rate: float) -> List[Job]:
-    seeds = TUNING_SEEDS[: 1 if VARIANTS[variant].is_detector else None]
-    return [Job(data, variant, seed, rate) for seed in seeds]
+    return [Job(data, variant, seed, rate) for seed in INSTRUMENTS[data].tuning_seeds]
 
 
 def best_rate(data: str, variant: str) -> Optional[float]:
@@ -97,25 +94,23 @@ def best_rate(data: str, variant: str) -> Optional[float]:
 
 def final_jobs(data: str, variant: str) -> List[Job]:
     """The runs of a variant that count; empty until its learning rate is chosen."""
-    rate, seeds = best_rate(data, variant), range(5 if VARIANTS[variant].is_detector else 10)
-    return [] if rate is None else [Job(data, variant, seed, rate) for seed in seeds]
+    rate = best_rate(data, variant)
+    return [] if rate is None else [Job(data, variant, seed, rate) for seed in INSTRUMENTS[data].seeds]
 
 
 def train(job: Job, device: str = 'cpu') -> Dict[str, Any]:
     """Train a network and record it. The caller sets the number of threads, which changes the rounding of sums."""
-    variant = VARIANTS[job.variant]
-    flags = ['--model', variant.model, '--seed', str(job.seed), '--device', device, '--workers', '0']
-    flags += ['--lr', str(job.lr), '--experiment', 'run']
+    variant, instrument = VARIANTS[job.variant], INSTRUMENTS[job.data]
+    flags = [*instrument.flags(job.data), '--model', variant.model, '--seed', str(job.seed), '--device', device]
+    flags += ['--workers', '0', '--lr', str(job.lr), '--experiment', 'run']
     if variant.is_detector:
-        flags += ['--recipe', 'scenes', '--epochs', '8', '--val-interval', '8']
         flags += [] if device == 'cpu' else ['--no-deterministic']  # each process would compile a RoI align
         parser, engine = create_detection_parser(), detection
     else:
-        flags += proxies.flags(job.data)
         parser, engine = create_train_parser(), classification
     with tempfile.TemporaryDirectory() as output:
         args = parse_args(parser, [*flags, '--output', output])
-        args = updated(args, model_kwargs={**args.model_kwargs, **proxies.arguments(variant, job.data)})
+        args = updated(args, model_kwargs={**args.model_kwargs, **instrument.model_kwargs(variant)})
         if code := engine.train(args):  # stopped by a signal
             raise SystemExit(code)
         rows = read_summary(Path(output, 'run'))

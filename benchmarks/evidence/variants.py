@@ -51,12 +51,18 @@ def narrow_resnet_depla(pretrained: bool = False, stage: int = 3, **kwargs: Any)
     return _narrow(test_resnet_depla, stage, {**kwargs, 'depla': dict(stage=stage) | kwargs.get('depla', {})})
 
 
+ATTENTION = {  # 76 channels: as many parameters as DEPLA has at 224, within 1%
+    'nl': NonLocalAttn,
+    'pooled': partial(GlobalContext, use_attn=False, fuse_add=True, fuse_scale=False, rd_channels=76),
+}
+
+
 @register_model
-def narrow_resnet_nl(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
-    """The base with timm's non-local blocks where another has DEPLA."""
+def narrow_resnet_attn(pretrained: bool = False, stage: int = 3, attn: str = 'nl', **kwargs: Any) -> ResNet:
+    """The base with a module of timm where another has DEPLA: non-local, or a bottleneck over the mean of the map."""
     model = narrow_resnet(stage=stage, **kwargs)
     for block in getattr(model, f'layer{stage}')[1:]:
-        block.se = NonLocalAttn(block.bn3.num_features)
+        block.se = ATTENTION[attn](block.bn3.num_features)
     return model
 
 
@@ -110,8 +116,11 @@ VARIANTS: Dict[str, Variant] = {
     'se': Variant('SE', 'narrow_resnet', dict(block_args=dict(attn_layer='se'))),
     'gc': Variant('GC', 'narrow_resnet', dict(block_args=dict(attn_layer='gca'))),
     'cbam': Variant('CBAM', 'narrow_resnet', dict(block_args=dict(attn_layer='cbam'))),
-    'nl': Variant('non-local', 'narrow_resnet_nl'),
+    'nl': Variant('non-local', 'narrow_resnet_attn'),
+    'control': Variant('mean of the map, equal parameters', 'narrow_resnet_attn', dict(attn='pooled')),
     'depla': Variant('DEPLA', 'narrow_resnet_depla'),
+    'adaptive': Variant('adaptive DEPLA', 'narrow_resnet_depla', dict(depla=dict(bfn='adaptive'))),
+    'kept': Variant('DEPLA, candidate kept', 'narrow_resnet_depla', dict(depla=dict(keep_candidate=True))),
     'lite0': Variant('Lite0', LITE0),
     'lite0-depla': Variant('DEPLA', 'backbone_depla', dict(backbone=LITE0)),
     'lite0-adaptive': Variant('DEPLA, adaptive', 'backbone_depla', dict(backbone=LITE0, depla=dict(bfn='adaptive'))),

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from scipy import ndimage
 
-from benchmarks.evidence import fashion, report, scattered, study
-from benchmarks.evidence.proxies import PROXIES, arguments
+from benchmarks.evidence import drawn, fashion, odd, report, study
+from benchmarks.evidence.instruments import INSTRUMENTS
+from benchmarks.evidence.scattered import Scattered
+from benchmarks.evidence.shapes import Shapes
 from benchmarks.evidence.variants import VARIANTS
 from timm_depla.detection import create_detector
 from timm_depla.detection.fpn import FeaturePyramidNetworkDepla
@@ -29,8 +33,10 @@ def small(tmp_path, monkeypatch):
             header = bytes([0, 0, 8, array.ndim]) + b''.join(side.to_bytes(4, 'big') for side in array.shape)
             (folder / f'{name}-{kind}-ubyte.gz').write_bytes(gzip.compress(header + array.tobytes()))
     monkeypatch.setenv('XDG_DATA_DIRS', str(tmp_path))
-    for name, scatter in scattered.SETS.items():
-        monkeypatch.setitem(scattered.SETS, name, replace(scatter, images={'train': 80, 'validation': 20}))
+    for name, instrument in INSTRUMENTS.items():
+        if instrument.images is not None:
+            few = replace(instrument.images, images={'train': 80, 'validation': 20})
+            monkeypatch.setitem(INSTRUMENTS, name, instrument._replace(images=few))
     monkeypatch.setattr(study, 'RECORDS', tmp_path / 'records.jsonl')
     return tmp_path
 
@@ -45,39 +51,80 @@ def test_half_a_download_is_never_taken_for_a_whole_one(small, monkeypatch):
         for _ in range(2):
             with pytest.raises(RuntimeError, match='no Fashion-MNIST: apt install dataset-fashion-mnist'):
                 fashion.fashion_folder()
-    assert len(fashion.garments(False)) == 20
+    assert sum(map(len, fashion.by_class(False))) == 20
 
 
-def test_scattered_objects(small):
-    digits = scattered.SETS['digits']
-    for name, kind in (('a', digits), ('b', digits), ('c', replace(digits, fragments=0))):
-        scattered.write(small / name, kind)
+def test_images_are_drawn_from_their_number(small):
+    scattered = Scattered(drawn.digits, 64, (10, 48), 4, {'train': 80, 'validation': 20})
+    for name, kind in (('a', scattered), ('b', scattered), ('c', replace(scattered, fragments=0))):
+        drawn.write(small / name, kind)
     files = {name: sorted((small / name).rglob('*.png')) for name in 'abc'}
     assert len(files['a']) == 100 and len({path.parent for path in files['a']}) == 20
     same = [a.read_bytes() == b.read_bytes() for a, b in zip(files['a'], files['b'], strict=True)]
     assert all(same) and len({path.read_bytes() for path in files['a']}) == 100
-    ink = {name: np.mean([np.asarray(scattered.Image.open(path)) for path in files[name]]) for name in 'ac'}
+    ink = {name: np.mean([np.asarray(Image.open(path)) for path in files[name]]) for name in 'ac'}
     assert ink['a'] > 1.1 * ink['c']
-    lit = [np.asarray(scattered.Image.open(path)) for path in scattered.cached('garments').rglob('*.png')]
-    assert len(lit) == 100 and np.std([image.mean() for image in lit]) > 40
+    lit = replace(scattered, sources=fashion.by_class, is_lit=True)
+    assert np.std([lit.draw(np.random.default_rng(i), True, i % 10).mean() for i in range(40)]) > 40
 
 
-@pytest.mark.parametrize('name', VARIANTS)
-def test_variants_exist(name):
-    variant = VARIANTS[name]
+@pytest.mark.parametrize('groups', [1, 2])
+def test_one_digit_is_odd(groups, monkeypatch):
+    """Each class drawn as a grey level of its own, so that the image tells which digits are in it."""
+    sources = [[np.full((8, 8), 60 + 18 * label, np.uint8)] for label in range(10)]
+    monkeypatch.setattr(odd, 'digits', lambda is_training: sources)
+    images = odd.OddOneOut({}, pairs=2 if groups == 1 else 1, groups=groups)
+    for label in range(images.classes):
+        pixels = images.draw(np.random.default_rng(label), True, label).astype(int)
+        middles = pixels[7::16, 7::16].ravel()
+        inks = [middles] if groups == 1 else [(middles - 128) * 2, (128 - middles) * 2]
+        found = []
+        for ink in inks:
+            counts = np.bincount([round((level - 60) / 18) for level in ink if level > 50], minlength=10)
+            assert sorted(counts[counts > 0]) == [1] + [2] * images.pairs
+            found.append(int(np.flatnonzero(counts == 1)[0]))
+        assert found == ([label] if groups == 1 else list(divmod(label, 10)))
+
+
+@pytest.mark.parametrize('question', ['same', 'inside'])
+def test_shapes(question):
+    """A shape in another is gone when holes are filled; one that only moved has the same height and width."""
+    images, near = Shapes({}, question), {0: 0, 1: 0}
+    for seed in range(20):
+        for label in (0, 1):
+            ink = images.draw(np.random.default_rng(seed), True, label) > 0
+            labels, count = ndimage.label(ndimage.binary_fill_holes(ink), np.ones((3, 3)))
+            assert count == (1 if question == 'inside' and label else 2)
+            sides = [[part.stop - part.start for part in each] for each in ndimage.find_objects(labels)]
+            near[label] += np.abs(np.subtract(*sides)).max() <= 1 if count == 2 else 0
+    assert question == 'inside' or (near[1] == 20 and near[0] < 10)
+
+
+@pytest.mark.parametrize('data,name', [(data, name) for data in INSTRUMENTS for name in INSTRUMENTS[data].variants])
+def test_variants_exist(data, name):
+    variant, instrument = VARIANTS[name], INSTRUMENTS[data]
     assert not variant.rate_of or not VARIANTS[variant.rate_of].rate_of
     if variant.is_detector:
         model = create_detector(variant.model, num_classes=11, **variant.kwargs)
         assert model.roi_heads.box_predictor.cls_score.out_features == 11
         assert ('fpn-depla' in name) == isinstance(model.backbone.fpn, FeaturePyramidNetworkDepla)
-    for data in () if variant.is_detector else PROXIES:
-        kwargs = arguments(variant, data)
-        model = timm.create_model(variant.model, device='meta', num_classes=10, in_chans=1, **kwargs)
-        last = model.layer2 if data == 'fashion' else model.layer3
-        assert len(last) == 4 and model.num_classes == 10
+        return
+    kwargs = instrument.model_kwargs(variant)
+    model = timm.create_model(variant.model, device='meta', num_classes=10, in_chans=1, **kwargs)
+    assert model.num_classes == 10
+    if 'lite0' not in data:
+        assert len(model.layer2 if data == 'fashion' else model.layer3) == 4
 
 
-@pytest.mark.parametrize('data,variant', [('digits', 'se'), ('garments', 'nl'), ('fashion', 'depla')])
+def test_control_has_as_many_parameters():
+    sizes = [
+        sum(value.numel() for value in timm.create_model(variant.model, device='meta', **variant.kwargs).parameters())
+        for variant in (VARIANTS['depla'], VARIANTS['control'], VARIANTS['base'])
+    ]
+    assert sizes[0] - sizes[2] == pytest.approx(sizes[1] - sizes[2], rel=0.01)
+
+
+@pytest.mark.parametrize('data,variant', [('odd', 'control'), ('same', 'nl'), ('fashion', 'depla')])
 def test_a_run_gives_its_number_again(data, variant, small):
     job = study.Job(data, variant, 3, 0.003)
     first, again = study.train(job), study.train(job)
@@ -105,46 +152,46 @@ def tune(data, variant, rate, score):
 
 
 def test_grid_goes_on_beyond_a_best_rate_at_its_edge(small):
-    assert study.tuning('digits', 'base') == {0.003: None, 0.009: None, 0.027: None}
+    assert study.tuning('odd', 'base') == {0.003: None, 0.009: None, 0.027: None}
     assert list(study.tuning('scenes', 'fpn')) == [0.009, 0.027, 0.081]
     for rate, top1 in ((0.003, 88.0), (0.009, 90.0), (0.027, 89.0)):
-        tune('digits', 'base', rate, top1)
-        tune('digits', 'se', rate, -top1 if rate == 0.009 else rate)
-    assert study.best_rate('digits', 'base') == 0.009 and study.best_rate('garments', 'base') is None
-    assert study.best_rate('digits', 'se') is None and study.tuning('digits', 'se')[0.081] is None
-    tune('digits', 'se', 0.081, 0.0)
-    assert study.best_rate('digits', 'se') == 0.027  # and if it were not:
-    tune('digits', 'se', 0.081, 1.0)
-    assert study.best_rate('digits', 'se') is None and study.tuning('digits', 'se')[0.243] is None
-    tune('digits', 'se', 0.081, 0.0)
-    assert study.final_jobs('digits', 'se')[-1] == study.Job('digits', 'se', 9, 0.027)
+        tune('odd', 'base', rate, top1)
+        tune('odd', 'se', rate, -top1 if rate == 0.009 else rate)
+    assert study.best_rate('odd', 'base') == 0.009 and study.best_rate('same', 'base') is None
+    assert study.best_rate('odd', 'se') is None and study.tuning('odd', 'se')[0.081] is None
+    tune('odd', 'se', 0.081, 0.0)
+    assert study.best_rate('odd', 'se') == 0.027  # and if it were not:
+    tune('odd', 'se', 0.081, 1.0)
+    assert study.best_rate('odd', 'se') is None and study.tuning('odd', 'se')[0.243] is None
+    tune('odd', 'se', 0.081, 0.0)
+    assert study.final_jobs('odd', 'se')[-1] == study.Job('odd', 'se', 9, 0.027)
 
 
 def test_tables(small, monkeypatch):
     for variant, gain in (('base', 0.0), ('depla', 3.0), ('se', -3.0), ('gc', 0.01)):
         for rate in study.RATES:
-            tune('digits', variant, rate, 90 + rate)
+            tune('odd', variant, rate, 90 + rate)
         for seed in range(10):
-            fake('digits', variant, seed, study.RATES[-1], 85 + gain + seed % 5)
+            fake('odd', variant, seed, study.RATES[-1], 85 + gain + seed % 5)
     for rate, score in zip(study.RATES[2:6], (50, 60, 65, 55), strict=True):
         tune('scenes', 'fpn-depla-0.5', rate, score)
         tune('scenes', 'fpn', rate, score)
     for seed in range(5):
         fake('scenes', 'fpn-depla-1.0', seed, 0.081, 70 + seed)
         fake('scenes', 'fpn', seed, 0.081, 60 + seed)
-    assert study.best_rate('digits', 'base') == study.RATES[-1] and study.best_rate('digits', 'nl') is None
+    assert study.best_rate('odd', 'base') == study.RATES[-1] and study.best_rate('odd', 'nl') is None
     # ten seeds each, of a standard deviation of 1.491: an error of 1.491 sqrt(2 / 10) = 0.667, times 2.101
-    found = report.difference('digits', 'depla', 'base')
+    found = report.difference('odd', 'depla', 'base')
     assert (found.mean, found.half) == pytest.approx((3.0, 1.401), abs=1e-3)
+    claims = [(name, 'base') for name in ('depla', 'se', 'gc', 'nl')]
+    monkeypatch.setitem(report.TABLES, 'claims', report.Table('odd', claims))
     assert report.compare('claims').splitlines()[2:] == [
-        '| digits | DEPLA less base | +3.00 ± 1.40 | < 0.001 | +1.7 | **gains** |'
-    ]
-    assert report.compare('calibration').splitlines()[2:] == [
-        '| digits | SE less base | -3.00 ± 1.40 | < 0.001 |  | **costs** |',
-        '| digits | GC less base | +0.01 ± 1.40 | 0.988 |  | **undecided** |',
+        '| DEPLA less base | +3.00 ± 1.40 | < 0.001 | **gains** |',
+        '| SE less base | -3.00 ± 1.40 | < 0.001 | **costs** |',
+        '| GC less base | +0.01 ± 1.40 | 0.988 | **undecided** |',
     ]
     assert report.compare('detection').splitlines()[2:] == [
-        '| scenes | FPN-DEPLA, T = 1.0 less FPN | +10.00 ± 2.31 | < 0.001 | +1.0 | **gains** |'
+        '| FPN-DEPLA, T = 1.0 less FPN | +10.00 ± 2.31 | < 0.001 | **gains** | +1.0 |'
     ]
     for name in report.PAGES:
         (small / name).write_text('\n\n'.join(f'<!-- {mark} -->\n\n<!-- end -->' for mark in ('networks', 'tuning')))
@@ -153,7 +200,7 @@ def test_tables(small, monkeypatch):
     once = (small / 'evidence.md').read_text()
     report.write()
     assert (small / 'evidence.md').read_text() == once and once.count('<!-- end -->') == 2
-    assert '| digits | base | 0.825 | 2.187 | 87.00 ± 1.07 | 85.00 86.00 ' in once
+    assert '| odd | base | 0.825 | 2.187 | 87.00 ± 1.07 | 85.00 86.00 ' in once
     assert '| scenes | FPN |  |  | 50.00 | 60.00 | 65.00 ' in once.replace('|  |  |  |', '|  |  |')
     assert (small / 'evidence.svg').is_file()
 
