@@ -45,7 +45,7 @@ _KNOWN = ('base', 'se', 'cbam', 'nl')
 _ODD = ('base', 'control', 'gc', 'nl', 'se', 'depla', 'adaptive', 'kept')
 _LITE0 = ('lite0', 'lite0-control', 'lite0-se', 'lite0-gc', 'lite0-nl', 'lite0-depla', 'lite0-adaptive')
 _FEW = {'train': 1000, 'validation': 2000}  # images
-_FINETUNE = partial(Instrument, 'lite0.yaml', _LITE0, rates=(0.001, 0.003, 0.009))
+_FINETUNE = partial(Instrument, 'lite0.yaml', _LITE0)
 INSTRUMENTS = {
     'odd': Instrument('odd.yaml', _ODD, OddOneOut(_FRESH, pairs=2), tuning_seeds=(100, 101)),
     'odd-inks': Instrument('odd.yaml', _ODD, OddOneOut(_FRESH, pairs=1, groups=2), tuning_seeds=(100, 101)),
