@@ -17,8 +17,8 @@ from .flags import add_flags
 from .pairs import KEEP_MEMORY
 
 NAMES = (
-    'grid', 'neck', 'speed', 'gpu', 'cost', 'bound', 'kernels', 'block', 'scaling', 'insertion', 'finetune', 'init',
-    'maps', 'deploy', 'throughput', 'versus', 'pipeline', 'feeding', 'crash', 'attack',
+    'grid', 'neck', 'speed', 'gpu', 'cost', 'bound', 'kernels', 'block', 'scaling', 'insertion', 'init', 'maps',
+    'deploy', 'throughput', 'versus', 'pipeline', 'feeding', 'crash', 'attack',
 )  # fmt: skip
 NETWORKS = ('timm_depla/layers', 'timm_depla/models')
 MEASURED = {  # what of the package a benchmark measures, where it is not the networks

@@ -8,9 +8,10 @@ import gzip
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import List
+from typing import Dict, List
 
 import numpy as np
 from filelock import FileLock
@@ -53,3 +54,15 @@ def by_class(is_training: bool) -> List[List[np.ndarray]]:
     """By class, the garments of a split, 28 x 28 grey levels."""
     data = FashionMNIST(str(fashion_folder()), train=is_training)
     return [list(data.data[data.targets == label].numpy()) for label in range(10)]
+
+
+@dataclass(frozen=True)
+class Garments:
+    """Some of the images of Fashion-MNIST, drawn with replacement."""
+
+    images: Dict[str, int]
+    classes: int = 10
+
+    def draw(self, random: np.random.Generator, is_training: bool, label: int) -> np.ndarray:
+        garments = by_class(is_training)[label]
+        return garments[random.integers(len(garments))]

@@ -1,11 +1,14 @@
 """What networks are trained on: public sets or images made of them, for two CPU cores, and which networks and seeds."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from . import drawn
-from .fashion import fashion_folder
+from .fashion import Garments, by_class, fashion_folder
+from .lite0 import lite0_weights
 from .odd import OddOneOut
+from .scattered import Scattered
 from .shapes import Shapes
 from .variants import Variant
 
@@ -25,6 +28,8 @@ class Instrument(NamedTuple):
         """Those of a training's images and recipe."""
         recipe = Path(__file__).with_name(self.recipe)
         flags = ['--recipe', str(recipe) if recipe.is_file() else self.recipe]
+        if self.recipe.startswith('lite0'):
+            flags += ['--pretrained-path', str(lite0_weights())]
         if self.images is not None:
             return ['--data-dir', str(drawn.cached(name, self.images)), *flags]
         if self.recipe == 'scenes':
@@ -38,6 +43,9 @@ class Instrument(NamedTuple):
 _FRESH = {'train': 120000, 'validation': 5000}  # images, each seen once
 _KNOWN = ('base', 'control', 'gc', 'nl', 'se', 'cbam', 'depla', 'adaptive', 'kept')
 _ODD = ('base', 'control', 'gc', 'nl', 'se', 'depla', 'adaptive', 'kept')
+_LITE0 = ('lite0', 'lite0-control', 'lite0-se', 'lite0-gc', 'lite0-nl', 'lite0-depla', 'lite0-adaptive')
+_FEW = {'train': 1000, 'validation': 2000}  # images
+_FINETUNE = partial(Instrument, 'lite0.yaml', _LITE0)
 INSTRUMENTS = {
     'odd': Instrument('relations.yaml', _ODD, OddOneOut(_FRESH, pairs=2), tuning_seeds=(100, 101)),
     'odd-inks': Instrument('relations.yaml', _ODD, OddOneOut(_FRESH, pairs=1, groups=2), tuning_seeds=(100, 101)),
@@ -46,6 +54,10 @@ INSTRUMENTS = {
     'fashion': Instrument(
         'fashion.yaml', ('base', 'se', 'gc', 'cbam', 'nl', 'depla'), arguments=dict(stage=2)
     ),  # 7 x 7 positions
+    'lite0-fashion': _FINETUNE(Garments(_FEW)),
+    'lite0-garments': _FINETUNE(Scattered(by_class, 48, (12, 40), 8, _FEW, is_lit=True)),
+    'lite0-digits': _FINETUNE(Scattered(drawn.digits, 64, (10, 48), 4, _FEW)),
+    'lite0-fashion-5000': _FINETUNE(Garments({**_FEW, 'train': 5000}))._replace(recipe='lite0-5000.yaml'),
     'scenes': Instrument(
         'scenes',
         ('fpn', 'fpn-depla-0.2', 'fpn-depla-0.5', 'fpn-depla-1.0', 'fpn-norm', 'backbone-fishnet')

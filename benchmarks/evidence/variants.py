@@ -3,10 +3,13 @@
 from functools import partial
 from typing import Any, Callable, Dict, NamedTuple
 
+import timm
+import torch
 import torch.nn as nn
-from timm.layers import GlobalContext, NonLocalAttn
+from timm.layers import GlobalContext, NonLocalAttn, SEModule, get_device_dtype
 from timm.models import register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet, test_resnet
+from torch import Tensor
 
 from timm_depla.models.resnet_depla import test_resnet_depla
 
@@ -63,6 +66,47 @@ def narrow_resnet_attn(pretrained: bool = False, stage: int = 3, attn: str = 'nl
     return model
 
 
+LITE0 = 'tf_efficientnet_lite0'
+PLACES = ('blocks.4.1', 'blocks.4.2')  # of LITE0, where `backbone_depla` inserts: 112 channels at 1/16
+
+
+class GainedSE(SEModule):
+    """Squeeze-and-excitation as x + gain * (SE(x) - x), with a gain of each channel that starts at zero."""
+
+    def __init__(self, chs: int, **dd) -> None:
+        super().__init__(chs, **dd)
+        self.gain = nn.Parameter(torch.zeros(chs, 1, 1, **dd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gain * (super().forward(x) - x)
+
+
+class AddedContext(GlobalContext):
+    """timm's global context block in its form that adds; it starts at zero, its last bias too."""
+
+    def __init__(self, chs: int, **kwargs) -> None:
+        super().__init__(chs, fuse_add=True, fuse_scale=False, **kwargs)
+        nn.init.zeros_(self.mlp_add.fc2.bias)
+
+
+MODULES = {  # each starts at zero; 79 channels give the control as many parameters as plain DEPLA
+    'se': GainedSE, 'gc': AddedContext, 'nl': NonLocalAttn,
+    'control': partial(AddedContext, use_attn=False, rd_channels=79),
+}  # fmt: skip
+
+
+@register_model
+def lite0_module(pretrained: bool = False, module: str = 'se', **kwargs: Any) -> nn.Module:
+    """EfficientNet-Lite0 with another module where `backbone_depla` has DEPLA; it starts as the network alone."""
+    model = timm.create_model(LITE0, pretrained=pretrained, **kwargs)
+    for name in PLACES:
+        block = model.get_submodule(name)
+        added = MODULES[module](block.conv_pwl.out_channels, **get_device_dtype(model))
+        added.is_new = True  # it trains at the whole rate
+        model.set_submodule(name, nn.Sequential(block, added))
+    return model
+
+
 FPN, FPN_DEPLA = 'maskrcnn_test_resnet_fpn', 'maskrcnn_test_resnet_fpn_depla'
 FISHNET, FISHNET_DEPLA = 'maskrcnn_test_fishnet_fpn', 'maskrcnn_test_fishnet_depla_fpn'
 NORM = dict(neck_norm='batchnorm2d')
@@ -77,6 +121,13 @@ VARIANTS: Dict[str, Variant] = {
     'depla': Variant('DEPLA', 'narrow_resnet_depla'),
     'adaptive': Variant('adaptive DEPLA', 'narrow_resnet_depla', dict(depla=dict(bfn='adaptive'))),
     'kept': Variant('DEPLA, candidate kept', 'narrow_resnet_depla', dict(depla=dict(keep_candidate=True))),
+    'lite0': Variant('Lite0', LITE0),
+    'lite0-depla': Variant('DEPLA', 'backbone_depla', dict(backbone=LITE0)),
+    'lite0-adaptive': Variant('DEPLA, adaptive', 'backbone_depla', dict(backbone=LITE0, depla=dict(bfn='adaptive'))),
+    'lite0-se': Variant('SE', 'lite0_module', dict(module='se')),
+    'lite0-gc': Variant('GC', 'lite0_module', dict(module='gc')),
+    'lite0-nl': Variant('non-local', 'lite0_module', dict(module='nl')),
+    'lite0-control': Variant('control of equal parameters', 'lite0_module', dict(module='control')),
     'fpn': Variant('FPN', FPN),
     'fpn-depla-0.2': Variant('FPN-DEPLA, T = 0.2', FPN_DEPLA, dict(depla=dict(temperature=0.2)), 'fpn-depla-0.5'),
     'fpn-depla-0.5': Variant('FPN-DEPLA, T = 0.5', FPN_DEPLA, dict(depla=dict(temperature=0.5))),

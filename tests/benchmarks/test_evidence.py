@@ -111,7 +111,9 @@ def test_variants_exist(data, name):
         return
     kwargs = instrument.model_kwargs(variant)
     model = timm.create_model(variant.model, device='meta', num_classes=10, in_chans=1, **kwargs)
-    assert len(model.layer2 if data == 'fashion' else model.layer3) == 4 and model.num_classes == 10
+    assert model.num_classes == 10
+    if 'lite0' not in data:
+        assert len(model.layer2 if data == 'fashion' else model.layer3) == 4
 
 
 def test_control_has_as_many_parameters():

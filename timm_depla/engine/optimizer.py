@@ -30,11 +30,14 @@ SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'constant', 'plateau', 'poly
 
 
 def group_parameters(trainable: nn.Module, args: Namespace) -> List[Dict[str, Any]]:
-    """Parameter groups in which `args.backbone_lr_scale` scales the rate of all but DEPLA and the classifier."""
+    """Parameter groups in which `args.backbone_lr_scale` scales the rate of all but the classifier and what is new.
+
+    New are DEPLA and modules with an attribute `is_new`.
+    """
     if args.layer_decay is not None:
         raise ValueError('--backbone-lr-scale and --layer-decay both scale the rate: give one of them')
     parts = [module.get_classifier() for module in trainable.modules() if hasattr(module, 'get_classifier')]
-    parts += [module for module in trainable.modules() if isinstance(module, Depla)]
+    parts += [module for module in trainable.modules() if isinstance(module, Depla) or hasattr(module, 'is_new')]
     new = {id(parameter) for part in parts for parameter in part.parameters()}
     excluded = getattr(trainable, 'no_weight_decay', set)()
     groups = param_groups_weight_decay(trainable, args.weight_decay, no_weight_decay_list=excluded)
