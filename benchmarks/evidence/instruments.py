@@ -40,17 +40,16 @@ class Instrument(NamedTuple):
         return {**variant.kwargs, **self.arguments}
 
 
-_FRESH = {'train': 120000, 'validation': 5000}  # images, each seen once
-_KNOWN = ('base', 'control', 'gc', 'nl', 'se', 'cbam', 'depla', 'adaptive', 'kept')
-_ODD = ('base', 'control', 'gc', 'nl', 'se', 'depla', 'adaptive', 'kept')
+_FRESH = {'train': 60000, 'validation': 5000}  # images, each seen once
+_RELATIONS = ('base', 'control', 'gc', 'nl', 'se', 'depla', 'adaptive', 'kept')
 _LITE0 = ('lite0', 'lite0-control', 'lite0-se', 'lite0-gc', 'lite0-nl', 'lite0-depla', 'lite0-adaptive')
 _FEW = {'train': 1000, 'validation': 2000}  # images
 _FINETUNE = partial(Instrument, 'lite0.yaml', _LITE0)
 INSTRUMENTS = {
-    'odd': Instrument('relations.yaml', _ODD, OddOneOut(_FRESH, pairs=2), tuning_seeds=(100, 101)),
-    'odd-inks': Instrument('relations.yaml', _ODD, OddOneOut(_FRESH, pairs=1, groups=2), tuning_seeds=(100, 101)),
-    'same': Instrument('relations.yaml', _KNOWN, Shapes(_FRESH, 'same')),
-    'inside': Instrument('relations.yaml', _KNOWN, Shapes(_FRESH, 'inside')),
+    'odd': Instrument('relations.yaml', _RELATIONS, OddOneOut(_FRESH, pairs=2), tuning_seeds=(100, 101)),
+    'odd-inks': Instrument('relations.yaml', _RELATIONS, OddOneOut(_FRESH, pairs=1, groups=2), tuning_seeds=(100, 101)),
+    'same': Instrument('relations.yaml', _RELATIONS, Shapes(_FRESH, 'same'), seeds=range(6), tuning_seeds=(100, 101)),
+    'inside': Instrument('relations.yaml', _RELATIONS, Shapes(_FRESH, 'inside')),
     'fashion': Instrument(
         'fashion.yaml', ('base', 'se', 'gc', 'cbam', 'nl', 'depla'), arguments=dict(stage=2)
     ),  # 7 x 7 positions
