@@ -17,8 +17,8 @@ from .flags import add_flags
 from .pairs import KEEP_MEMORY
 
 NAMES = (
-    'grid', 'neck', 'speed', 'gpu', 'cost', 'bound', 'kernels', 'block', 'scaling', 'insertion', 'init', 'maps',
-    'deploy', 'throughput', 'versus', 'pipeline', 'feeding', 'crash', 'attack',
+    'grid', 'neck', 'speed', 'gpu', 'cost', 'bound', 'kernels', 'scaling', 'insertion', 'maps', 'deploy',
+    'throughput', 'versus', 'pipeline', 'feeding', 'crash', 'attack',
 )  # fmt: skip
 NETWORKS = ('timm_depla/layers', 'timm_depla/models')
 MEASURED = {  # what of the package a benchmark measures, where it is not the networks
@@ -32,7 +32,7 @@ DOCS = record.ROOT / 'docs' / 'benchmarks.md'
 OLDER = '\\*'
 EARLIER = (
     'Commit 7087eaf has the tables of forms that are no longer in the code (`grid-paths-*`, `neck-paths`), and of '
-    '`grid-bf16`, `grid-onnx`, `bound-batch32`, `speed-fishnet` and `speed-h100-batch32`.'
+    '`grid-bf16`, `grid-onnx`, `bound-batch32`, `speed-fishnet` and `speed-h100-batch32`; commit 16c4994 has `block` (its floor) and `init`.'
 )
 
 

@@ -29,12 +29,10 @@ def test_docs_are_generated_from_the_records():
     [
         ('cost --model resnet50_depla', '| `resnet50_depla` | 4.18 | 1.022 |'),
         (f'{SPEED} --img-size 64 --batch-size 2 --pairs 2', 'Batch 2 at 64 pixels, CPU, bfloat16; 2 turns.'),
-        ('block --shape 2x32x6x7 --pairs 2', '| adaptive, (2, 32, 6, 7), contiguous | '),
         (SCALING, '| non-local block |'),
         ('bound --model resnet50_depla --batch-size 8', '| `resnet50_depla` | 1.0'),
         (f'{GRID} 1 2 --path plain fused', '| `test_resnet_depla` | 2 | '),
         (f'{GRID} 2 --mode onnx --record grid-onnx', 'CPU, onnx'),
-        ('init --batch-size 2', 'gradient of `rpn.logits.conv.weight`'),
         ('insertion --model test_vit*', '0 of 5 networks take DEPLA. What the others do: 5 works on tokens'),
         ('neck --img-size 96 --pairs 2 --path plain', 'pyramid, training step'),
         ('feeding --pairs 2 --batch-size 4', '| torchvision v2 |'),
