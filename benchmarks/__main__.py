@@ -17,7 +17,7 @@ from .flags import add_flags
 from .pairs import KEEP_MEMORY
 
 NAMES = (
-    'grid', 'neck', 'speed', 'gpu', 'cost', 'bound', 'kernels', 'scaling', 'insertion', 'maps', 'deploy',
+    'grid', 'neck', 'speed', 'gpu', 'cost', 'bound', 'kernels', 'insertion', 'maps', 'deploy',
     'throughput', 'versus', 'pipeline', 'feeding', 'crash', 'attack',
 )  # fmt: skip
 NETWORKS = ('timm_depla/layers', 'timm_depla/models')
@@ -32,7 +32,8 @@ DOCS = record.ROOT / 'docs' / 'benchmarks.md'
 OLDER = '\\*'
 EARLIER = (
     'Commit 7087eaf has the tables of forms that are no longer in the code (`grid-paths-*`, `neck-paths`), and of '
-    '`grid-bf16`, `grid-onnx`, `bound-batch32`, `speed-fishnet` and `speed-h100-batch32`; commit 16c4994 has `block` (its floor) and `init`.'
+    '`grid-bf16`, `grid-onnx`, `bound-batch32`, `speed-fishnet` and `speed-h100-batch32`; commit '
+    '16c4994 has `block` (its floor), `init` and `scaling`.'
 )
 
 

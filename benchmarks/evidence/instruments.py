@@ -7,7 +7,6 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 from . import drawn
 from .fashion import Garments, by_class, fashion_folder
 from .lite0 import lite0_weights
-from .odd import OddOneOut
 from .scattered import Scattered
 from .shapes import Shapes
 from .variants import Variant
@@ -46,10 +45,7 @@ _LITE0 = ('lite0', 'lite0-control', 'lite0-se', 'lite0-gc', 'lite0-nl', 'lite0-d
 _FEW = {'train': 1000, 'validation': 2000}  # images
 _FINETUNE = partial(Instrument, 'lite0.yaml', _LITE0)
 INSTRUMENTS = {
-    'odd': Instrument('relations.yaml', _RELATIONS, OddOneOut(_FRESH, pairs=2), tuning_seeds=(100, 101)),
-    'odd-inks': Instrument('relations.yaml', _RELATIONS, OddOneOut(_FRESH, pairs=1, groups=2), tuning_seeds=(100, 101)),
-    'same': Instrument('relations.yaml', _RELATIONS, Shapes(_FRESH, 'same'), seeds=range(6), tuning_seeds=(100, 101)),
-    'inside': Instrument('relations.yaml', _RELATIONS, Shapes(_FRESH, 'inside')),
+    'same': Instrument('relations.yaml', _RELATIONS, Shapes(_FRESH), seeds=range(6), tuning_seeds=(100, 101)),
     'fashion': Instrument(
         'fashion.yaml', ('base', 'se', 'gc', 'cbam', 'nl', 'depla'), arguments=dict(stage=2)
     ),  # 7 x 7 positions

@@ -37,8 +37,8 @@ _FISHNET = ('coco_backbones', 'fishnet150_depla', 'fishnet150', 'mask_rcnn_box_a
 _KNOWN = [(name, 'base') for name in ('se', 'gc', 'cbam', 'nl')]  # modules that gain on ImageNet
 TABLES = {
     'relations': Table(
-        'odd',
-        'Odd one out: top-1',
+        'same',
+        'Same or different: top-1',
         [(name, 'base') for name in ('control', 'gc', 'nl', 'depla')] + [('depla', 'control')],
     ),
     'calibration': Table('fashion', 'Fashion-MNIST, known modules: top-1', _KNOWN),

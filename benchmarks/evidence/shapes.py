@@ -6,39 +6,26 @@ from typing import Dict
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE = 48  # pixels, height and width of an image
+SIZE, RADIUS = 48, 8  # pixels: side of an image, and the greatest extent of a shape from its centre
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """A class of yes and one of no.
-
-    Args:
-        images: Images in each split.
-        question: 'same', whether one shape is the other moved, or 'inside', whether one is in the other.
-    """
+    """Is one shape the other, moved? A class of no and one of yes, with this many images in each split."""
 
     images: Dict[str, int]
-    question: str
     classes: int = 2
 
     def draw(self, random: np.random.Generator, is_training: bool, label: int) -> np.ndarray:
-        radii = (8, 8) if self.question == 'same' else (15, 4)
         first = _shape(random)
-        outlines = [first, first if self.question == 'same' and label else _shape(random)]
-        is_inside = bool(label) and self.question == 'inside'
+        outlines = first, first if label else _shape(random)
         while True:
-            centres = [random.uniform(radius + 1, SIZE - radius - 1, 2) for radius in radii]
-            lines = [outline * radius + at for outline, radius, at in zip(outlines, radii, centres, strict=True)]
-            image = Image.new('L', (SIZE, SIZE))
-            ImageDraw.Draw(image).polygon([*map(tuple, lines[0])], fill=255)
-            covered = np.asarray(image)[tuple(lines[1].round().astype(int).T[::-1])] > 0
-            is_apart = np.abs(centres[0] - centres[1]).max() > sum(radii) + 3
-            if covered.all() if is_inside else is_apart:
+            centres = [random.uniform(RADIUS + 1, SIZE - RADIUS - 1, 2) for _ in outlines]
+            if np.abs(centres[0] - centres[1]).max() > 2 * RADIUS + 3:
                 break
         image = Image.new('L', (SIZE, SIZE))
-        for line in lines:
-            ImageDraw.Draw(image).polygon([*map(tuple, line)], outline=255)
+        for outline, centre in zip(outlines, centres, strict=True):
+            ImageDraw.Draw(image).polygon([*map(tuple, outline * RADIUS + centre)], outline=255)
         return np.asarray(image)
 
 

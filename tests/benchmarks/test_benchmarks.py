@@ -12,7 +12,6 @@ from benchmarks import record
 
 SPEED = 'speed --model test_resnet_depla test_resnet:cbam test_resnet_depla+fused --base test_resnet --amp'
 GRID = 'grid --model test_resnet_depla --img-size 64 --seconds 0.1 --batch-size'
-SCALING = 'scaling --model test_resnet_depla --base test_resnet --img-size 64 96 --pairs 2'
 KERNELS = 'kernels --model test_resnet_depla --base test_resnet --img-size 64 --batch-size 2'
 PIPELINE = 'pipeline --model test_resnet_depla --images 80 --img-size 32 --batch-size 16 --epochs 2'
 
@@ -29,7 +28,6 @@ def test_docs_are_generated_from_the_records():
     [
         ('cost --model resnet50_depla', '| `resnet50_depla` | 4.18 | 1.022 |'),
         (f'{SPEED} --img-size 64 --batch-size 2 --pairs 2', 'Batch 2 at 64 pixels, CPU, bfloat16; 2 turns.'),
-        (SCALING, '| non-local block |'),
         ('bound --model resnet50_depla --batch-size 8', '| `resnet50_depla` | 1.0'),
         (f'{GRID} 1 2 --path plain fused', '| `test_resnet_depla` | 2 | '),
         (f'{GRID} 2 --mode onnx --record grid-onnx', 'CPU, onnx'),
