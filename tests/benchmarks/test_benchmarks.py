@@ -43,9 +43,8 @@ def test_runs_and_writes_its_record(arguments, expected, monkeypatch, tmp_path, 
     monkeypatch.setattr(record, 'FOLDER', tmp_path)
     monkeypatch.setattr(benchmarks, 'DOCS', tmp_path / 'benchmarks.md')
     monkeypatch.setattr(sys, 'argv', ['benchmarks', *arguments.split()])
-    monkeypatch.setattr(inductor.aot_inductor, 'debug_compile', True)  # unoptimized C++, without the headers of
-    monkeypatch.setattr(inductor.cpp, 'simdlen', 1)  # vectors: the same counts, compiled sooner
-    benchmarks.main()
+    with inductor.patch({'aot_inductor.debug_compile': True, 'cpp.simdlen': 1}):  # C++ that compiles sooner, as counted
+        benchmarks.main()
     assert expected in capsys.readouterr().out
     assert [record.changes(record.load(name)) for name in record.names()] == [[]]
     docs = (tmp_path / 'benchmarks.md').read_text()
