@@ -179,7 +179,7 @@ def test_python_runs(block, monkeypatch, capsys):
 def shapes(text):
     """The lines of a session, as the epochs, the machine and the random weights leave them."""
     lines = [re.sub(r'\(.*?\)|[\d.]+(e-\d+)?|(?<=\.jpg).*', '', line) for line in text.splitlines()]
-    return [line for line in lines if not line.startswith(('rate', 'device', 'best'))]
+    return [line for line in lines if not line.startswith(('rate', 'device', 'best', 'demo/lite'))]
 
 
 def test_session(tmp_path):
