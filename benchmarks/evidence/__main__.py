@@ -21,10 +21,9 @@ def main() -> Optional[int]:
     for command in (run, train):
         command.add_argument('data', choices=INSTRUMENTS, metavar='DATA', help=f'one of {", ".join(INSTRUMENTS)}')
         command.add_argument('--device', default='cpu', help="'cpu' or 'cuda'")
-    names = ', '.join(VARIANTS)
-    run.add_argument('variants', nargs='+', metavar='VARIANT', help=f'variants, with wildcards: {names}')
+    run.add_argument('variants', nargs='+', metavar='VARIANT', help='variants, with wildcards')
     run.add_argument('--jobs', type=int, default=2, help='networks to train at a time, each on one thread')
-    train.add_argument('variant', choices=VARIANTS, metavar='VARIANT', help=f'one of {names}')
+    train.add_argument('variant', choices=VARIANTS, metavar='VARIANT', help=f'one of {", ".join(VARIANTS)}')
     train.add_argument('--seed', type=int, default=0)
     train.add_argument('--lr', type=float, help='learning rate; the one chosen for the variant by default')
     for name in paper.TABLES:
@@ -36,6 +35,8 @@ def main() -> Optional[int]:
     if args.name == 'run':
         known = INSTRUMENTS[args.data].variants
         chosen = [variant for variant in known if any(fnmatch(variant, pattern) for pattern in args.variants)]
+        if not chosen:
+            parser.error(f"no variant of '{args.data}' is so named: {', '.join(known)}")
         study.run(args.data, chosen, args.jobs, args.device)
     elif args.name == 'train':
         torch.set_num_threads(1)
