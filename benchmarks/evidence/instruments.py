@@ -40,12 +40,19 @@ class Instrument(NamedTuple):
 
 
 _FRESH = {'train': 60000, 'validation': 5000}  # images, each seen once
-_RELATIONS = ('base', 'control', 'gc', 'nl', 'se', 'depla', 'adaptive', 'kept')
+_RELATIONS = ('base', 'control', 'gc', 'nl', 'depla')
 _LITE0 = ('lite0', 'lite0-control', 'lite0-se', 'lite0-gc', 'lite0-nl', 'lite0-depla', 'lite0-adaptive')
 _FEW = {'train': 1000, 'validation': 2000}  # images
 _FINETUNE = partial(Instrument, 'lite0.yaml', _LITE0)
 INSTRUMENTS = {
     'same': Instrument('relations.yaml', _RELATIONS, Shapes(_FRESH), seeds=range(6), tuning_seeds=(100, 101)),
+    'same-120000': Instrument(
+        'relations.yaml',
+        ('base', 'control', 'nl', 'depla', 'kept', 'mean', 'adaptive'),
+        Shapes({**_FRESH, 'train': 120000}),
+        seeds=range(10, 20),
+        tuning_seeds=(110, 111, 112),
+    ),
     'fashion': Instrument(
         'fashion.yaml', ('base', 'se', 'gc', 'cbam', 'nl', 'depla'), arguments=dict(stage=2)
     ),  # 7 x 7 positions

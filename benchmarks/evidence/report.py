@@ -41,6 +41,12 @@ TABLES = {
         'Same or different: top-1',
         [(name, 'base') for name in ('control', 'gc', 'nl', 'depla')] + [('depla', 'control')],
     ),
+    'relations-120000': Table(
+        'same-120000',
+        'Same or different, twice the images: top-1',
+        [(name, 'base') for name in ('control', 'nl', 'depla')] + [('depla', 'control'), ('depla', 'nl')],
+    ),
+    'parts': Table('same-120000', 'What makes it: top-1', [('depla', name) for name in ('kept', 'mean', 'adaptive')]),
     'calibration': Table('fashion', 'Fashion-MNIST, known modules: top-1', _KNOWN),
     'claims': Table(
         'fashion',

@@ -119,8 +119,11 @@ VARIANTS: Dict[str, Variant] = {
     'nl': Variant('non-local', 'narrow_resnet_attn'),
     'control': Variant('mean of the map, equal parameters', 'narrow_resnet_attn', dict(attn='pooled')),
     'depla': Variant('DEPLA', 'narrow_resnet_depla'),
-    'adaptive': Variant('adaptive DEPLA', 'narrow_resnet_depla', dict(depla=dict(bfn='adaptive'))),
-    'kept': Variant('DEPLA, candidate kept', 'narrow_resnet_depla', dict(depla=dict(keep_candidate=True))),
+    'adaptive': Variant('adaptive DEPLA', 'narrow_resnet_depla', dict(depla=dict(bfn='adaptive')), 'depla'),
+    'kept': Variant('DEPLA, candidate kept', 'narrow_resnet_depla', dict(depla=dict(keep_candidate=True)), 'depla'),
+    'mean': Variant(
+        'DEPLA, T = 1000: gathers the mean', 'narrow_resnet_depla', dict(depla=dict(temperature=1000)), 'depla'
+    ),
     'lite0': Variant('Lite0', LITE0),
     'lite0-depla': Variant('DEPLA', 'backbone_depla', dict(backbone=LITE0)),
     'lite0-adaptive': Variant('DEPLA, adaptive', 'backbone_depla', dict(backbone=LITE0, depla=dict(bfn='adaptive'))),
