@@ -179,19 +179,18 @@ def plot() -> None:
     from matplotlib import pyplot as plt
 
     panels = {each.title: found for name, each in TABLES.items() if (found := _found(name))}
-    heights = [len(found) + 2 for found in panels.values()]
-    figure, places = plt.subplots(
-        len(panels), figsize=(8, 0.28 * sum(heights)), height_ratios=heights, squeeze=False, layout='constrained'
-    )
-    for axes, (title, found) in zip(places.flat, panels.items(), strict=True):
+    rows = sum(len(found) + 2 for found in panels.values())  # two for a title and the numbers below
+    figure, top = plt.figure(figsize=(8, 0.28 * rows)), rows
+    for title, found in panels.items():
+        axes = figure.add_axes((0.42, (top - 1 - len(found)) / rows, 0.4, len(found) / rows))
+        top -= len(found) + 2
         labels, differences = zip(*(row[:2] for row in found), strict=True)
         means, halves = [each.mean for each in differences], [each.half for each in differences]
         axes.errorbar(means, range(len(found)), xerr=halves, fmt='o', markersize=4, capsize=2, color='tab:blue')
         axes.set_yticks(range(len(found)), labels)
         axes.secondary_yaxis('right').set_yticks(range(len(found)), list(map(str, differences)))
         axes.axvline(0, color='0.7', linewidth=1)
-        axes.invert_yaxis()
-        axes.margins(y=0.5 / len(found))
+        axes.set_ylim(len(found) - 0.5, -0.5)
         axes.set_title(title, loc='left', fontsize='medium', fontweight='bold')
     plt.close(figure)
     with plt.rc_context({'svg.hashsalt': '', 'svg.fonttype': 'none'}):  # text as text, the same bytes each time
@@ -207,6 +206,7 @@ def tables() -> Dict[str, str]:
 
 def write() -> None:
     """Write each table between its markers in the pages, and draw the plot."""
+    study.compact()
     made = tables()
     for name in PAGES:
         text = (DOCS / name).read_text()

@@ -25,7 +25,7 @@ from ..record import read_summary
 from .instruments import INSTRUMENTS
 from .variants import VARIANTS
 
-RECORDS = Path(__file__).with_name('records.jsonl')  # a line a run
+RECORDS = Path(__file__).with_name('records.jsonl')  # a line a network and rate, with the results of each seed
 RATES = (0.001, 0.003, 0.009, 0.027, 0.081, 0.243, 0.729, 2.187)  # each variant uses its best
 
 
@@ -38,13 +38,20 @@ class Job(NamedTuple):
     lr: float
 
     def command(self, device: str = 'cpu') -> str:
-        command = f'python -m benchmarks.evidence train {self.data} {self.variant} --seed {self.seed} --lr {self.lr}'
+        command = f'python -m benchmarks.evidence train {self.data} {self.variant} --lr {self.lr} --seed {self.seed}'
         return command if device == 'cpu' else f'{command} --device {device}'
 
 
+def _lines() -> List[Dict[str, Any]]:
+    return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.is_file() else []
+
+
 def _index() -> Dict[Job, Dict[str, Any]]:
-    runs = map(json.loads, RECORDS.read_text().splitlines()) if RECORDS.is_file() else ()
-    return {Job(run['data'], run['variant'], run['seed'], run['lr']): run for run in runs}
+    return {
+        Job(line['data'], line['variant'], int(seed), line['lr']): {**line, 'results': results}
+        for line in _lines()
+        for seed, results in line['results'].items()
+    }
 
 
 def load(job: Job) -> Optional[Dict[str, Any]]:
@@ -54,8 +61,20 @@ def load(job: Job) -> Optional[Dict[str, Any]]:
 
 def save(run: Dict[str, Any]) -> None:
     """Add a run to the records."""
+    line = {**run, 'results': {run['seed']: run['results']}}
+    del line['seed']
     with RECORDS.open('a') as file:
-        file.write(json.dumps(run) + '\n')
+        file.write(json.dumps(line) + '\n')
+
+
+def compact() -> None:
+    """Put the runs of a network on one line where all but the seed is the same."""
+    lines: Dict[str, Dict[str, Any]] = {}
+    for each in _lines():
+        results = each.pop('results')
+        lines.setdefault(json.dumps(each), {}).update(results)
+    text = ''.join(json.dumps({**json.loads(each), 'results': results}) + '\n' for each, results in lines.items())
+    RECORDS.write_text(text)
 
 
 def score(run: Dict[str, Any]) -> float:
@@ -120,7 +139,7 @@ def train(job: Job, device: str = 'cpu') -> Dict[str, Any]:
         if key == 'train_loss' or key.startswith('eval_')
     }
     gpu = {} if device == 'cpu' else {'gpu': torch.cuda.get_device_name(device)}
-    entry = create_record(job.command(device), results, **job._asdict(), **gpu)
+    entry = create_record(job._replace(seed='SEED').command(device), results, **job._asdict(), **gpu)
     save(entry)
     return entry
 

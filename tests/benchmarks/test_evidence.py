@@ -111,8 +111,11 @@ def test_a_run_gives_its_number_again(data, variant, small):
     job = study.Job(data, variant, 3, 0.003)
     first, again = study.train(job), study.train(job)
     assert first['results'] == again['results'] == study.load(job)['results']
-    assert first['command'] == f'python -m benchmarks.evidence train {data} {variant} --seed 3 --lr 0.003'
+    assert first['command'] == f'python -m benchmarks.evidence train {data} {variant} --lr 0.003 --seed SEED'
     assert study.train(job._replace(seed=4))['results'] != first['results']
+    known, lines = study._index(), study.RECORDS.read_text().count('\n')
+    study.compact()
+    assert study._index() == known and (lines, study.RECORDS.read_text().count('\n')) == (3, 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without a GPU')
