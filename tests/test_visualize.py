@@ -14,7 +14,7 @@ from timm_depla.capture import capture, capturing, find_blocks, measure, strengt
 from timm_depla.detection import create_detector
 from timm_depla.errors import ConfigError
 from timm_depla.layers.linear import back_fill, match_size, soft_roi_pool
-from timm_depla.visualize import draw_block, main, render_summary, summarize
+from timm_depla.visualize import draw_block, load_any, main, render_summary, summarize
 
 DIGITS = f'local-dir:{ROOT / "hub" / "weights" / "test_resnet_depla.digits"}'
 ADAPTIVE = dict(depla=dict(bfn='adaptive', temperature=0.5))
@@ -102,8 +102,11 @@ def test_measures_tell_uniform_and_dead_groups():
     assert row[-2].split(', ')[0] == '3' and '5' in row[-1].split(', ')
 
 
-def test_summary_is_the_mean_over_the_files(digit):
-    model, _ = build('test_resnet_depla')
+@pytest.mark.parametrize(
+    'weights', [DIGITS, DIGITS.replace('digits', 'fashion_mnist')]
+)  # the latter are of grey images
+def test_summary_is_the_mean_over_the_files(digit, weights):
+    model = load_any(weights)
     files = sorted(digit.parent.iterdir())[:3]
     each = [summarize(model, [file]) for file in files]
     for name, values in summarize(model, files).items():

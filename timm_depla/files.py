@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 __all__ = [
-    'FORMATS', 'SUMS', 'check_own', 'check_writable', 'escape', 'find_change', 'format_json', 'is_unvalidated',
+    'FORMATS', 'MODES', 'SUMS', 'check_own', 'check_writable', 'escape', 'find_change', 'format_json', 'is_unvalidated',
     'list_digest', 'list_sums', 'open_image', 'open_to_append', 'read_key', 'read_mapping', 'read_tensors',
     'write_bytes', 'write_file',
 ]  # fmt: skip
@@ -23,6 +23,7 @@ __all__ = [
 SUMS = 'checksums.json'
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM')
 """Pillow's names of the accepted image formats; no other decoder runs, whatever the file's suffix."""
+MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # Pillow's, by a model's channels
 MAX_PIXELS = 2**27
 MAX_YAML = 2**20  # bytes
 MAX_JSON = 2**26

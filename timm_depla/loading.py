@@ -5,6 +5,7 @@ import socket
 import tempfile
 from argparse import Namespace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Dict, Optional, Sequence
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -86,7 +87,7 @@ def look_offline() -> None:
 def _cause(error: Exception) -> str:
     """What an error of loading says."""
     if not isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-        return ' '.join(str(error).split()) or type(error).__name__
+        return shorten(str(error), 500, placeholder=' ...') or type(error).__name__
     return f'{constants.ENDPOINT} cannot be reached, and its cache lacks the weights: connect, or give a file'
 
 

@@ -21,7 +21,7 @@ from timm_depla.data import find_images
 from timm_depla.detection.predict import draw_detections, predict, read_image
 from timm_depla.engine.progress import progress
 from timm_depla.errors import ConfigError, as_config_error
-from timm_depla.files import check_writable, escape, format_json, open_image, write_file
+from timm_depla.files import MODES, check_writable, escape, format_json, open_image, write_file
 from timm_depla.visualize import load_any
 
 __all__ = ['classify', 'detect', 'draw_sheet', 'label_names', 'main']
@@ -46,7 +46,7 @@ def label_names(model: nn.Module) -> List[str]:
 def classify(model: nn.Module, file: Path, top: int = 5) -> Tuple[Predictions, Image.Image]:
     """The most probable classes of an image file, cropped as in validation, and the picture; OSError if unreadable."""
     config = resolve_model_data_config(model, use_test_size=True)
-    picture = open_image(file, {1: 'L', 4: 'RGBA'}.get(config['input_size'][0], 'RGB'))
+    picture = open_image(file, MODES.get(config['input_size'][0], 'RGB'))
     x = create_transform(**config)(picture)[None].to(next(model.parameters()).device)
     scores, labels = model.eval()(x)[0].softmax(0).topk(min(top, model.num_classes))
     names = label_names(model)

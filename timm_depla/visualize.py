@@ -21,7 +21,7 @@ from timm_depla.data import find_images
 from timm_depla.detection import from_pretrained, is_detector
 from timm_depla.detection.predict import read_image
 from timm_depla.errors import ConfigError, as_config_error, require
-from timm_depla.files import check_writable
+from timm_depla.files import MODES, check_writable
 from timm_depla.layers.linear import match_size
 from timm_depla.loading import load_model
 
@@ -125,9 +125,10 @@ def prepare(model: nn.Module, pixels: Tensor, name: str = 'the image') -> Tuple[
         image = pixels / 255
         return image, [image]
     config = resolve_model_data_config(model)
-    x = create_transform(**config, is_training=False)(to_pil_image(pixels))
+    picture = to_pil_image(pixels).convert(MODES.get(config['input_size'][0], 'RGB'))
+    x = create_transform(**config, is_training=False)(picture)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
-    return (x * std + mean).clamp(0, 1).expand(3, -1, -1), x[None]
+    return (x * std + mean)[:3].clamp(0, 1).expand(3, -1, -1), x[None]
 
 
 def read_input(model: nn.Module, file: Path) -> Tuple[Tensor, Any]:

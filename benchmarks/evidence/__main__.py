@@ -2,6 +2,7 @@
 
 import argparse
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Optional
 
 import torch
@@ -26,6 +27,7 @@ def main() -> Optional[int]:
     train.add_argument('variant', choices=VARIANTS, metavar='VARIANT', help=f'one of {", ".join(VARIANTS)}')
     train.add_argument('--seed', type=int, default=0)
     train.add_argument('--lr', type=float, help='learning rate; the one chosen for the variant by default')
+    train.add_argument('--maps', type=Path, metavar='FILE', help='measure the maps of DEPLA and draw those of an image')
     for name in paper.TABLES:
         parts = commands.add_parser(name, help=f"the runs of the paper's tables on {name}", description=paper.__doc__)
         paper.add_args(parts, name)
@@ -44,9 +46,11 @@ def main() -> Optional[int]:
         rate = args.lr or study.best_rate(args.data, args.variant)
         if rate is None:
             parser.error(f"no learning rate is chosen yet for '{args.variant}': give --lr")
+        if args.maps and INSTRUMENTS[args.data].images is None:
+            parser.error(f"--maps needs images that are drawn, which '{args.data}' has not")
         job = study.Job(args.data, args.variant, args.seed, rate)
-        for key, values in study.train(job, args.device)['results'].items():
-            print(key, values[-1])
+        for key, values in study.train(job, args.device, args.maps)['results'].items():
+            print(key, values if key == 'maps' else values[-1])
     elif args.name in paper.TABLES:
         return paper.main(args.name, args)
     elif args.name == 'hours':

@@ -17,7 +17,7 @@ from .study import RATES, best_rate, final_jobs
 from .variants import VARIANTS
 
 DOCS = Path(__file__).parents[2] / 'docs'
-PAGES = ('evidence.md', 'protocol.md')
+PAGES = ('evidence.md', 'protocol.md', 'gallery.md')
 PAPER = Path(__file__).parents[1] / 'paper_results.json'
 TRAINED = [(data, name) for data, instrument in INSTRUMENTS.items() for name in instrument.variants]
 LEVEL = 0.05  # of a verdict, after Holm's correction
@@ -174,6 +174,17 @@ def tuning() -> str:
     return table(['set', '', *RATES], rows)
 
 
+def maps() -> str:
+    """Where the maps of the networks fall whose maps were measured: 1 is a uniform map."""
+    rows = []
+    for data, name in TRAINED:
+        for job in final_jobs(data, name):
+            for block, groups in ((study.load(job) or {}).get('results', {}).get('maps') or {}).items():
+                cells = [f'{statistics.mean(each):.2f} ({min(each):.2f} to {max(each):.2f})' for each in groups]
+                rows.append([data, VARIANTS[name].label, job.seed, f'`{block}`', *cells])
+    return table(['set', '', 'seed', 'block', 'ROI maps: mean (groups)', 'heatmaps'], rows)
+
+
 def plot() -> None:
     """Plot the difference of each finished claim, in percentage points: a panel for each table."""
     from matplotlib import pyplot as plt
@@ -201,7 +212,7 @@ def plot() -> None:
 
 def tables() -> Dict[str, str]:
     """By the name of its marker, each table of the pages."""
-    return {**{name: compare(name) for name in TABLES}, 'networks': networks(), 'tuning': tuning()}
+    return {**{name: compare(name) for name in TABLES}, 'networks': networks(), 'tuning': tuning(), 'maps': maps()}
 
 
 def write() -> None:

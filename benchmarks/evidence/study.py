@@ -23,6 +23,7 @@ from timm_depla.hub.record import create_record
 
 from ..record import read_summary
 from .instruments import INSTRUMENTS
+from .maps import draw_maps
 from .variants import VARIANTS
 
 RECORDS = Path(__file__).with_name('records.jsonl')  # a line a network and rate, with the results of each seed
@@ -117,27 +118,37 @@ def final_jobs(data: str, variant: str) -> List[Job]:
     return [] if rate is None else [Job(data, variant, seed, rate) for seed in INSTRUMENTS[data].seeds]
 
 
-def train(job: Job, device: str = 'cpu') -> Dict[str, Any]:
-    """Train a network and record it. The caller sets the number of threads, which changes the rounding of sums."""
+def fit(job: Job, output: str, device: str = 'cpu') -> Dict[str, List[float]]:
+    """Train a network in the run folder `output`/run, and return its losses and metrics by epoch.
+
+    The caller sets the number of threads, which changes the rounding of sums.
+    """
     variant, instrument = VARIANTS[job.variant], INSTRUMENTS[job.data]
     flags = [*instrument.flags(job.data), '--model', variant.model, '--seed', str(job.seed), '--device', device]
-    flags += ['--workers', '0', '--lr', str(job.lr), '--experiment', 'run']
+    flags += ['--workers', '0', '--lr', str(job.lr), '--output', output, '--experiment', 'run']
     if variant.is_detector:
         flags += [] if device == 'cpu' else ['--no-deterministic']  # each process would compile a RoI align
         parser, engine = create_detection_parser(), detection
     else:
         parser, engine = create_train_parser(), classification
-    with tempfile.TemporaryDirectory() as output:
-        args = parse_args(parser, [*flags, '--output', output])
-        args = updated(args, model_kwargs={**args.model_kwargs, **instrument.model_kwargs(variant)})
-        if code := engine.train(args):  # stopped by a signal
-            raise SystemExit(code)
-        rows = read_summary(Path(output, 'run'))
-    results = {
+    args = parse_args(parser, flags)
+    args = updated(args, model_kwargs={**args.model_kwargs, **instrument.model_kwargs(variant)})
+    if code := engine.train(args):  # stopped by a signal
+        raise SystemExit(code)
+    rows = read_summary(Path(output, 'run'))
+    return {
         key: [float(row[key]) for row in rows if row[key]]
         for key in rows[-1]
         if key == 'train_loss' or key.startswith('eval_')
     }
+
+
+def train(job: Job, device: str = 'cpu', figure: Optional[Path] = None) -> Dict[str, Any]:
+    """Train a network and record it; with `figure`, measure its DEPLA maps, and draw those of an image."""
+    with tempfile.TemporaryDirectory() as output:
+        results: Dict[str, Any] = fit(job, output, device)
+        if figure is not None:
+            results['maps'] = draw_maps(job.data, Path(output, 'run'), figure)
     gpu = {} if device == 'cpu' else {'gpu': torch.cuda.get_device_name(device)}
     entry = create_record(job._replace(seed='SEED').command(device), results, **job._asdict(), **gpu)
     save(entry)
@@ -157,7 +168,7 @@ def _run(job: Job, device: str) -> None:
 
 def run(data: str, variants: Sequence[str], jobs: int, device: str = 'cpu') -> None:
     """Train variants, `jobs` networks at a time: first the tuning runs, then those that count, seed by seed."""
-    fit = partial(_run, device=device)
+    fit_one = partial(_run, device=device)
     with ThreadPoolExecutor(jobs) as pool:
         while missing := [
             job
@@ -166,6 +177,6 @@ def run(data: str, variants: Sequence[str], jobs: int, device: str = 'cpu') -> N
             if found is None
             for job in tuning_jobs(data, variant, rate)
         ]:
-            list(pool.map(fit, missing))
+            list(pool.map(fit_one, missing))
         final = [job for variant in variants for job in final_jobs(data, variant)]
-        list(pool.map(fit, sorted(final, key=lambda job: job.seed)))
+        list(pool.map(fit_one, sorted(final, key=lambda job: job.seed)))

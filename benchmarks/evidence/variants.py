@@ -35,6 +35,7 @@ def _narrow(entrypoint: Callable[..., ResNet], stage: int, kwargs: Dict[str, Any
     blocks = [Bottleneck if number == stage else BasicBlock for number in range(1, 5)]
     layers = [4 if number == stage else 1 for number in range(1, 5)]
     model = entrypoint(**{**NARROW, 'block': blocks, 'layers': layers, **kwargs})
+    model.pretrained_cfg['architecture'] = entrypoint.__name__.replace('test', 'narrow')  # its checkpoints name it
     model.maxpool = nn.Identity()
     return model
 

@@ -15,7 +15,7 @@ from timm.utils.misc import natural_key
 
 from timm_depla.data import UNREADABLE, few, find_split, inspect_images, open_folder
 from timm_depla.errors import ConfigError
-from timm_depla.files import escape
+from timm_depla.files import MODES, escape
 
 from ..batches import max_unreadable
 from ..config import updated
@@ -28,7 +28,6 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 MAX_CHECKED = 20_000  # images of a split that are all read before training, in a minute or two
 SCHEMES = ('https', 'http', 'hf', 's3', 'gs')  # of streams; webdataset has more, one of which runs any command
 
@@ -62,7 +61,7 @@ def _check_data(args: Namespace, kind: str, split: str) -> None:
 
 def image_mode(args: Namespace) -> str:
     """Pillow's mode of the images: the one asked for, or that of the model's channels."""
-    return args.input_img_mode or _MODES.get(args.in_chans, 'RGB')
+    return args.input_img_mode or MODES.get(args.in_chans, 'RGB')
 
 
 def _is_stream(args: Namespace) -> bool:
