@@ -102,9 +102,7 @@ def test_measures_tell_uniform_and_dead_groups():
     assert row[-2].split(', ')[0] == '3' and '5' in row[-1].split(', ')
 
 
-@pytest.mark.parametrize(
-    'weights', [DIGITS, DIGITS.replace('digits', 'fashion_mnist')]
-)  # the latter are of grey images
+@pytest.mark.parametrize('weights', [DIGITS, DIGITS.replace('digits', 'fashion_mnist')], ids=['colour', 'grey'])
 def test_summary_is_the_mean_over_the_files(digit, weights):
     model = load_any(weights)
     files = sorted(digit.parent.iterdir())[:3]

@@ -129,10 +129,10 @@ def test_a_run_without_its_gpu_says_so(small):
     assert not study.RECORDS.exists()
 
 
-def fake(data, variant, seed, rate, score):
+def fake(data, variant, seed, rate, score, **more):
     """Put a run on record."""
     key, scale = ('eval_AP', 0.01) if VARIANTS[variant].is_detector else ('eval_top1', 1)
-    study.save(dict(data=data, variant=variant, seed=seed, lr=rate, results={key: [0.0, scale * score]}))
+    study.save(dict(data=data, variant=variant, seed=seed, lr=rate, results={key: [0.0, scale * score], **more}))
 
 
 def tune(data, variant, rate, score):
@@ -162,6 +162,7 @@ def test_tables(small, monkeypatch):
             tune('same', variant, rate, 90 + rate)
         for seed in range(10):
             fake('same', variant, seed, study.RATES[-1], 85 + gain + seed % 5)
+    fake('same', 'depla', 0, study.RATES[-1], 88, maps={'block': [[1.0, 2.0], [0.5, 0.5]]})
     for rate, score in zip(study.RATES[2:6], (50, 60, 65, 55), strict=True):
         tune('scenes', 'fpn-depla-0.5', rate, score)
         tune('scenes', 'fpn', rate, score)
@@ -179,6 +180,7 @@ def test_tables(small, monkeypatch):
         '| SE over base | -3.00 ± 1.40 | < 0.001 | **costs** |',
         '| GC over base | +0.01 ± 1.40 | 0.988 | **undecided** |',
     ]
+    assert '| same | DEPLA | 0 | `block` | 1.50 (1.00 to 2.00) | 0.50 (0.50 to 0.50) |' in report.maps()
     assert report.compare('detection').splitlines()[2:] == [
         '| FPN-DEPLA, T = 1.0 over FPN | +10.00 ± 2.31 | < 0.001 | **gains** | +1.0 |'
     ]
