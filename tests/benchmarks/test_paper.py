@@ -104,7 +104,8 @@ def test_the_commands_of_the_page(imagenet, tmp_path):
 @pytest.mark.slow
 def test_a_table_from_start_to_end(imagenet, call, tmp_path):
     table = ('imagenet', imagenet, '--table', 3, '--output', tmp_path, '--processes', 1)
-    flags = '--flags --epochs 1 --warmup-epochs 0 --img-size 32 --batch-size 16 --device cpu --workers 0'.split()
+    flags = ('--flags', '--epochs', 1, '--warmup-epochs', 0, '--img-size', 32, '--batch-size', 16, '--device', 'cpu')
+    flags = (*flags, '--workers', 0)
     call(*table, '--submit', *flags)
     rows = call(*table, '--report').out.splitlines()[2:]
     assert [row.split(' | ')[0] for row in rows] == ['| resnet50', '| resnet50_depla', '| resnet50_depla_adaptive']

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from helpers import fit, run, summary, validate
+from helpers import fit, summary, validate
 from huggingface_hub import constants
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook

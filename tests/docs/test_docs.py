@@ -210,7 +210,7 @@ def test_fine_tuning_page(tmp_path, monkeypatch, capfd):
             for line in re.sub(r'--epochs \d+', '--epochs 1', block.replace('\\\n', '')).splitlines():
                 first, *argv = shlex.split(line)
                 monkeypatch.setattr(sys, 'argv', argv if first == 'python' else [first, *argv])
-                with pytest.raises(SystemExit, match='^0$'):
+                with pytest.raises(SystemExit, match=r'^0$'):
                     runpy.run_path(str(ROOT / argv[0]), run_name='__main__') if first == 'python' else main()
     printed = capfd.readouterr()
     assert re.search(r'^[358] \d+%$', printed.out, re.MULTILINE)
