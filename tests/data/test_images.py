@@ -3,19 +3,22 @@
 import csv
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import yaml
-from helpers import fit, run, summary, validate
+from helpers import fit, summary, validate
 from huggingface_hub import constants
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from timm_depla.engine.classification.datasets import open_splits
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args
 from timm_depla.errors import ConfigError
-from timm_depla.predict import classify
+from timm_depla.layers import Depla
+from timm_depla.predict import classify, main
 from timm_depla.visualize import load_any
 
 FAST = ['--model', 'test_resnet', '--img-size', 32, '--batch-size', 4, '--workers', 1, '--epochs', 1]
@@ -65,8 +68,14 @@ def test_small_classes_have_both_parts(photos):
     assert sum(file.startswith('red') for file in train) == 1
 
 
-def test_a_divided_folder_from_training_to_predictions(photos, tmp_path):
-    """The run remembers how it was divided, and validates and predicts by itself."""
+def test_a_divided_folder_from_training_to_predictions(photos, tmp_path, monkeypatch, capsys):
+    """The run remembers how it was divided, and validates and predicts by itself, in the fused form."""
+
+    def predict(*argv):
+        monkeypatch.setattr(sys, 'argv', ['predict', *map(str, argv)])
+        capsys.readouterr()
+        main()
+
     argv = [*FAST, '--model', 'test_resnet_depla', '--epochs', 3, '--lr', 0.05, '--warmup-epochs', 0]
     assert fit(photos, *SPLIT, *argv, '--output', tmp_path, '--experiment', 'run') == 0
     assert yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())['val_fraction'] == 0.3
@@ -77,14 +86,17 @@ def test_a_divided_folder_from_training_to_predictions(photos, tmp_path):
     assert fit('--recipe', tmp_path / 'run/args.yaml', *more) == 0
     assert len(summary(tmp_path / 'run')) == 4
     files = [tmp_path / name for name in ('sheet.png', 'table.csv', 'table.json')]
-    predict = ['-m', 'timm_depla.predict', tmp_path / 'run', photos / 'red']
-    result = run(*predict, photos / 'blue/0.png', '--output', *files)
+    used = set()
+    with register_module_forward_pre_hook(lambda module, _: used.add(module)):
+        predict(tmp_path / 'run', photos / 'red', photos / 'blue/0.png', '--output', *files)
+    blocks = [module for module in used if isinstance(module, Depla)]
+    assert blocks and all(block.bias is not None for block in blocks)
     rows = json.loads(files[2].read_text())
-    assert len(rows) == 21 == len(result.stdout.splitlines())
+    assert len(rows) == 21 == len(capsys.readouterr().out.splitlines())
     for row in rows:
         assert sum(found['score'] for found in row['predictions']) == pytest.approx(1)
         assert {found['label'] for found in row['predictions']} == set(COLOURS)
-    found, _ = classify(load_any(str(tmp_path / 'run')), photos / 'blue/0.png')  # as trained; the command fuses it
+    found, _ = classify(load_any(str(tmp_path / 'run')), photos / 'blue/0.png')  # as trained
     pairs = zip(rows[-1]['predictions'], found, strict=True)
     assert all(a['label'] == b['label'] and a['score'] == pytest.approx(b['score'], abs=1e-5) for a, b in pairs)
     table = list(csv.DictReader(files[1].open()))
@@ -92,9 +104,11 @@ def test_a_divided_folder_from_training_to_predictions(photos, tmp_path):
     sheet = np.asarray(Image.open(files[0])).reshape(-1, 3)
     assert all((sheet == colour).all(1).any() for colour in COLOURS.values())
     (photos / 'red' / 'no.png').write_text('no image')
-    result = run(*predict, fails=True)
-    assert len(result.stdout.splitlines()) == 20 and "1 of 21 images cannot be read: '" in result.stderr
-    assert 'name a file that ends in' in run('-m', 'timm_depla.predict', 'x', 'y', '--output', 'z', fails=True).stderr
+    with pytest.raises(ConfigError, match="1 of 21 images cannot be read: '"):
+        predict(tmp_path / 'run', photos / 'red')
+    assert len(capsys.readouterr().out.splitlines()) == 20
+    with pytest.raises(ConfigError, match='name a file that ends in'):
+        predict('x', 'y', '--output', 'z')
 
 
 @pytest.mark.parametrize('names', [('Train', 'Val'), ('TRAIN', 'TEST'), ('train', 'Validation')])

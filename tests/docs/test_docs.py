@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-from timm_depla.commands import VERBS
+from timm_depla.commands import VERBS, main
 from timm_depla.engine.classification.flags import create_train_parser, create_validate_parser
 from timm_depla.engine.config import parse_args
 from timm_depla.engine.detection.flags import create_detection_parser, create_detection_validate_parser
@@ -198,15 +198,20 @@ def test_session(tmp_path):
 def test_fine_tuning_page(tmp_path, monkeypatch, capfd):
     """Every command and the code of the page, in order from an empty folder; the training takes an epoch each."""
     pytest.importorskip('sklearn')
-    for name in ('train.py', 'validate.py', 'hub'):
-        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / 'hub').symlink_to(ROOT / 'hub')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('PATH', f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
     for language, block in re.findall(r'```(sh|python)\n(.*?)```', (ROOT / 'docs/finetune.md').read_text(), re.DOTALL):
-        if language == 'sh':
-            subprocess.run(['bash', '-euc', re.sub(r'--epochs \d+', '--epochs 1', block)], check=True)
-        else:
+        if language == 'python':
             exec(compile(block, 'block', 'exec'), {})
+        elif 'mkdir' in block:
+            subprocess.run(['bash', '-euc', block], check=True)
+        else:
+            for line in re.sub(r'--epochs \d+', '--epochs 1', block.replace('\\\n', '')).splitlines():
+                first, *argv = shlex.split(line)
+                monkeypatch.setattr(sys, 'argv', argv if first == 'python' else [first, *argv])
+                with pytest.raises(SystemExit, match=r'^0$'):
+                    runpy.run_path(str(ROOT / argv[0]), run_name='__main__') if first == 'python' else main()
     printed = capfd.readouterr()
     assert re.search(r'^[358] \d+%$', printed.out, re.MULTILINE)
     assert '120 tensors loaded, 26 of DEPLA new, head left as it was' in printed.err

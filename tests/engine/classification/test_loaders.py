@@ -69,7 +69,9 @@ def data(tmp_path_factory):
         table = datasets.Dataset.from_dict(columns, features=features)
         for split in ('train', 'validation'):
             table.to_parquet(str(root / 'parquet' / f'{split}-{shard}.parquet'))
-    return root
+    with pytest.MonkeyPatch.context() as patch:  # it waits five seconds after each pass, for PyArrow's threads
+        patch.setattr(datasets.config, 'SLEEP_TIME_ON_THREADS_SHUTDOWN', 0.1)
+        yield root
 
 
 @pytest.fixture

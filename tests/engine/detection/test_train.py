@@ -124,14 +124,15 @@ def test_gradient_checkpointing_of_a_backbone_that_timm_wraps(small_scenes, reci
     assert all(parameter.grad is not None for parameter in model.backbone.body.model.stem.parameters())
 
 
-def test_starts_from_a_classifier(small_scenes, recipe, tmp_path):
-    backbone = timm.create_model('test_resnet_depla', num_classes=3)
+@pytest.mark.parametrize('name,num_classes,save', [('a.safetensors', 3, save_file), ('a.pth', 1000, torch.save)])
+def test_starts_from_a_classifier(name, num_classes, save, small_scenes, recipe, tmp_path):
+    backbone = timm.create_model('test_resnet_depla', num_classes=num_classes)
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.fill_(0.25)
-    save_file(backbone.state_dict(), tmp_path / 'classifier.safetensors')
+    save(backbone.state_dict(), tmp_path / name)
     argv = [small_scenes, '-c', recipe, '--pretrained-path']
-    run = made(*argv, tmp_path / 'classifier.safetensors')
+    run = made(*argv, tmp_path / name)
     model = run.model
     assert run.args.backbone_norm == 'frozen'
     assert model.backbone.body.layer4[0].conv1.weight.eq(0.25).all()
