@@ -17,7 +17,7 @@ from .flags import add_flags
 from .pairs import KEEP_MEMORY
 
 NAMES = (
-    'grid', 'neck', 'speed', 'gpu', 'cost', 'bound', 'kernels', 'insertion', 'maps', 'deploy',
+    'grid', 'neck', 'speed', 'gpu', 'cost', 'bound', 'kernels', 'insertion', 'deploy',
     'throughput', 'versus', 'pipeline', 'feeding', 'crash', 'attack',
 )  # fmt: skip
 NETWORKS = ('timm_depla/layers', 'timm_depla/models')
@@ -33,7 +33,7 @@ OLDER = '\\*'
 EARLIER = (
     'Commit 7087eaf has the tables of forms that are no longer in the code (`grid-paths-*`, `neck-paths`), and of '
     '`grid-bf16`, `grid-onnx`, `bound-batch32`, `speed-fishnet` and `speed-h100-batch32`; commit '
-    '16c4994 has `block` (its floor), `init` and `scaling`.'
+    '16c4994 has `block` (its floor), `init` and `scaling`, commit 33dcab2 has `maps` of the shipped digits.'
 )
 
 
