@@ -36,17 +36,16 @@ _FPN = [('fpn_temperature', ['fpn_depla', t], 'fpn', 'box_ap') for t in (0.2, 0.
 _FISHNET = ('coco_backbones', 'fishnet150_depla', 'fishnet150', 'mask_rcnn_box_ap_s_m_l')
 _KNOWN = [(name, 'base') for name in ('se', 'gc', 'cbam', 'nl')]  # modules that gain on ImageNet
 TABLES = {
-    'relations': Table(
-        'same',
-        'Same or different: top-1',
-        [(name, 'base') for name in ('control', 'gc', 'nl', 'depla')] + [('depla', 'control')],
-    ),
     'relations-120000': Table(
         'same-120000',
-        'Same or different, twice the images: top-1',
+        'Same or different: top-1',
         [(name, 'base') for name in ('control', 'nl', 'depla')] + [('depla', 'control'), ('depla', 'nl')],
     ),
-    'parts': Table('same-120000', 'What makes it: top-1', [('depla', name) for name in ('kept', 'mean', 'adaptive')]),
+    'parts': Table(
+        'same-120000',
+        'Same or different, parts of DEPLA: top-1',
+        [('depla', name) for name in ('kept', 'mean', 'adaptive')],
+    ),
     'calibration': Table('fashion', 'Fashion-MNIST, known modules: top-1', _KNOWN),
     'claims': Table(
         'fashion',
@@ -66,6 +65,11 @@ TABLES = {
             ('backbone-fishnet-depla-norm', 'backbone-fishnet-norm'),
         ],
         [*_FPN, None, _FISHNET, None],
+    ),
+    'relations': Table(
+        'same',
+        'Same or different, 60,000 images: top-1',
+        [(name, 'base') for name in ('control', 'gc', 'nl', 'depla')] + [('depla', 'control')],
     ),
 }
 
