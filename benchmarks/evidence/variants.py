@@ -43,13 +43,14 @@ def _narrow(entrypoint: Callable[..., ResNet], stage: int, kwargs: Dict[str, Any
 @register_model
 def narrow_resnet(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
     """The base. The other networks differ in `stage`."""
-    return _narrow(test_resnet, stage, kwargs)
+    return _narrow(test_resnet, stage, {**kwargs, 'pretrained': pretrained})
 
 
 @register_model
 def narrow_resnet_depla(pretrained: bool = False, stage: int = 3, **kwargs: Any) -> ResNet:
     """The base with DEPLA in the last three blocks of `stage`."""
-    return _narrow(test_resnet_depla, stage, {**kwargs, 'depla': dict(stage=stage) | kwargs.get('depla', {})})
+    depla = dict(stage=stage) | kwargs.get('depla', {})
+    return _narrow(test_resnet_depla, stage, {**kwargs, 'depla': depla, 'pretrained': pretrained})
 
 
 ATTENTION = {  # 76 channels: as many parameters as DEPLA has at 224, within 1%
@@ -61,6 +62,7 @@ ATTENTION = {  # 76 channels: as many parameters as DEPLA has at 224, within 1%
 @register_model
 def narrow_resnet_attn(pretrained: bool = False, stage: int = 3, attn: str = 'nl', **kwargs: Any) -> ResNet:
     """The base with a module of timm where another has DEPLA: non-local, or a bottleneck over the mean of the map."""
+    assert not pretrained, 'its checkpoints are not loaded anywhere'
     model = narrow_resnet(stage=stage, **kwargs)
     for block in getattr(model, f'layer{stage}')[1:]:
         block.se = ATTENTION[attn](block.bn3.num_features)

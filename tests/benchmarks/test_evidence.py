@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from scipy import ndimage
 
 from benchmarks.evidence import drawn, fashion, report, study
@@ -17,6 +18,7 @@ from benchmarks.evidence.shapes import Shapes
 from benchmarks.evidence.variants import VARIANTS
 from timm_depla.detection import create_detector
 from timm_depla.detection.fpn import FeaturePyramidNetworkDepla
+from timm_depla.loading import load_model
 
 
 @pytest.fixture
@@ -113,6 +115,9 @@ def test_a_run_gives_its_number_again(data, variant, small):
     first, again = study.train(job), study.train(job, figure=figure)
     assert first['results'].items() <= again['results'].items() and again['results'] == study.load(job)['results']
     if figure:
+        study.fit(job, str(small))
+        trained = load_file(small / 'run' / 'best' / 'model.safetensors')
+        torch.testing.assert_close(load_model(str(small / 'run')).state_dict(), trained)  # those of the maps, too
         assert figure.is_file()
         assert np.shape(again['results']['maps']['layer3.3.depla']) == (2, 16)
     assert first['command'] == f'python -m benchmarks.evidence train {data} {variant} --lr 0.003 --seed SEED'
