@@ -8,6 +8,8 @@ from typing import Optional
 import torch
 
 from timm_depla.commands import run_command
+from timm_depla.errors import as_config_error
+from timm_depla.files import check_writable
 
 from . import hours, paper, report, study
 from .instruments import INSTRUMENTS
@@ -46,8 +48,11 @@ def main() -> Optional[int]:
         rate = args.lr or study.best_rate(args.data, args.variant)
         if rate is None:
             parser.error(f"no learning rate is chosen yet for '{args.variant}': give --lr")
-        if args.maps and INSTRUMENTS[args.data].images is None:
-            parser.error(f"--maps needs images that are drawn, which '{args.data}' has not")
+        if args.maps and (INSTRUMENTS[args.data].images is None or 'depla' not in VARIANTS[args.variant].model):
+            parser.error(f"--maps needs DEPLA and drawn images, not '{args.variant}' on '{args.data}'")
+        if args.maps:
+            with as_config_error('--maps: '):
+                check_writable(args.maps)
         job = study.Job(args.data, args.variant, args.seed, rate)
         for key, values in study.train(job, args.device, args.maps)['results'].items():
             print(key, values if key == 'maps' else values[-1])

@@ -101,11 +101,11 @@ def difference(data: str, variant: str, other: str) -> Optional[Difference]:
     return Difference((low + high) / 2, (high - low) / 2, float(test.pvalue))
 
 
-def correct(found: Sequence[Difference]) -> List[float]:
-    """Holm's corrected p values, in the order given."""
+def correct(found: Sequence[Difference], claims: int) -> List[float]:
+    """Holm's corrected p values, in the order given, as if the claims that have not been run had the greatest."""
     corrected, highest = [0.0] * len(found), 0.0
     for rank, i in enumerate(sorted(range(len(found)), key=lambda i: found[i].p)):
-        highest = max(highest, min(1.0, (len(found) - rank) * found[i].p))
+        highest = max(highest, min(1.0, (claims - rank) * found[i].p))
         corrected[i] = highest
     return corrected
 
@@ -138,9 +138,10 @@ def _found(name: str) -> List[Tuple[str, Difference, Any]]:
 
 
 def compare(name: str) -> str:
-    """A table of the claims that have been run. The correction is over these."""
+    """A table of the claims that have been run. The correction is over all claims."""
     found, rows = _found(name), []
-    for (label, each, paper), p in zip(found, correct([each for _, each, _ in found]), strict=True):
+    corrected = correct([each for _, each, _ in found], len(TABLES[name].claims))
+    for (label, each, paper), p in zip(found, corrected, strict=True):
         row = [label, str(each), f'{p:.3f}' if p >= 0.001 else '< 0.001', f'**{verdict(each, p)}**']
         rows.append([*row, *([_paper_difference(*paper) if paper else ''] if TABLES[name].paper else [])])
     header = ['difference', '95% interval', 'corrected p', '']

@@ -181,9 +181,9 @@ def test_tables(small, monkeypatch):
     claims = [(name, 'base') for name in ('depla', 'se', 'gc', 'nl')]
     monkeypatch.setitem(report.TABLES, 'claims', report.Table('same', 'Same or different', claims))
     assert report.compare('claims').splitlines()[2:] == [
-        '| DEPLA over base | +3.00 ± 1.40 | < 0.001 | **gains** |',
-        '| SE over base | -3.00 ± 1.40 | < 0.001 | **costs** |',
-        '| GC over base | +0.01 ± 1.40 | 0.988 | **undecided** |',
+        '| DEPLA over base | +3.00 ± 1.40 | 0.001 | **gains** |',
+        '| SE over base | -3.00 ± 1.40 | 0.001 | **costs** |',
+        '| GC over base | +0.01 ± 1.40 | 1.000 | **undecided** |',
     ]
     assert '| same | DEPLA | 0 | `block` | 1.50 (1.00 to 2.00) | 0.50 (0.50 to 0.50) |' in report.maps()
     assert report.compare('detection').splitlines()[2:] == [
@@ -204,7 +204,8 @@ def test_tables(small, monkeypatch):
 def test_holm():
     """Of p values 0.01, 0.04, 0.03 and 0.005: times 4 the least, then 3, 2 and 1, none below the one before."""
     found = [report.Difference(1.0, 1.0, p) for p in (0.01, 0.04, 0.03, 0.005)]
-    assert report.correct(found) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert report.correct(found, 4) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert report.correct(found[:1], 4) == pytest.approx([0.04])  # three claims are still to be run
     assert [report.verdict(found[0], p) for p in (0.03, 0.06)] == ['gains', 'undecided']
 
 
