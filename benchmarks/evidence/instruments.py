@@ -4,6 +4,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
+from timm_depla.data import digits_folder
+from timm_depla.data.scenes import scenes_folder
+
 from . import drawn
 from .fashion import Garments, by_class, fashion_folder
 from .lite0 import lite0_weights
@@ -19,6 +22,7 @@ class Instrument(NamedTuple):
     variants: Sequence[str]
     images: Optional[drawn.Drawn] = None
     arguments: Dict[str, Any] = {}  # of each network
+    val_images: Optional[int] = None  # of scenes, if not theirs
     seeds: Sequence[int] = range(10)  # that count
     tuning_seeds: Sequence[int] = (100, 101, 102)  # to choose the learning rate
     rates: Sequence[float] = (0.003, 0.009, 0.027)  # to try; extended while the best is at its end
@@ -32,7 +36,8 @@ class Instrument(NamedTuple):
         if self.images is not None:
             return ['--data-dir', str(drawn.cached(name, self.images)), *flags]
         if self.recipe == 'scenes':
-            return [*flags, '--epochs', '8', '--val-interval', '8']
+            folder = scenes_folder(digits_folder().parent / name, self.val_images)
+            return ['--data-dir', str(folder), *flags, '--epochs', '8', '--val-interval', '8']
         return ['--dataset', 'torch/fashion_mnist', '--data-dir', str(fashion_folder()), *flags]
 
     def model_kwargs(self, variant: Variant) -> Dict[str, Any]:
@@ -66,6 +71,14 @@ INSTRUMENTS = {
         + ('backbone-fishnet-depla', 'backbone-fishnet-norm', 'backbone-fishnet-depla-norm'),
         seeds=range(5),
         tuning_seeds=(100,),
+        rates=(0.009, 0.027, 0.081),
+    ),
+    'scenes-1000': Instrument(
+        'scenes',
+        ('fishnet', 'fishnet-long', 'fishnet-mean', 'fishnet-depla'),
+        val_images=1000,
+        seeds=range(10, 22),
+        tuning_seeds=(110, 111, 112),
         rates=(0.009, 0.027, 0.081),
     ),
 }

@@ -28,13 +28,16 @@ class Table(NamedTuple):
 
     data: str  # of INSTRUMENTS
     title: str
-    claims: Sequence[Tuple[str, str]]  # a variant, and the one that it is compared with
+    claims: Sequence[Tuple[str, ...]]  # a variant, the one that it is compared with, and a metric if not the usual one
     paper: Sequence[Any] = ()  # for each claim, the rows of the paper that say the same
 
 
 _FPN = [('fpn_temperature', ['fpn_depla', t], 'fpn', 'box_ap') for t in (0.2, 0.5, 1.0)]
 _FISHNET = ('coco_backbones', 'fishnet150_depla', 'fishnet150', 'mask_rcnn_box_ap_s_m_l')
 _KNOWN = [(name, 'base') for name in ('se', 'gc', 'cbam', 'nl')]  # modules that gain on ImageNet
+_INSERTED = [(name, 'lite0') for name in INSTRUMENTS['lite0-fashion'].variants[1:]] + [
+    (name, 'lite0-control') for name in ('lite0-depla', 'lite0-adaptive')
+]
 TABLES = {
     'relations-120000': Table(
         'same-120000',
@@ -45,6 +48,14 @@ TABLES = {
         'same-120000',
         'Same or different, parts of DEPLA: top-1',
         [('depla', name) for name in ('kept', 'mean', 'adaptive')],
+    ),
+    'finetuning': Table('lite0-fashion', 'Fine-tuning on 1,000 images of Fashion-MNIST: top-1', _INSERTED),
+    'finetuning-scattered': Table('lite0-garments', 'Fine-tuning on 1,000 scattered garments: top-1', _INSERTED),
+    'detection-1000': Table(
+        'scenes-1000',
+        'Digits in scenes, fresh seeds: AP',
+        [('fishnet-long', 'fishnet'), ('fishnet-depla', 'fishnet'), ('fishnet-depla', 'fishnet', 'mask_AP')]
+        + [('fishnet-depla', 'fishnet-mean')],
     ),
     'calibration': Table('fashion', 'Fashion-MNIST, known modules: top-1', _KNOWN),
     'claims': Table(
@@ -85,15 +96,15 @@ class Difference(NamedTuple):
         return f'{self.mean:+.2f} ± {self.half:.2f}'
 
 
-def final(data: str, variant: str) -> Optional[List[float]]:
-    """Top-1 or box AP in percent at the end of each run that counts, by seed; None until all are on record."""
+def final(data: str, variant: str, *metric: str) -> Optional[List[float]]:
+    """The score in percent at the end of each run that counts, by seed; None until all are on record."""
     runs = [study.load(job) for job in final_jobs(data, variant)]
-    return None if not runs or None in runs else list(map(study.score, runs))
+    return None if not runs or None in runs else [study.score(run, *metric) for run in runs]
 
 
-def difference(data: str, variant: str, other: str) -> Optional[Difference]:
+def difference(data: str, variant: str, other: str, *metric: str) -> Optional[Difference]:
     """A variant less another; None until all runs of both are on record."""
-    values, others = final(data, variant), final(data, other)
+    values, others = final(data, variant, *metric), final(data, other, *metric)
     if values is None or others is None:
         return None
     test = stats.ttest_ind(values, others, equal_var=False)
@@ -131,9 +142,9 @@ def _found(name: str) -> List[Tuple[str, Difference, Any]]:
     """What has been run of a table's claims: label, difference, and the paper's rows."""
     data, _, claims, paper = TABLES[name]
     return [
-        (f'{VARIANTS[variant].label} over {VARIANTS[other].label}', found, rows)
-        for (variant, other), rows in zip_longest(claims, paper)
-        if (found := difference(data, variant, other))
+        (f'{VARIANTS[variant].label} over {", ".join([VARIANTS[other].label, *metric])}'.replace('_', ' '), found, rows)
+        for (variant, other, *metric), rows in zip_longest(claims, paper)
+        if (found := difference(data, variant, other, *metric))
     ]
 
 
@@ -149,34 +160,26 @@ def compare(name: str) -> str:
 
 
 def networks() -> str:
+    """Each network: its parameters, the mean of the tuning seeds at each rate, the rate chosen, and each seed."""
     rows = []
     for data, name in TRAINED:
-        if values := final(data, name):
-            variant, parameters = VARIANTS[name], ''
-            if not variant.is_detector:
-                kwargs = INSTRUMENTS[data].model_kwargs(variant)
-                model = timm.create_model(variant.model, device='meta', num_classes=10, in_chans=1, **kwargs)
-                parameters = f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.3f}'
-            seeds = ' '.join(f'{value:.2f}' for value in values)
+        variant, values, parameters, tried, results = VARIANTS[name], final(data, name), '', [], ['', '']
+        for rate in RATES:
+            runs = [study.load(job) for job in study.tuning_jobs(data, name, rate)]
+            if scores := [study.score(run) for run in runs if run]:
+                part = '' if None not in runs else f' ({len(scores)} of {len(runs)})'
+                tried.append(f'{rate}: {statistics.mean(scores):.2f}{part}')
+        if values:
             low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
             mean = f'{statistics.mean(values):.2f} ± {(high - low) / 2:.2f}'
-            rows.append([data, variant.label, parameters, best_rate(data, name), mean, seeds])
-    return table(['set', '', 'M parameters', 'learning rate', 'top-1 or box AP (%)', 'each seed'], rows)
-
-
-def tuning() -> str:
-    """Mean of the tuning seeds at each learning rate, and how many seeds there are where not yet all are."""
-    rows = []
-    for data, name in TRAINED:
-        cells = []
-        for rate in RATES:
-            jobs = study.tuning_jobs(data, name, rate)
-            scores = [study.score(run) for job in jobs if (run := study.load(job))]
-            part = '' if len(scores) in (0, len(jobs)) else f' ({len(scores)} of {len(jobs)})'
-            cells.append(f'{statistics.mean(scores):.2f}{part}' if scores else '')
-        if any(cells):
-            rows.append([data, VARIANTS[name].label, *cells])
-    return table(['set', '', *RATES], rows)
+            results = [mean, ' '.join(f'{value:.2f}' for value in values)]
+        if values and not variant.is_detector:
+            kwargs = INSTRUMENTS[data].model_kwargs(variant)
+            model = timm.create_model(variant.model, device='meta', num_classes=10, in_chans=1, **kwargs)
+            parameters = f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.3f}'
+        if values or tried:
+            rows.append([data, variant.label, parameters, ', '.join(tried), best_rate(data, name) or '', *results])
+    return table(['set', '', 'M parameters', 'rates tried', 'rate', 'top-1 or box AP (%)', 'each seed'], rows)
 
 
 def maps() -> str:
@@ -217,7 +220,8 @@ def plot() -> None:
 
 def tables() -> Dict[str, str]:
     """By the name of its marker, each table of the pages."""
-    return {**{name: compare(name) for name in TABLES}, 'networks': networks(), 'tuning': tuning(), 'maps': maps()}
+    made = {name: compare(name) for name in TABLES if _found(name)}
+    return {**made, 'networks': networks(), 'maps': maps()}
 
 
 def write() -> None:

@@ -78,10 +78,10 @@ def compact() -> None:
     RECORDS.write_text(text)
 
 
-def score(run: Dict[str, Any]) -> float:
-    """What a variant is judged by: top-1 or box AP in percent at the end of a run."""
+def score(run: Dict[str, Any], metric: str = 'AP') -> float:
+    """What a variant is judged by at the end of a run, in percent: top-1, or a detector's box AP or other `metric`."""
     results = run['results']
-    return results['eval_top1'][-1] if 'eval_top1' in results else 100 * results['eval_AP'][-1]
+    return results['eval_top1'][-1] if 'eval_top1' in results else 100 * results[f'eval_{metric}'][-1]
 
 
 def tuning(data: str, variant: str) -> Dict[float, Optional[float]]:
@@ -125,7 +125,7 @@ def fit(job: Job, output: str, device: str = 'cpu') -> Dict[str, List[float]]:
     """
     variant, instrument = VARIANTS[job.variant], INSTRUMENTS[job.data]
     flags = [*instrument.flags(job.data), '--model', variant.model, '--seed', str(job.seed), '--device', device]
-    flags += ['--workers', '0', '--lr', str(job.lr), '--output', output, '--experiment', 'run']
+    flags += ['--workers', '0', '--lr', str(job.lr), '--output', output, '--experiment', 'run', *variant.flags]
     if variant.is_detector:
         flags += [] if device == 'cpu' else ['--no-deterministic']  # each process would compile a RoI align
         parser, engine = create_detection_parser(), detection

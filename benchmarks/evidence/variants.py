@@ -1,7 +1,7 @@
 """The networks that are compared: timm models or detectors, with their arguments."""
 
 from functools import partial
-from typing import Any, Callable, Dict, NamedTuple
+from typing import Any, Callable, Dict, NamedTuple, Sequence
 
 import timm
 import torch
@@ -24,6 +24,7 @@ class Variant(NamedTuple):
     model: str  # in timm, or among the detectors
     kwargs: Dict[str, Any] = {}
     rate_of: str = ''  # the variant whose learning rate it takes; tuned on its own if empty
+    flags: Sequence[str] = ()  # more for its training
 
     @property
     def is_detector(self) -> bool:
@@ -112,7 +113,7 @@ def lite0_module(pretrained: bool = False, module: str = 'se', **kwargs: Any) ->
 
 FPN, FPN_DEPLA = 'maskrcnn_test_resnet_fpn', 'maskrcnn_test_resnet_fpn_depla'
 FISHNET, FISHNET_DEPLA = 'maskrcnn_test_fishnet_fpn', 'maskrcnn_test_fishnet_depla_fpn'
-NORM = dict(neck_norm='batchnorm2d')
+NORM, MEAN = dict(neck_norm='batchnorm2d'), dict(depla=dict(temperature=1000))
 
 VARIANTS: Dict[str, Variant] = {
     'base': Variant('base', 'narrow_resnet'),
@@ -124,7 +125,7 @@ VARIANTS: Dict[str, Variant] = {
     'depla': Variant('DEPLA', 'narrow_resnet_depla'),
     'adaptive': Variant('adaptive DEPLA', 'narrow_resnet_depla', dict(depla=dict(bfn='adaptive')), 'depla'),
     'kept': Variant('DEPLA, candidate kept', 'narrow_resnet_depla', dict(depla=dict(keep_candidate=True)), 'depla'),
-    'mean': Variant('DEPLA, T = 1000', 'narrow_resnet_depla', dict(depla=dict(temperature=1000)), 'depla'),
+    'mean': Variant('DEPLA, T = 1000', 'narrow_resnet_depla', MEAN, 'depla'),
     'lite0': Variant('Lite0', LITE0),
     'lite0-depla': Variant('DEPLA', 'backbone_depla', dict(backbone=LITE0)),
     'lite0-adaptive': Variant('DEPLA, adaptive', 'backbone_depla', dict(backbone=LITE0, depla=dict(bfn='adaptive'))),
@@ -141,4 +142,8 @@ VARIANTS: Dict[str, Variant] = {
     'backbone-fishnet-depla': Variant('FishNet-DEPLA', FISHNET_DEPLA),
     'backbone-fishnet-norm': Variant('FishNet + norms', FISHNET, NORM, 'backbone-fishnet'),
     'backbone-fishnet-depla-norm': Variant('FishNet-DEPLA + norms', FISHNET_DEPLA, NORM, 'backbone-fishnet-depla'),
+    'fishnet': Variant('FishNet', FISHNET, NORM),
+    'fishnet-long': Variant('FishNet, 12 epochs', FISHNET, NORM, 'fishnet', ('--epochs', '12', '--val-interval', '12')),
+    'fishnet-depla': Variant('FishNet-DEPLA', FISHNET_DEPLA, NORM),
+    'fishnet-mean': Variant('mean of the map', FISHNET_DEPLA, {**NORM, 'backbone_kwargs': MEAN}, 'fishnet-depla'),
 }

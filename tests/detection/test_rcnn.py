@@ -161,6 +161,13 @@ def test_norms_of_the_backbone(norm):
         assert len(body.train()(torch.randn(2, 3, 64, 64))) == 4
 
 
+def test_backbone_and_neck_have_their_own_depla():
+    kwargs = dict(depla=dict(temperature=0.2), backbone_kwargs=dict(depla=dict(temperature=7.0)))
+    backbone = create_detector('fasterrcnn_test_resnet_depla_fpn_depla', **kwargs).backbone
+    for part, temperature in ((backbone.body, 7.0), (backbone.fpn, 0.2)):
+        assert {module.temperature for module in part.modules() if hasattr(module, 'temperature')} == {temperature}
+
+
 @pytest.mark.parametrize('neck', ['fpn', 'fpn_depla'])
 def test_norms_of_the_neck(neck):
     """With norms, the pyramid does not depend on the scale of the features."""

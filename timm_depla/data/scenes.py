@@ -8,6 +8,7 @@
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -32,24 +33,26 @@ _TRIES = 20  # to place a digit without overlap
 Digit = Tuple[int, np.ndarray]  # class, 8 x 8 grey levels
 
 
-def scenes_folder(root: Optional[os.PathLike] = None) -> Path:
+def scenes_folder(root: Optional[os.PathLike] = None, val_images: Optional[int] = None) -> Path:
     """Return the folder of scenes, writing it on first use.
 
     Objects have COCO's small, medium and large areas; a few images are empty. `category_id` is the digit plus one.
 
     Args:
         root: Where to keep it; `$XDG_CACHE_HOME/timm_depla/scenes` (by default under `~/.cache`) when None.
+        val_images: Images of validation when it is written; 200 when None. Others have the same first ones.
 
     Raises:
         ConfigError: If it has to be written and cannot be, or scikit-learn or pycocotools is not installed.
     """
-    return write_once(root, 'scenes', lambda folder: (folder / 'annotations').is_dir(), _write)
+    counts = {**IMAGES, 'val': val_images or IMAGES['val']}
+    return write_once(root, 'scenes', lambda folder: (folder / 'annotations').is_dir(), partial(_write, counts))
 
 
-def _write(folder: Path) -> None:
+def _write(counts: Dict[str, int], folder: Path) -> None:
     require('pycocotools', 'detection')
     (folder / 'annotations').mkdir(parents=True)
-    for number, (split, count) in enumerate(IMAGES.items()):
+    for number, (split, count) in enumerate(counts.items()):
         paths = sorted((digits_folder() / _DIGITS[split]).glob('*/*.png'))
         digits = [(int(path.parent.name), np.asarray(Image.open(path))) for path in paths]
         (folder / split).mkdir()

@@ -76,17 +76,17 @@ class BackboneWithFPN(nn.Module):
         norm: Optional[str] = None,
         depla: Optional[Dict[str, Any]] = None,
         neck_norm: Optional[str] = None,
-        **backbone_kwargs,
+        backbone_kwargs: Optional[Dict[str, Any]] = None,
     ) -> None:
         super().__init__()
-        full = timm.create_model(backbone, device='meta', **backbone_kwargs)
+        full = timm.create_model(backbone, device='meta', **(backbone_kwargs or {}))
         found = [level['reduction'] for level in full.feature_info]
         indices = [i for i, reduction in enumerate(found) if reduction in REDUCTIONS]
         if len(indices) != len(REDUCTIONS):
             needed = f'a detector needs those at 1/{REDUCTIONS}'
             raise ValueError(f"backbone '{backbone}' has features at 1/{found}, {needed}")
-        backbone_kwargs.update(features_only=True, out_indices=indices)
-        body = timm.create_model(backbone, pretrained=pretrained, **backbone_kwargs)
+        kwargs = dict(backbone_kwargs or {}, features_only=True, out_indices=indices)
+        body = timm.create_model(backbone, pretrained=pretrained, **kwargs)
         if (layout := Format(getattr(body, 'output_fmt', 'NCHW')).value) != 'NCHW':
             raise ValueError(f"backbone '{backbone}' gives features in the layout {layout}, a pyramid takes NCHW")
         layers = _layers(body, full)
@@ -170,7 +170,7 @@ def create_detector(
     check({**own, **kwargs}, DETECTOR, 'the detector')
     backbone = BackboneWithFPN(
         backbone_name, neck, pretrained_backbone, out_channels, trainable_backbone_layers, backbone_norm, depla,
-        neck_norm, **(backbone_kwargs or {}),
+        neck_norm, backbone_kwargs,
     )  # fmt: skip
     config = getattr(backbone.body, 'pretrained_cfg', {})
     kwargs = {'image_mean': config.get('mean'), 'image_std': config.get('std'), **kwargs}
