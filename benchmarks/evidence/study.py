@@ -26,7 +26,7 @@ from .instruments import INSTRUMENTS
 from .maps import draw_maps
 from .variants import VARIANTS
 
-RECORDS = Path(__file__).with_name('records.jsonl')  # a line a network and rate, with the results of each seed
+RECORDS = Path(__file__).with_name('records.jsonl')  # a line a network, with the results of each rate and seed
 RATES = (0.001, 0.003, 0.009, 0.027, 0.081, 0.243, 0.729, 2.187)  # each variant uses its best
 
 
@@ -49,9 +49,10 @@ def _lines() -> List[Dict[str, Any]]:
 
 def _index() -> Dict[Job, Dict[str, Any]]:
     return {
-        Job(line['data'], line['variant'], int(seed), line['lr']): {**line, 'results': results}
+        Job(line['data'], line['variant'], int(seed), float(rate)): {**line, 'results': results}
         for line in _lines()
-        for seed, results in line['results'].items()
+        for rate, seeds in line['results'].items()
+        for seed, results in seeds.items()
     }
 
 
@@ -62,18 +63,18 @@ def load(job: Job) -> Optional[Dict[str, Any]]:
 
 def save(run: Dict[str, Any]) -> None:
     """Add a run to the records."""
-    line = {**run, 'results': {run['seed']: run['results']}}
-    del line['seed']
+    line = {**run, 'results': {run['lr']: {run['seed']: run['results']}}}
+    del line['lr'], line['seed']
     with RECORDS.open('a') as file:
         file.write(json.dumps(line) + '\n')
 
 
 def compact() -> None:
-    """Put the runs of a network on one line where all but the seed is the same."""
+    """Put the runs of a network on one line where all but rate and seed is the same."""
     lines: Dict[str, Dict[str, Any]] = {}
     for each in _lines():
-        results = each.pop('results')
-        lines.setdefault(json.dumps(each), {}).update(results)
+        for rate, seeds in each.pop('results').items():
+            lines.setdefault(json.dumps(each), {}).setdefault(rate, {}).update(seeds)
     text = ''.join(json.dumps({**json.loads(each), 'results': results}) + '\n' for each, results in lines.items())
     RECORDS.write_text(text)
 
@@ -150,7 +151,7 @@ def train(job: Job, device: str = 'cpu', figure: Optional[Path] = None) -> Dict[
         if figure is not None:
             results['maps'] = draw_maps(job.data, Path(output, 'run'), figure)
     gpu = {} if device == 'cpu' else {'gpu': torch.cuda.get_device_name(device)}
-    entry = create_record(job._replace(seed='SEED').command(device), results, **job._asdict(), **gpu)
+    entry = create_record(job._replace(seed='SEED', lr='RATE').command(device), results, **job._asdict(), **gpu)
     save(entry)
     return entry
 

@@ -120,7 +120,7 @@ def test_a_run_gives_its_number_again(data, variant, small):
         torch.testing.assert_close(load_model(str(small / 'run')).state_dict(), trained)  # those of the maps, too
         assert figure.is_file()
         assert np.shape(again['results']['maps']['layer3.3.depla']) == (2, 16)
-    assert first['command'] == f'python -m benchmarks.evidence train {data} {variant} --lr 0.003 --seed SEED'
+    assert first['command'] == f'python -m benchmarks.evidence train {data} {variant} --lr RATE --seed SEED'
     assert study.train(job._replace(seed=4))['results'] != first['results']
     known, lines = study._index(), study.RECORDS.read_text().count('\n')
     study.compact()
