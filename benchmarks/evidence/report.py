@@ -153,7 +153,7 @@ def compare(name: str) -> str:
     found, rows = _found(name), []
     corrected = correct([each for _, each, _ in found], len(TABLES[name].claims))
     for (label, each, paper), p in zip(found, corrected, strict=True):
-        row = [label, str(each), f'{p:.3f}' if p >= 0.001 else '< 0.001', f'**{verdict(each, p)}**']
+        row = [label, str(each), f'{p:.4f}' if p >= 0.001 else '< 0.001', f'**{verdict(each, p)}**']
         rows.append([*row, *([_paper_difference(*paper) if paper else ''] if TABLES[name].paper else [])])
     header = ['difference', '95% interval', 'corrected p', '']
     return table([*header, *(["the paper's, on ImageNet or COCO"] if TABLES[name].paper else [])], rows)

@@ -181,9 +181,9 @@ def test_tables(small, monkeypatch):
     claims = [(name, 'base') for name in ('depla', 'se', 'gc', 'nl')]
     monkeypatch.setitem(report.TABLES, 'claims', report.Table('same', 'Same or different', claims))
     assert report.compare('claims').splitlines()[2:] == [
-        '| DEPLA over base | +3.00 ± 1.40 | 0.001 | **gains** |',
-        '| SE over base | -3.00 ± 1.40 | 0.001 | **costs** |',
-        '| GC over base | +0.01 ± 1.40 | 1.000 | **undecided** |',
+        '| DEPLA over base | +3.00 ± 1.40 | 0.0011 | **gains** |',
+        '| SE over base | -3.00 ± 1.40 | 0.0011 | **costs** |',
+        '| GC over base | +0.01 ± 1.40 | 1.0000 | **undecided** |',
     ]
     assert '| same | DEPLA | 0 | `block` | 1.50 (1.00 to 2.00) | 0.50 (0.50 to 0.50) |' in report.maps()
     assert report.compare('detection').splitlines()[2:] == [
