@@ -219,9 +219,9 @@ def test_detector_arguments_have_kinds(kwargs):
         create_detector('fasterrcnn_test_resnet_depla_fpn_depla', **kwargs)
 
 
-@pytest.mark.parametrize('name', ['pretrained', 'num_classes', 'in_chans', 'drop_rate', 'device', 'name'])
+@pytest.mark.parametrize('name', ['pretrained', 'num_classes', 'drop_block_rate', 'global_pool', 'device', 'name'])
 def test_model_arguments_that_are_flags(name):
-    with pytest.raises(ConfigError, match=rf"--model-kwargs: '{name}' has a flag of its own: give --"):
+    with pytest.raises(ConfigError, match=rf"--model-kwargs: '{name}' does not belong here: give --"):
         parse_args(create_train_parser(), ['--model-kwargs', f'{name}=1'])
 
 

@@ -182,7 +182,7 @@ def check_arguments(arguments: Mapping[str, Any], place: str, flags: Optional[Ma
     Args:
         arguments: The arguments, with those of a backbone in `backbone_kwargs`.
         place: Where they stand, for messages.
-        flags: Arguments that are flags of their own.
+        flags: Arguments that do not belong there, with what to do.
 
     Raises:
         ValueError: If one would load or place weights, has a flag of its own, or is no plain value.
@@ -192,7 +192,7 @@ def check_arguments(arguments: Mapping[str, Any], place: str, flags: Optional[Ma
         check_arguments(backbone, f'{place}, backbone_kwargs')
     for name, value in arguments.items():
         if flags and name in flags:
-            raise ValueError(f"{place}: '{name}' has a flag of its own: give {flags[name]}")
+            raise ValueError(f"{place}: '{name}' does not belong here: {flags[name]}")
         if name.startswith('pretrained') or name in _LOADING:
             raise ValueError(f"{place}: '{name}' would load weights from elsewhere: remove it")
         if name in _FORM:

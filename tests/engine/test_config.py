@@ -92,6 +92,7 @@ def test_derived_recipe_changes_its_base(recipe):
         (['--start-epoch=3'], "'--start-epoch' of timm is not here: .* use --resume"),
         (['--amp-dtype', 'float8'], 'argument --amp-dtype: invalid choice'),
         (['--model-kwargs', 'x'], "argument --model-kwargs: expected KEY=VALUE, not 'x'"),
+        (['--model-kwargs', 'x={{}}'], "argument --model-kwargs: expected KEY=VALUE, not 'x={{}}'"),
         (['--recipe', 'digitz'], "no recipe 'digitz'; did you mean 'digits'.: give a YAML file or one of .*digits"),
     ],
 )

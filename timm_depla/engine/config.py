@@ -43,8 +43,10 @@ ARGUMENTS = {
     'backbone_norm': '--backbone-norm',
     'checkpoint_path': '--initial-checkpoint',
     'device': '--device',
+    'drop_block_rate': '--drop-block',
     'drop_path_rate': '--drop-path',
     'drop_rate': '--drop',
+    'global_pool': '--gp',
     'in_chans': '--in-chans',
     'name': '--model',
     'num_classes': '--num-classes',
@@ -105,7 +107,7 @@ class KeyValues(ParseKwargs):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
         try:
             super().__call__(parser, namespace, values, option_string)
-        except ValueError:
+        except (MemoryError, RecursionError, TypeError, ValueError):
             raise argparse.ArgumentError(self, f'expected KEY=VALUE, not {" ".join(values)!r}') from None
 
 
@@ -190,7 +192,8 @@ def parse_args(
         name = recipe.get('recipe') or name  # of the run whose args.yaml this is
         parser.set_defaults(**{**{key: checked[key] for key in recipe}, 'recipe': name})
     args = parser.parse_args(argv)
-    flags = {name: flag for name, flag in ARGUMENTS.items() if flag in parser._option_string_actions}
+    reasons = {**{flag: f'give {flag}' for flag in parser._option_string_actions}, **parser.left_out}
+    flags = {name: reasons[flag] for name, flag in ARGUMENTS.items() if flag in reasons}
     with as_config_error():
         check_arguments(getattr(args, 'model_kwargs', {}), '--model-kwargs', flags)
     return args

@@ -203,6 +203,7 @@ def test_names_of_splits(names, tmp_path):
     [
         (['--model', 'maskrcnn_resnet50'], "no detector 'maskrcnn_resnet50': give fasterrcnn or maskrcnn"),
         (['--model-kwargs', 'min_sise=3'], r"cannot create detector .* unknown argument \['min_sise'\]"),
+        (['--model-kwargs', 'num_classes=3'], "'num_classes' does not belong here: it follows from the categories"),
         (['--val-split', 'dev'], r'no annotation file .*instances_dev.json.* there are the splits train, val'),
         (['--gp', 'max'], "'--gp' of timm is not here: it is for classifiers"),
         (['--recipe', 'better'], "no recipe 'better'.*coco_1x, coco_fishnet, scenes"),
