@@ -185,8 +185,15 @@ def test_norms_of_the_neck(neck):
     [
         ('resnet50', {}, ValueError, "no detector 'fasterrcnn_resnet50': give fasterrcnn or maskrcnn"),
         ('resnet5000_fpn', {}, ValueError, "no detector 'fasterrcnn_resnet5000_fpn'"),
-        ('vit_tiny_patch16_224_fpn', {}, ValueError, r'features at 1/\[16, .* needs those at 1/\(4, 8, 16, 32\)'),
+        ('vit_tiny_patch16_224_fpn', {}, ValueError, r'features at 1/\[16, .* needs 1/\(4, 8, 16, 32\)'),
         ('swin_tiny_patch4_window7_224_fpn', {}, ValueError, 'layout NHWC, a pyramid takes NCHW'),
+        ('resnet18_fpn', dict(backbone_kwargs=dict(output_stride=16)), ValueError, r'at 1/\[2, 4, 8, 16, 16\], .*'),
+        (
+            'resnet18_fpn',
+            dict(backbone_kwargs=dict(device='cpu')),
+            TypeError,
+            r"detector sets \['device'\]; .*\.to\(\)",
+        ),
         ('resnet18_fpn', dict(trainable_backbone_layers=6), ValueError, "0 to 5 for 'resnet18', got 6"),
         ('resnet18_fpn', dict(backbone_norm='froze'), ValueError, "backbone_norm must be one of .*'froze'"),
         ('resnet18_fpn', dict(neck_norm='bn'), ValueError, "no norm 'bn'; take 'batchnorm2d' or"),
@@ -232,9 +239,9 @@ def test_published_detector_fetches_nothing(model_args, message, tmp_path):
         ({**CONFIG, 'architecture': 3}, "'architecture' must be the name of a detector, not 3"),
         ({**CONFIG, 'num_classes': 'x'}, "'num_classes' must be"),
         ({**CONFIG, 'num_classes': 3}, 'class_names has 1 entries for 3 classes with background'),
-        (CONFIG, 'are of another detector than its config.json'),
+        (CONFIG, r"are of another detector than its config.json with \['num_classes'\]"),
     ],
 )
 def test_config_of_something_else_is_one_error(config, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        from_pretrained(write_published(tmp_path, config))
+        from_pretrained(write_published(tmp_path, config), num_classes=5)

@@ -108,15 +108,16 @@ def from_pretrained(source: os.PathLike, **kwargs) -> FasterRCNN:
     if config.get('library_name') != _LIBRARY:
         raise ValueError(f"'{source}' holds no detector but {shorten(config.get('architecture'))}")
     _check_config(config, f"'{source}', config.json")
-    arguments = {**config['model_args'], **kwargs}
+    own = dict(name=config['architecture'], num_classes=config['num_classes'])
+    found = f'its config.json with {sorted(kwargs)}' if kwargs else 'its config.json'
     try:
-        model = create_detector(config['architecture'], num_classes=config['num_classes'], **arguments)
+        model = create_detector(**{**config['model_args'], **own, **kwargs})
     except _ERRORS as error:
-        raise ValueError(f"'{source}' cannot be rebuilt from its config.json: {error!r}") from error
+        raise ValueError(f"'{source}' cannot be rebuilt from {found}: {error!r}") from error
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         first = '; '.join(line.strip() for line in str(error).splitlines()[1:4])
-        raise ValueError(f"the weights in '{source}' are of another detector than its config.json: {first}") from error
+        raise ValueError(f"the weights in '{source}' are of another detector than {found}: {first}") from error
     model.class_names, model.category_ids = config['class_names'], config['category_ids']
     return model.eval()

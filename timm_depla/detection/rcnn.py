@@ -28,6 +28,7 @@ __all__ = ['BackboneWithFPN', 'create_detector', 'list_detectors']
 REDUCTIONS = (4, 8, 16, 32)
 ANCHOR_SIZES = (32, 64, 128, 256, 512)  # torchvision's, in pixels, one for each level of the pyramid
 BACKBONES = ('resnet50', 'resnet101', 'resnext101_32x4d', 'fishnet150', 'fishnet150_depla')  # of Tables 4 and 5
+_OWN = {'device', 'dtype', 'features_only', 'in_chans', 'model_name', 'out_indices', 'pretrained'}  # of the backbone
 NORMS = {'batch': lambda body: body, 'frozen': freeze_batch_norm_2d, 'sync': convert_sync_batchnorm}
 
 
@@ -79,14 +80,17 @@ class BackboneWithFPN(nn.Module):
         backbone_kwargs: Optional[Dict[str, Any]] = None,
     ) -> None:
         super().__init__()
-        full = timm.create_model(backbone, device='meta', **(backbone_kwargs or {}))
+        kwargs = dict(backbone_kwargs or {})
+        if taken := sorted(kwargs.keys() & _OWN):
+            raise TypeError(
+                f'backbone_kwargs: the detector sets {taken}; pretrained_backbone loads weights, .to() moves it'
+            )
+        full = timm.create_model(backbone, device='meta', **kwargs)
         found = [level['reduction'] for level in full.feature_info]
         indices = [i for i, reduction in enumerate(found) if reduction in REDUCTIONS]
-        if len(indices) != len(REDUCTIONS):
-            needed = f'a detector needs those at 1/{REDUCTIONS}'
-            raise ValueError(f"backbone '{backbone}' has features at 1/{found}, {needed}")
-        kwargs = dict(backbone_kwargs or {}, features_only=True, out_indices=indices)
-        body = timm.create_model(backbone, pretrained=pretrained, **kwargs)
+        if [found[i] for i in indices] != list(REDUCTIONS):
+            raise ValueError(f"backbone '{backbone}' has features at 1/{found}, a detector needs 1/{REDUCTIONS}")
+        body = timm.create_model(backbone, pretrained=pretrained, features_only=True, out_indices=indices, **kwargs)
         if (layout := Format(getattr(body, 'output_fmt', 'NCHW')).value) != 'NCHW':
             raise ValueError(f"backbone '{backbone}' gives features in the layout {layout}, a pyramid takes NCHW")
         layers = _layers(body, full)
