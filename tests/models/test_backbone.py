@@ -26,8 +26,9 @@ def test_backbone_fills_all_but_depla(model, plain):
     assert report.skipped == []
     assert all(torch.equal(model.state_dict()[k], v) for k, v in plain.state_dict().items())
     assert str(report) == f'{len(report.loaded)} tensors loaded, {len(report.new)} of DEPLA new'
-    report = load_backbone(model, timm.create_model('resnet18', num_classes=1000).state_dict())
-    assert report.skipped == ['fc.weight', 'fc.bias'] and 'fc.weight' in str(report)
+    for classes in (1000, 0):
+        report = load_backbone(timm.create_model('resnet18_depla', num_classes=classes), plain)
+        assert report.skipped == ['fc.weight', 'fc.bias'] and 'fc.weight' in str(report)
 
 
 @pytest.mark.parametrize(

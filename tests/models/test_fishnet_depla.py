@@ -126,7 +126,7 @@ def test_sizes_that_are_no_multiple_of_32(name, size):
 
 
 def test_layer_groups_follow_the_fish():
-    model = create('fishnet99_depla', device='meta')
+    model = timm.model_entrypoint('fishnet99_depla')(depla=None, norm_layer='batchnorm2d', device='meta')
     for coarse, count in ((True, 12), (False, 23)):
         groups = timm.models.group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
         names = ['stem.0', 'tail.0', 'tail.2', 'bridge', 'body.0', 'body.2.depla', 'head.0', 'head.2.transfer', 'fc']

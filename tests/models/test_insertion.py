@@ -58,6 +58,8 @@ def test_modules_by_name():
     assert all(hasattr(module.bfn, 'query') for module in model.modules() if isinstance(module, Depla))
     with pytest.raises(ValueError, match=r'^layer2.1 and 1 more of ResNet has DEPLA'):
         timm_depla.insert_depla(model, dict(modules=inserted(model)))
+    with pytest.raises(ValueError, match='Sequential is no network of timm: make it by timm'):
+        timm_depla.insert_depla(torch.nn.Sequential(model))
 
 
 @pytest.mark.parametrize(
@@ -96,8 +98,9 @@ def test_entrypoint(backbone):
         features = create('backbone_depla', backbone=backbone, features_only=True)
         assert [f.shape[1] for f in features(x)] == features.feature_info.channels()
         assert features.feature_info.channels() == create(backbone, features_only=True).feature_info.channels()
-    with pytest.raises(ValueError, match="backbone 'convnext_tini' is no model of timm"):
-        timm.create_model('backbone_depla', backbone='convnext_tini')
+    for tag, name, message in (('', 'convnext_tini', 'no model of timm'), ('.a', backbone, f"='{backbone}.a'")):
+        with pytest.raises(ValueError, match=message):
+            timm.create_model(f'backbone_depla{tag}', backbone=name)
 
 
 def test_weights_of_the_whole_come_back(tmp_path):

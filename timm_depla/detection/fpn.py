@@ -43,8 +43,7 @@ class FeaturePyramidNetworkDepla(FeaturePyramidNetwork):
         depla: Optional[Dict[str, Any]] = None,
     ) -> None:
         super().__init__(in_channels_list, out_channels, extra_blocks, norm_layer)
-        depla = {'temperature': 0.5, 'bfn': 'adaptive', **(depla or {})}
-        check_depla_args(depla)
+        depla = {'temperature': 0.5, 'bfn': 'adaptive', **check_depla_args(depla)}
         self.top_down_blocks = nn.ModuleList(  # the coarsest step first
             Depla(out_channels, **depla, norm_layer=norm_layer or nn.BatchNorm2d) for _ in in_channels_list[1:]
         )

@@ -8,7 +8,8 @@ Where the paper is ambiguous, the code follows a numbered ruling of docs/rulings
     L: groups of regions of interest (ROI), D: ROI maps per group
 """
 
-from typing import Any, Dict, Optional, Tuple, Type
+from numbers import Integral, Real
+from typing import Any, Dict, Mapping, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -26,7 +27,7 @@ class SoftRPN(nn.Module):
 
     def __init__(self, in_chs: int, num_groups: int, maps_per_group: int, temperature: float, upsample: str, **layers):
         super().__init__()
-        if not 0.001 <= temperature <= 1000:
+        if not (isinstance(temperature, Real) and 0.001 <= temperature <= 1000):
             raise ValueError(f'temperature must be from 0.001 to 1000, got {temperature!r}; the paper uses 0.2 to 1.0')
         self.num_groups, self.maps_per_group = num_groups, maps_per_group
         self.temperature, self.upsample = float(temperature), upsample
@@ -75,11 +76,16 @@ BFNS = {'plain': PlainBFN, 'adaptive': AdaptiveBFN}
 NETWORK_ARGS = ('num_groups', 'pooled_chs', 'maps_per_group', 'temperature', 'bfn', 'keep_candidate')  # of `Depla`
 
 
-def check_depla_args(depla: Dict[str, Any], *network_args: str) -> None:
-    """Raise TypeError if a network's `depla` has a key that is neither an argument of `Depla` nor in `network_args`."""
-    allowed = [*network_args, *NETWORK_ARGS]
-    if unknown := sorted(set(depla) - set(allowed)):
+def check_depla_args(depla: Optional[Mapping[str, Any]], *network_args: str) -> Dict[str, Any]:
+    """Copy a network's `depla`; TypeError if it is no map, or a key is no argument of `Depla` nor in `network_args`."""
+    allowed, depla = [*network_args, *NETWORK_ARGS], {} if depla is None else depla
+    if not isinstance(depla, Mapping):
+        raise TypeError(f'depla must be a map of arguments to values, got {depla!r}; there are {allowed}')
+    if unknown := sorted(set(depla) - set(allowed), key=str):
         raise TypeError(f'unknown depla argument {unknown}; there are {allowed}')
+    if (keep := depla.get('keep_candidate', False)) not in (False, True):
+        raise ValueError(f'keep_candidate must be True or False, got {keep!r}')
+    return dict(depla)
 
 
 @register_notrace_module  # control flow depends on sizes
@@ -127,10 +133,10 @@ class Depla(nn.Module):
         super().__init__()
         candidate_chs = candidate_chs or identity_chs
         for name, value in dict(num_groups=num_groups, pooled_chs=pooled_chs, maps_per_group=maps_per_group).items():
-            if value < 1:
-                raise ValueError(f'{name} must be at least 1, got {value!r}; the paper uses 16, 16 and 4')
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f'{name} must be a whole number from 1 on, got {value!r}; the paper uses 16, 16 and 4')
         for name, value, known in (('bfn', bfn, BFNS), ('upsample', upsample, ('bilinear', 'nearest'))):
-            if value not in known:
+            if value not in [*known]:
                 raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}')
         keep_candidate = keep_candidate or not add_identity
         if keep_candidate and candidate_chs != identity_chs:

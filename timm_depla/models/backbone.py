@@ -63,9 +63,10 @@ def load_backbone(model: nn.Module, source: Source, heads: Optional[Sequence[str
     own = model.state_dict()
     prefixes = tuple(f'{name}.' for name, module in model.named_modules() if isinstance(module, Depla))
     if heads is None:
-        heads = [name for name, module in model.named_modules() if module is model.get_classifier()]
+        classifier = getattr(model, 'get_classifier', lambda: None)()
+        heads = [name for name, module in model.named_modules() if module is classifier]
     heads = tuple(f'{name}.' for name in heads)
-    skipped = [k for k in own if k.startswith(heads) and k in state and state[k].shape != own[k].shape]
+    skipped = [k for k in state if k.startswith(heads) and (k not in own or state[k].shape != own[k].shape)]
     state = {k: v for k, v in state.items() if k not in skipped}
 
     new = [k for k in own if k.startswith(prefixes) and k not in state]

@@ -191,9 +191,8 @@ class JoinStage(nn.Module):
         if depla is not None:
             drop_path = DropPath(drop_paths[-1]) if drop_paths[-1] else None
             depla = dict(depla, upsample='nearest', drop_path=drop_path)
-            if depla.pop('keep_candidate', False):  # the stage keeps it anyway, by concatenation
-                depla['init_scale'] = 0.0
-            self.depla = Depla(main_out, branch, **depla, **layers)
+            keep = depla.pop('keep_candidate', False)  # the stage keeps it anyway, by concatenation
+            self.depla = Depla(main_out, branch, **depla, init_scale=0.0 if keep else None, **layers)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         x = self.pool(self.blocks(x))

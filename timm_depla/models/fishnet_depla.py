@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, create_classifier, get_device_dtype
+from timm.layers import calculate_drop_path_rates, create_classifier, get_device_dtype, get_norm_layer
 from timm.models import clean_state_dict, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor
@@ -72,7 +72,7 @@ class FishNet(nn.Module):
         output_stride: int = 32,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+        norm_layer: Union[str, Type[nn.Module]] = nn.BatchNorm2d,
         device=None,
         dtype=None,
     ) -> None:
@@ -84,9 +84,9 @@ class FishNet(nn.Module):
                 f'output_stride must be 32, got {output_stride!r}: the body of FishNet resamples by fixed factors. '
                 'features_only=True has finer features, down to 1/2 (out_indices 0 to 4)'
             )
-        check_depla_args(depla or {})
+        check_depla_args(depla)
         dd = {'device': device, 'dtype': dtype}
-        layers = dict(norm_layer=norm_layer, **dd)
+        layers = dict(norm_layer=get_norm_layer(norm_layer), **dd)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -290,9 +290,9 @@ def _create_fishnet(variant: str, pretrained: bool, **kwargs) -> FishNet:
     name = variant.removesuffix('_depla')
     parts = ('tail', 'bridge', 'body', 'head', 'body_branches', 'head_branches')
     model_args = dict(zip(parts, _BLOCKS[name], strict=True), depla=None if name == variant else {})
-    feature_cfg = dict(out_indices=(0, 1, 2, 3, 4), feature_cls='getter')
-    options = dict(pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg)
-    return build_model(FishNet, variant, pretrained, **options, **{**model_args, **kwargs})
+    model_args.update(feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls='getter'))
+    model_args.update((key, value) for key, value in kwargs.items() if value is not None)  # as timm.create_model does
+    return build_model(FishNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **model_args)
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:
@@ -303,14 +303,9 @@ _PAPER = dict(paper_name='FishNet: A Versatile Backbone for Image, Region, and P
 _TINY = dict(input_size=(3, 128, 128), pool_size=(4, 4))
 default_cfgs = generate_default_cfgs(
     {
-        'fishnet99.untrained': _cfg(**_PAPER),
-        'fishnet150.untrained': _cfg(**_PAPER),
-        'fishnet201.untrained': _cfg(**_PAPER),
-        'fishnet99_depla.untrained': _cfg(),
-        'fishnet150_depla.untrained': _cfg(),
-        'fishnet201_depla.untrained': _cfg(),
-        'test_fishnet.untrained': _cfg(**_TINY, **_PAPER),
-        'test_fishnet_depla.untrained': _cfg(**_TINY),
+        f'{name}{form}.untrained': _cfg(**(_TINY if name == 'test_fishnet' else {}), **paper)
+        for form, paper in (('', _PAPER), ('_depla', {}))
+        for name in _BLOCKS
     }
 )
 

@@ -69,9 +69,10 @@ def insert_depla(model: nn.Module, depla: Optional[Dict[str, Any]] = None) -> nn
         ValueError: If a module does not exist, already has DEPLA or changes the shape of its map, or if no block of
             the stage at 1/16 keeps the shape.
     """
-    block_args = dict(depla or {})
+    block_args = check_depla_args(depla, 'modules')
     names = block_args.pop('modules', None)
-    check_depla_args(block_args, 'modules')
+    if not hasattr(model, 'pretrained_cfg'):
+        raise ValueError(f'{type(model).__name__} is no network of timm: make it by timm.create_model')
     if not block_args.pop('keep_candidate', True):
         raise ValueError('DEPLA around a block keeps what the block gives: leave out keep_candidate=False')
     stage = _find_stage(model) if names is None else ''
@@ -172,6 +173,8 @@ def backbone_depla(
         raise TypeError(f'unknown argument {sorted(fetching)}')
     if not (isinstance(backbone, str) and timm.is_model(backbone)):
         raise ValueError(f"backbone '{backbone}' is no model of timm; see timm.list_models()")
+    if isinstance(pretrained_cfg, str) and pretrained_cfg != 'untrained':
+        raise ValueError(f"the tag belongs to the backbone: backbone='{backbone.partition('.')[0]}.{pretrained_cfg}'")
     is_whole = pretrained_cfg is not None and not isinstance(pretrained_cfg, str)
     if not is_whole:
         pretrained_cfg = timm.get_pretrained_cfg(backbone).to_dict()

@@ -1,10 +1,11 @@
 """Placement of DEPLA in a network's blocks: its positions and its arguments."""
 
-from typing import Any, Dict, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, Iterable, Optional, Sequence, Tuple, Type
 
 import torch.nn as nn
 
 from timm_depla.layers import Depla, check_depla_args
+from timm_depla.schema import is_integer
 
 __all__ = ['create_depla', 'default_positions', 'init_depla', 'split_depla_args']
 
@@ -20,30 +21,31 @@ def default_positions(num_blocks: int) -> Tuple[int, ...]:
 
 
 def split_depla_args(
-    layers: Sequence[int], stage: int = 3, positions: Optional[Sequence[int]] = None, **block_args
+    layers: Sequence[int], depla: Optional[Dict[str, Any]]
 ) -> Tuple[int, Tuple[int, ...], Dict[str, Any]]:
     """Check a network's `depla` argument and split it into the stage, positions and arguments of `Depla`.
 
     Args:
         layers: Blocks in each stage.
-        stage: The stage with DEPLA, from 1.
-        positions: Indices of its blocks with DEPLA; `default_positions` if None.
-        **block_args: `Depla`'s num_groups, pooled_chs, maps_per_group, temperature, bfn and keep_candidate.
+        depla: `stage`, the one with DEPLA, from 1 (default: 3); `positions`, indices of its blocks with DEPLA (default:
+            `default_positions`); `Depla`'s num_groups, pooled_chs, maps_per_group, temperature, bfn and keep_candidate.
 
     Raises:
-        TypeError: If there is an unknown key.
+        TypeError: If `depla` is no map, or has an unknown key.
         ValueError: If the stage or a position does not exist.
     """
-    check_depla_args(block_args, 'stage', 'positions')
-    if stage not in range(1, len(layers) + 1):
+    block_args = check_depla_args(depla, 'stage', 'positions')
+    stage, positions = block_args.pop('stage', 3), block_args.pop('positions', None)
+    if not is_integer(stage) or stage not in range(1, len(layers) + 1):
         raise ValueError(f'depla stage must be one of 1 to {len(layers)}, got {stage!r}')
     num_blocks = layers[stage - 1]
-    positions = tuple(default_positions(num_blocks) if positions is None else positions)
-    if not positions or any(p not in range(num_blocks) for p in positions):
+    positions = default_positions(num_blocks) if positions is None else positions
+    found = tuple(positions) if isinstance(positions, Iterable) else ()
+    if not found or not all(is_integer(p) and p in range(num_blocks) for p in found):
         raise ValueError(
-            f'depla positions must be block indices of stage {stage}, 0 to {num_blocks - 1}, got {positions}'
+            f'depla positions must be block indices of stage {stage}, 0 to {num_blocks - 1}, got {positions!r}'
         )
-    return stage, positions, block_args
+    return stage, tuple(sorted(set(found))), block_args
 
 
 def create_depla(

@@ -66,7 +66,7 @@ class RegNetDepla(RegNet):
     ) -> None:
         super().__init__(cfg, device=device, dtype=dtype, **kwargs)
         stages = [self.s1, self.s2, self.s3, self.s4]
-        stage, positions, block_args = split_depla_args([len(list(s.children())) for s in stages], **(depla or {}))
+        stage, positions, block_args = split_depla_args([len(list(s.children())) for s in stages], depla)
         norm_layer = get_norm_layer(kwargs.get('norm_layer', cfg.norm_layer))
         layers = dict(norm_layer=norm_layer, device=device, dtype=dtype)
         for name in (f'b{position + 1}' for position in positions):

@@ -16,6 +16,7 @@ from timm.layers import register_notrace_module, to_ntuple
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from timm_depla.layers import check_depla_args
 from timm_depla.layers.fused import use_fused_depla
 
 from .builder import build_model, imagenet_cfg
@@ -113,7 +114,7 @@ class ResNetDepla(ResNet):
         depla: Optional[Dict[str, Any]] = None,
         **kwargs,
     ) -> None:
-        stage, positions, block_args = split_depla_args(layers, **(depla or {}))
+        stage, positions, block_args = split_depla_args(layers, depla)
         blocks = list(to_ntuple(len(layers))(block))
         blocks[stage - 1] = _at_positions(blocks[stage - 1], positions, block_args)
         super().__init__(blocks, layers, **kwargs)
@@ -127,7 +128,7 @@ class ResNetDepla(ResNet):
 
 def _create_resnet_depla(variant: str, pretrained: bool, kwargs: Dict[str, Any], **model_args) -> ResNetDepla:
     """Build a variant; the caller's `kwargs` override its arguments, and those of `depla` key by key."""
-    depla = {**model_args.pop('depla', {}), **(kwargs.pop('depla', None) or {})}
+    depla = {**model_args.pop('depla', {}), **check_depla_args(kwargs.pop('depla', None), 'stage', 'positions')}
     return build_model(ResNetDepla, variant, pretrained, depla=depla, **{**model_args, **kwargs})
 
 
@@ -218,15 +219,8 @@ def seresnet152_depla(pretrained: bool = False, **kwargs) -> ResNetDepla:
 @register_model
 def seresnet50_depla_adaptive(pretrained: bool = False, **kwargs) -> ResNetDepla:
     """SE-ResNet-50 with adaptive DEPLA."""
-    return _create_resnet_depla(
-        'seresnet50_depla_adaptive',
-        pretrained,
-        kwargs,
-        block=Bottleneck,
-        layers=(3, 4, 6, 3),
-        depla=dict(bfn='adaptive'),
-        **_SE,
-    )
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), depla=dict(bfn='adaptive'), **_SE)
+    return _create_resnet_depla('seresnet50_depla_adaptive', pretrained, kwargs, **model_args)
 
 
 @register_model
