@@ -188,12 +188,7 @@ def test_norms_of_the_neck(neck):
         ('vit_tiny_patch16_224_fpn', {}, ValueError, r'features at 1/\[16, .* needs 1/\(4, 8, 16, 32\)'),
         ('swin_tiny_patch4_window7_224_fpn', {}, ValueError, 'layout NHWC, a pyramid takes NCHW'),
         ('resnet18_fpn', dict(backbone_kwargs=dict(output_stride=16)), ValueError, r'at 1/\[2, 4, 8, 16, 16\], .*'),
-        (
-            'resnet18_fpn',
-            dict(backbone_kwargs=dict(device='cpu')),
-            TypeError,
-            r"detector sets \['device'\]; .*\.to\(\)",
-        ),
+        ('resnet18_fpn', dict(backbone_kwargs=dict(device='cpu')), TypeError, r"leave out \['device'\]; .*\.to\(\)"),
         ('resnet18_fpn', dict(trainable_backbone_layers=6), ValueError, "0 to 5 for 'resnet18', got 6"),
         ('resnet18_fpn', dict(backbone_norm='froze'), ValueError, "backbone_norm must be one of .*'froze'"),
         ('resnet18_fpn', dict(neck_norm='bn'), ValueError, "no norm 'bn'; take 'batchnorm2d' or"),

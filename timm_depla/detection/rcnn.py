@@ -82,9 +82,7 @@ class BackboneWithFPN(nn.Module):
         super().__init__()
         kwargs = dict(backbone_kwargs or {})
         if taken := sorted(kwargs.keys() & _OWN):
-            raise TypeError(
-                f'backbone_kwargs: the detector sets {taken}; pretrained_backbone loads weights, .to() moves it'
-            )
+            raise TypeError(f'backbone_kwargs: leave out {taken}; pretrained_backbone loads weights, .to() moves them')
         full = timm.create_model(backbone, device='meta', **kwargs)
         found = [level['reduction'] for level in full.feature_info]
         indices = [i for i, reduction in enumerate(found) if reduction in REDUCTIONS]
