@@ -241,12 +241,12 @@ def test_drop_path_drops_the_refinement():
     'kwargs,message',
     [
         *((dict(temperature=t), f'must be from 0.001 to 1000, got {t!r}') for t in (0.0, '0.5', math.nan, math.inf)),
-        (dict(bfn=['plain']), r"bfn must be one of plain, adaptive, got \['plain'\]"),
+        (dict(bfn=['plain']), r"bfn must be one of \['plain', 'adaptive'\], got \['plain'\]"),
         (dict(num_groups='16'), "num_groups must be a whole number from 1 on, got '16'"),
         (dict(pooled_chs=1.5), 'pooled_chs must be a whole number from 1 on, got 1.5'),
         (dict(maps_per_group=0), 'maps_per_group must be a whole number from 1 on, got 0'),
         (dict(candidate_chs=6, keep_candidate=True), 'keep_candidate adds maps of one width, got 8 and 6 channels'),
-        (dict(upsample='cubic'), "upsample must be one of bilinear, nearest, got 'cubic'"),
+        (dict(upsample='cubic'), r"upsample must be one of \['bilinear', 'nearest'\], got 'cubic'"),
     ],
 )
 def test_bad_argument(kwargs, message):

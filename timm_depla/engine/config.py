@@ -39,21 +39,16 @@ SYNONYMS = {
 }
 """Names that others have for flags."""
 ALIASES = {'trunk_lr_scale': 'backbone_lr_scale'}  # of keys in recipes
+_ALIKE = ('backbone_norm', 'device', 'in_chans', 'num_classes', 'pretrained', 'pretrained_backbone')
 ARGUMENTS = {
-    'backbone_norm': '--backbone-norm',
+    **{name: f'--{name.replace("_", "-")}' for name in (*_ALIKE, 'trainable_backbone_layers')},
     'checkpoint_path': '--initial-checkpoint',
-    'device': '--device',
     'drop_block_rate': '--drop-block',
     'drop_path_rate': '--drop-path',
     'drop_rate': '--drop',
     'global_pool': '--gp',
-    'in_chans': '--in-chans',
     'name': '--model',
-    'num_classes': '--num-classes',
-    'pretrained': '--pretrained',
-    'pretrained_backbone': '--pretrained-backbone',
     'pretrained_cfg_overlay': '--pretrained-path',
-    'trainable_backbone_layers': '--trainable-backbone-layers',
 }
 """Arguments of networks that have flags."""
 

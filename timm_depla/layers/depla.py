@@ -8,7 +8,6 @@ Where the paper is ambiguous, the code follows a numbered ruling of docs/rulings
     L: groups of regions of interest (ROI), D: ROI maps per group
 """
 
-from numbers import Integral, Real
 from typing import Any, Dict, Mapping, Optional, Tuple, Type
 
 import torch
@@ -27,7 +26,7 @@ class SoftRPN(nn.Module):
 
     def __init__(self, in_chs: int, num_groups: int, maps_per_group: int, temperature: float, upsample: str, **layers):
         super().__init__()
-        if not (isinstance(temperature, Real) and 0.001 <= temperature <= 1000):
+        if not (isinstance(temperature, (int, float)) and 0.001 <= temperature <= 1000):
             raise ValueError(f'temperature must be from 0.001 to 1000, got {temperature!r}; the paper uses 0.2 to 1.0')
         self.num_groups, self.maps_per_group = num_groups, maps_per_group
         self.temperature, self.upsample = float(temperature), upsample
@@ -79,12 +78,9 @@ NETWORK_ARGS = ('num_groups', 'pooled_chs', 'maps_per_group', 'temperature', 'bf
 def check_depla_args(depla: Optional[Mapping[str, Any]], *network_args: str) -> Dict[str, Any]:
     """Copy a network's `depla`; TypeError if it is no map, or a key is no argument of `Depla` nor in `network_args`."""
     allowed, depla = [*network_args, *NETWORK_ARGS], {} if depla is None else depla
-    if not isinstance(depla, Mapping):
-        raise TypeError(f'depla must be a map of arguments to values, got {depla!r}; there are {allowed}')
-    if unknown := sorted(set(depla) - set(allowed), key=str):
-        raise TypeError(f'unknown depla argument {unknown}; there are {allowed}')
-    if (keep := depla.get('keep_candidate', False)) not in (False, True):
-        raise ValueError(f'keep_candidate must be True or False, got {keep!r}')
+    unknown = sorted(set(depla) - set(allowed), key=str) if isinstance(depla, Mapping) else [depla]
+    if unknown:
+        raise TypeError(f'unknown depla argument {unknown}; depla is a map of some of {allowed}')
     return dict(depla)
 
 
@@ -133,11 +129,12 @@ class Depla(nn.Module):
         super().__init__()
         candidate_chs = candidate_chs or identity_chs
         for name, value in dict(num_groups=num_groups, pooled_chs=pooled_chs, maps_per_group=maps_per_group).items():
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            if not (isinstance(value, int) and value >= 1):
                 raise ValueError(f'{name} must be a whole number from 1 on, got {value!r}; the paper uses 16, 16 and 4')
-        for name, value, known in (('bfn', bfn, BFNS), ('upsample', upsample, ('bilinear', 'nearest'))):
-            if value not in [*known]:
-                raise ValueError(f'{name} must be one of {", ".join(known)}, got {value!r}')
+        known = dict(bfn=[*BFNS], upsample=['bilinear', 'nearest'], keep_candidate=[False, True])
+        for name, value in dict(bfn=bfn, upsample=upsample, keep_candidate=keep_candidate).items():
+            if value not in known[name]:
+                raise ValueError(f'{name} must be one of {known[name]}, got {value!r}')
         keep_candidate = keep_candidate or not add_identity
         if keep_candidate and candidate_chs != identity_chs:
             raise ValueError(f'keep_candidate adds maps of one width, got {identity_chs} and {candidate_chs} channels')

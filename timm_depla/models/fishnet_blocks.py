@@ -191,8 +191,9 @@ class JoinStage(nn.Module):
         if depla is not None:
             drop_path = DropPath(drop_paths[-1]) if drop_paths[-1] else None
             depla = dict(depla, upsample='nearest', drop_path=drop_path)
-            keep = depla.pop('keep_candidate', False)  # the stage keeps it anyway, by concatenation
-            self.depla = Depla(main_out, branch, **depla, init_scale=0.0 if keep else None, **layers)
+            if depla.get('keep_candidate') is True:  # the stage keeps it anyway, by concatenation
+                depla.update(keep_candidate=False, init_scale=0.0)
+            self.depla = Depla(main_out, branch, **depla, **layers)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         x = self.pool(self.blocks(x))
