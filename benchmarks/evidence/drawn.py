@@ -1,11 +1,10 @@
-"""Folders of images that are drawn from a seed, FOLDER/SPLIT/CLASS/*.png, and real digits and garments to draw."""
+"""Folders of images that are drawn from a seed, FOLDER/SPLIT/CLASS/*.png."""
 
 import hashlib
 import inspect
 import tempfile
-from functools import cache
 from pathlib import Path
-from typing import Dict, List, Protocol
+from typing import Dict, Protocol
 
 import numpy as np
 from PIL import Image
@@ -49,13 +48,6 @@ def write(folder: Path, drawn: Drawn) -> None:
         except OSError:
             if not folder.is_dir():  # else another process was faster
                 raise
-
-
-@cache
-def digits(is_training: bool) -> List[List[np.ndarray]]:
-    """By class, the embedded digits of a split, 8 x 8 grey levels."""
-    folder = digits_folder() / ('train' if is_training else 'validation')
-    return [[np.asarray(Image.open(path)) for path in sorted(folder.glob(f'{label}/*.png'))] for label in range(10)]
 
 
 def resize(pixels: np.ndarray, side: int) -> np.ndarray:

@@ -63,8 +63,6 @@ INSTRUMENTS = {
     ),  # 7 x 7 positions
     'lite0-fashion': _FINETUNE(Garments(_FEW)),
     'lite0-garments': _FINETUNE(Scattered(by_class, 48, (12, 40), 8, _FEW, is_lit=True)),
-    'lite0-digits': _FINETUNE(Scattered(drawn.digits, 64, (10, 48), 4, _FEW)),
-    'lite0-fashion-5000': _FINETUNE(Garments({**_FEW, 'train': 5000}))._replace(recipe='lite0-5000.yaml'),
     'scenes': Instrument(
         'scenes',
         ('fpn', 'fpn-depla-0.2', 'fpn-depla-0.5', 'fpn-depla-1.0', 'fpn-norm', 'backbone-fishnet')

@@ -231,9 +231,9 @@ def write() -> None:
     for name in PAGES:
         text = (DOCS / name).read_text()
         for mark, content in made.items():
-            start, end = f'<!-- {mark} -->\n', '\n<!-- end -->'
+            start, end = f'<!-- {mark} -->\n', '<!-- end -->'
             if start in text:
                 before, rest = text.split(start)
-                text = before + start + content + end + rest.partition(end)[2]
+                text = f'{before}{start}{content}\n{end}{rest.partition(end)[2]}'
         (DOCS / name).write_text(text)
     plot()

@@ -1,4 +1,4 @@
-"""One real digit or garment somewhere in an image, amid texture and fragments of others."""
+"""One garment somewhere in an image, amid texture and fragments of others."""
 
 from dataclasses import dataclass
 from typing import Callable, Dict, List, Tuple
@@ -13,7 +13,7 @@ class Scattered:
     """Images of one object, whose height is drawn evenly on a logarithmic scale.
 
     Args:
-        sources: The digits or garments of a split, squares of grey levels by class.
+        sources: The garments of a split, squares of grey levels by class.
         size: Height and width of an image, in pixels.
         heights: The smallest and the largest object, in pixels.
         fragments: Parts of other objects in each image, at most half as high as theirs.

@@ -58,7 +58,7 @@ def test_half_a_download_is_never_taken_for_a_whole_one(small, monkeypatch):
 
 
 def test_images_are_drawn_from_their_number(small):
-    scattered = Scattered(drawn.digits, 64, (10, 48), 4, {'train': 80, 'validation': 20})
+    scattered = Scattered(fashion.by_class, 64, (10, 48), 4, {'train': 80, 'validation': 20})
     for name, kind in (('a', scattered), ('b', scattered), ('c', replace(scattered, fragments=0))):
         drawn.write(small / name, kind)
     files = {name: sorted((small / name).rglob('*.png')) for name in 'abc'}
@@ -67,7 +67,7 @@ def test_images_are_drawn_from_their_number(small):
     assert all(same) and len({path.read_bytes() for path in files['a']}) == 100
     ink = {name: np.mean([np.asarray(Image.open(path)) for path in files[name]]) for name in 'ac'}
     assert ink['a'] > 1.1 * ink['c']
-    lit = replace(scattered, sources=fashion.by_class, is_lit=True)
+    lit = replace(scattered, is_lit=True)
     assert np.std([lit.draw(np.random.default_rng(i), True, i % 10).mean() for i in range(40)]) > 40
 
 
