@@ -244,6 +244,7 @@ def test_drop_path_drops_the_refinement():
         (dict(bfn=['plain']), r"bfn must be one of \['plain', 'adaptive'\], got \['plain'\]"),
         (dict(num_groups='16'), "num_groups must be a whole number from 1 on, got '16'"),
         (dict(pooled_chs=1.5), 'pooled_chs must be a whole number from 1 on, got 1.5'),
+        (dict(num_groups=True), 'num_groups must be a whole number from 1 on, got True'),
         (dict(maps_per_group=0), 'maps_per_group must be a whole number from 1 on, got 0'),
         (dict(candidate_chs=6, keep_candidate=True), 'keep_candidate adds maps of one width, got 8 and 6 channels'),
         (dict(upsample='cubic'), r"upsample must be one of \['bilinear', 'nearest'\], got 'cubic'"),

@@ -74,6 +74,7 @@ def test_modules_by_name():
         ('test_resnet', dict(modules=['layer3']), ValueError, '^layer3 of ResNet changes the shape of its map'),
         ('test_resnet', dict(positions=[1]), TypeError, r"unknown depla argument \['positions'\]"),
         ('test_resnet', dict(modules=['layer4'], keep_candidate=False), ValueError, 'leave out keep_candidate=False'),
+        ('test_resnet', dict(keep_candidate='False'), ValueError, "leave out keep_candidate='False'"),
     ],
 )
 def test_what_cannot_be_served_says_why(backbone, depla, error, message):

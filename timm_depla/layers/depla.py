@@ -129,7 +129,7 @@ class Depla(nn.Module):
         super().__init__()
         candidate_chs = candidate_chs or identity_chs
         for name, value in dict(num_groups=num_groups, pooled_chs=pooled_chs, maps_per_group=maps_per_group).items():
-            if not (isinstance(value, int) and value >= 1):
+            if not (type(value) is int and value >= 1):
                 raise ValueError(f'{name} must be a whole number from 1 on, got {value!r}; the paper uses 16, 16 and 4')
         known = dict(bfn=[*BFNS], upsample=['bilinear', 'nearest'], keep_candidate=[False, True])
         for name, value in dict(bfn=bfn, upsample=upsample, keep_candidate=keep_candidate).items():

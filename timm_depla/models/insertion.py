@@ -73,8 +73,8 @@ def insert_depla(model: nn.Module, depla: Optional[Dict[str, Any]] = None) -> nn
     names = block_args.pop('modules', None)
     if not hasattr(model, 'pretrained_cfg'):
         raise ValueError(f'{type(model).__name__} is no network of timm: make it by timm.create_model')
-    if not block_args.pop('keep_candidate', True):
-        raise ValueError('DEPLA around a block keeps what the block gives: leave out keep_candidate=False')
+    if (keep := block_args.pop('keep_candidate', True)) is not True:
+        raise ValueError(f'DEPLA around a block keeps what the block gives: leave out keep_candidate={keep!r}')
     stage = _find_stage(model) if names is None else ''
     if stage:
         names = _list_blocks(model, stage)
