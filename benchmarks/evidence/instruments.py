@@ -37,6 +37,7 @@ class Instrument(NamedTuple):
             return ['--data-dir', str(drawn.cached(name, self.images)), *flags]
         if self.recipe == 'scenes':
             folder = scenes_folder(digits_folder().parent / name, self.val_images)
+            flags += ['--channels-last'] if self.val_images else []  # a fifth faster; the first runs did without
             return ['--data-dir', str(folder), *flags, '--epochs', '8', '--val-interval', '8']
         return ['--dataset', 'torch/fashion_mnist', '--data-dir', str(fashion_folder()), *flags]
 
