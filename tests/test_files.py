@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_depla.files import find_change, format_json, list_sums, open_image
+from timm_depla.files import check_writable, find_change, format_json, list_sums, open_image, read_mapping
 
 
 def png(*chunks):
@@ -73,10 +73,17 @@ def test_changed_file_is_named(tmp_path):
     (tmp_path / 'checksums.json').unlink()
     os.mkfifo(tmp_path / 'checksums.json')  # which does not block
     assert 'OSError: checksums.json is no file' in find_change(tmp_path)
-
-
-def test_checkpoint_of_training_has_sums(tmp_path):
-    (tmp_path / 'config.json').write_text('{}')
-    assert find_change(tmp_path) is None
-    (tmp_path / 'state.json').write_text('{}')
+    (tmp_path / 'checksums.json').unlink()
+    (tmp_path / 'state.json').write_text('{}')  # a checkpoint of training has sums
     assert find_change(tmp_path) == 'checksums.json is missing'
+
+
+@pytest.mark.parametrize(
+    'use,message',
+    [(read_mapping, 'pipe.json is no file'), (lambda path: open_image(path, 'L'), 'pipe.json is no file'),
+     (check_writable, 'it is a pipe or a device')],
+)  # fmt: skip
+def test_pipe_is_neither_read_nor_replaced(use, message, tmp_path):
+    os.mkfifo(tmp_path / 'pipe.json')
+    with pytest.raises((OSError, ValueError), match=message):
+        use(tmp_path / 'pipe.json')

@@ -1,6 +1,7 @@
 """Folders that others wrote: links lead nowhere, files ask for nothing, values are those that a network can have."""
 
 import json
+import logging
 import os
 import shutil
 
@@ -10,13 +11,14 @@ import torch
 from helpers import change_arguments, fit, flip_bit, run, validate
 from safetensors.torch import load_file, save_file
 
+from timm_depla.commands import _escape_names
 from timm_depla.data import digits_folder
 from timm_depla.detection import create_detector
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import SHARED, START, parse_args
 from timm_depla.engine.detection.flags import create_detection_parser
 from timm_depla.errors import ConfigError, TrainingError
-from timm_depla.files import SUMS, find_change, list_sums, open_to_append, read_mapping, write_file
+from timm_depla.files import SUMS, find_change, list_sums, open_to_append, write_file
 from timm_depla.loading import resumed_recipe
 from timm_depla.schema import Kind
 
@@ -74,8 +76,10 @@ def test_second_name_of_a_file_is_not_written(name, shared):
 
 def test_run_folder_that_is_a_link(shared):
     (shared.parent / 'other').symlink_to(shared)
-    with pytest.raises(ConfigError, match=r"other' is a link: name '.*run' itself"):
-        resume(shared.parent / 'other')
+    (shared.parent / 'link').symlink_to(shared / 'checkpoints' / '0001-000000')
+    for name, message in (('other', "other' is a link: name '.*run' itself"), ('link', 'is a link to another run')):
+        with pytest.raises(ConfigError, match=message):
+            resume(shared.parent / name)
 
 
 def test_files_are_made_anew(tmp_path):
@@ -123,6 +127,26 @@ def test_every_flag_is_shared_or_not():
     free = {dest for dest, action in actions.items() if isinstance(action.type, Kind) or action.choices is not None}
     assert not SHARED & (free | {*ASKED, *START} - {'dataset', 'data_dir', 'model'})
     assert {'log_wandb', 'output', 'kd_model_name', 'initial_checkpoint', 'resume'} <= set(actions) - SHARED - free
+
+
+@pytest.mark.parametrize(
+    'key,value', [('in_chans', 10**9), ('class_map', 5), ('val_split', ['x']), ('input_img_mode', 'x'), ('std', [0])]
+)
+def test_arguments_of_a_run_have_kinds(key, value, shared):
+    change_arguments(shared, **{key: value})
+    with pytest.raises(ConfigError, match=rf"args.yaml': '{key}' must be .*, not "):
+        validate(shared)
+
+
+@pytest.mark.parametrize('key,value', [('position', ''), ('history', 3), ('history', [{'epoch': 'x'}]), ('ranks', [])])
+def test_forged_state_is_one_error(key, value, shared):
+    checkpoint = (shared / 'last').resolve()
+    state = json.loads((checkpoint / 'state.json').read_text())
+    (checkpoint / 'state.json').write_text(json.dumps({**state, key: value}))
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.name != SUMS}
+    (checkpoint / SUMS).write_bytes(list_sums(files))
+    with pytest.raises(ConfigError, match='cannot resume from'):
+        resume(shared)
 
 
 @pytest.fixture
@@ -240,16 +264,21 @@ def test_pretrained_path_of_a_backbone(tmp_path, caplog):
             fit(*argv[2:], '--model', model, '--pretrained-path', tmp_path / 'nowhere')
 
 
-def test_control_characters_are_shown(tmp_path):
-    """In what a command logs and in the error that ends it."""
-    for place in (tmp_path / 'data' / split / label for split in ('train', 'validation') for label in 'ab'):
+def test_control_characters_are_shown(tmp_path, monkeypatch):
+    """In what a command prints and logs, and in the error that ends it."""
+    data = tmp_path / 'data\x1b[31m'
+    for place in (data / split / label for split in ('train', 'validation') for label in 'ab'):
         place.mkdir(parents=True)
         shutil.copy(next((digits_folder() / 'train' / '1').iterdir()), place)
-    (tmp_path / 'data' / 'train' / 'a' / 'x\n\x1b[31m.png').write_bytes(b'no image')
-    argv = [tmp_path / 'data', '--recipe', 'digits', '--batch-size', 2, '--epochs', 1, '--warmup-epochs', 0]
+    (data / 'train' / 'a' / 'x\n\x1b[31m.png').write_bytes(b'no image')
+    argv = [data, '--recipe', 'digits', '--batch-size', 2, '--epochs', 1, '--warmup-epochs', 0]
     result = run('train.py', *argv, '--output', tmp_path / 'out')
     shown = result.stdout + result.stderr + ''.join(path.read_text() for path in (tmp_path / 'out').rglob('log.txt'))
     assert r'x\n\x1b[31m.png' in shown and '\x1b[31m' not in shown
+    monkeypatch.setattr(logging, '_logRecordFactory', logging.LogRecord)
+    _escape_names()
+    record = logging.getLogRecordFactory()('timm', 20, '', 1, 'a\x1b %s', ('b\x1b',), None)
+    assert record.getMessage() == r'a\x1b b\x1b'
 
 
 def test_batch_of_one_position(tmp_path):
@@ -268,9 +297,3 @@ def test_diverged_file_of_others(shared, caplog):
     (shared / 'diverged.json').mkdir()
     with pytest.raises(TrainingError, match=r'cannot write .*diverged.json'):
         resume(shared)
-
-
-def test_read_mapping_of_a_device(tmp_path):
-    (tmp_path / 'config.json').symlink_to('/dev/zero')
-    with pytest.raises(ValueError, match=r'config.json is no file'):
-        read_mapping(tmp_path / 'config.json')

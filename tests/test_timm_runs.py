@@ -78,10 +78,15 @@ def test_resuming_says_what_works_instead(timm_run):
 
 def test_a_shared_checkpoint_loads_nothing_from_elsewhere(timm_run, tmp_path):
     found = torch.load(timm_run / 'last.pth.tar', weights_only=False)
-    for kwargs in ({'pretrained': True}, {'checkpoint_path': '/etc/passwd'}):
-        found['args'].model_kwargs = kwargs
+    for key, value, message in (
+        ('model_kwargs', {'pretrained': True}, 'would load weights from elsewhere'),
+        ('model_kwargs', {'checkpoint_path': '/etc/passwd'}, 'would load weights from elsewhere'),
+        ('num_classes', 10**9, "last.pth.tar': 'num_classes' must be a number of classes, at most 1000000"),
+        ('mean', 'x', "'mean' must be a list of numbers, not 'x'"),
+    ):
+        setattr(found['args'], key, value)
         torch.save(found, tmp_path / 'last.pth.tar')
-        with pytest.raises(ConfigError, match='would load weights from elsewhere'):
+        with pytest.raises(ConfigError, match=message):
             load_model(str(tmp_path))
     found['args'] = Path  # a class, which the unpickler refuses
     torch.save(found, tmp_path / 'last.pth.tar')

@@ -131,9 +131,10 @@ def test_maps_are_on_one_scale(digit):
 
 def test_command(digit, tmp_path, monkeypatch, capsys):
     file = tmp_path / 'figure.png'
+    file.symlink_to('elsewhere')  # which stays as it is
     run('-m', 'timm_depla.visualize', digit, '--model', DIGITS, '--out', file)
     image = Image.open(file)
-    assert image.width >= 1000
+    assert image.width >= 1000 and not (tmp_path / 'elsewhere').exists()
     assert len(image.convert('RGB').getcolors(1 << 24)) > 500
     monkeypatch.setattr(sys, 'argv', ['visualize', str(digit.parent), '--model', DIGITS, '--summary'])
     main()

@@ -41,6 +41,7 @@ def _escape_names() -> None:
 
     def create_escaped(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = create(*args, **kwargs)
+        record.msg = escape(str(record.msg))
         if isinstance(record.args, tuple):
             record.args = tuple(a if isinstance(a, (int, float)) else escape(str(a)) for a in record.args)
         return record

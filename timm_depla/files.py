@@ -6,7 +6,7 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterable, Optional, Sequence
+from typing import Any, BinaryIO, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import safetensors.torch
@@ -16,8 +16,8 @@ from PIL import Image
 
 __all__ = [
     'FORMATS', 'MODES', 'SUMS', 'check_own', 'check_writable', 'escape', 'find_change', 'format_json', 'is_unvalidated',
-    'list_digest', 'list_sums', 'open_image', 'open_to_append', 'read_key', 'read_mapping', 'read_tensors',
-    'write_bytes', 'write_file',
+    'list_digest', 'list_sums', 'open_image', 'open_regular', 'open_to_append', 'read_key', 'read_mapping',
+    'read_tensors', 'walk', 'write_bytes', 'write_file',
 ]  # fmt: skip
 
 SUMS = 'checksums.json'
@@ -25,7 +25,7 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM')
 """Pillow's names of the accepted image formats; no other decoder runs, whatever the file's suffix."""
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # Pillow's, by a model's channels
 MAX_PIXELS = 2**27
-MAX_YAML = 2**20  # bytes
+MAX_YAML = 2**16  # bytes
 MAX_JSON = 2**26
 MAX_DEPTH = 8  # of YAML: a recipe has three levels
 _FLAGS = sum(getattr(os, name, 0) for name in ('O_BINARY', 'O_NOFOLLOW', 'O_NONBLOCK'))  # of those that the system has
@@ -36,7 +36,7 @@ def escape(text: str) -> str:
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text).replace('\\n  ', '\n  ')
 
 
-def _open(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BinaryIO:
     """Open a regular file; OSError if there is none or it is sparse: reading other things could block or never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # not opened: that alone can act on a device
         raise OSError(f'{path.name} is no file')
@@ -80,7 +80,7 @@ def find_change(folder: Path, names: Sequence[str] = ()) -> Optional[str]:
                 continue
             if Path(name).name != name:
                 return f'{SUMS} lists {name!r}, which is no name of a file in the folder'
-            with _open(folder / name) as file:
+            with open_regular(folder / name) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != expected['bytes']:
                     return f'{name} has {size} bytes, not {expected["bytes"]!r}'
@@ -108,7 +108,9 @@ def _load_yaml(data: bytes) -> Any:
         if is_alias or depth > MAX_DEPTH:
             what = f'an alias, *{event.anchor}' if is_alias else f'more than {MAX_DEPTH} levels'
             raise ValueError(f'it has {what}: write the values out, a line for each')
-    return yaml.safe_load(data)
+    content = yaml.safe_load(data)
+    repr(content)  # a ValueError for an integer of too many digits, which no message could show
+    return content
 
 
 def read_mapping(path: Path) -> Dict[str, Any]:
@@ -118,7 +120,7 @@ def read_mapping(path: Path) -> Dict[str, Any]:
     """
     limit, load = (MAX_JSON, json.loads) if path.suffix == '.json' else (MAX_YAML, _load_yaml)
     try:
-        with _open(path) as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise OSError(f'{path.name} has {size:,} bytes, more than {limit:,}')
@@ -144,7 +146,7 @@ def read_key(path: Path, *keys: str) -> Any:
 def read_tensors(path: Path) -> Dict[str, torch.Tensor]:
     """The tensors of a safetensors file; ValueError if it cannot be read, or is no such file."""
     try:
-        _open(path).close()
+        open_regular(path).close()
         return safetensors.torch.load_file(path)
     except (KeyError, OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"cannot read '{path}' ({type(error).__name__}: {error})") from error
@@ -188,28 +190,40 @@ def check_own(folder: Path, links: Sequence[str] = ()) -> None:
     """
     if folder.is_symlink():
         raise ValueError(f"'{folder}' is a link: name '{os.readlink(folder)}' itself")
-    pending, entries = [folder], []
-    while pending:
-        with suppress(FileNotFoundError):  # none yet, or removed by the process that has the lock
-            entries = list(os.scandir(pending.pop()))
-        for entry in entries:
-            path = Path(entry.path)
-            if entry.is_symlink():
+    for place, folders, files in walk(folder, follows=False):
+        for path in (Path(place, name) for name in [*folders, *files]):
+            if path.is_symlink() and not path.is_relative_to(folder / 'wandb'):
                 target = Path(os.readlink(path))
-                is_own = path.parent == folder and entry.name in links
+                is_own = path.parent == folder and path.name in links
                 if not is_own or target.parent != Path('checkpoints') or target.name in ('', '..'):
                     raise ValueError(f"'{path}' is a link to '{target}', which is not ours: remove it")
-            elif entry.is_dir() and path != folder / 'wandb':
-                pending.append(path)
-            elif not entry.is_dir() and not entry.is_file():
-                raise ValueError(f"'{path}' is a pipe or a device, which is not ours: remove it")
+
+
+def walk(folder: os.PathLike, follows: bool = True) -> Iterator[Tuple[str, List[str], List[str]]]:
+    """A folder and those below it, through links if it `follows` them: a path, and the names of its folders and files.
+
+    ValueError for what need not end: a pipe or a device, and a folder that links lead to a second time.
+    """
+    pending, known = [os.fspath(folder)], set()
+    for place in pending:
+        folders, files = [], []
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # another process may remove it
+            if (key := os.stat(place)[1:3]) in known:
+                raise ValueError(f"links lead to '{place}' a second time: remove one")
+            known.add(key)
+            for entry in os.scandir(place):
+                if not entry.is_dir() and not entry.is_file() and os.path.exists(entry):
+                    raise ValueError(f"'{entry.path}' is a pipe or a device: remove it")
+                (folders if entry.is_dir(follow_symlinks=follows) else files).append(entry.name)
+        pending += [os.path.join(place, name) for name in folders]
+        yield place, folders, files
 
 
 def check_writable(path: Path) -> None:
     """Check that a file can be written, before the work that makes its content; ValueError if not."""
     folder = path.parent
-    if path.is_dir():
-        raise ValueError(f"cannot write '{path}': it is a folder")
+    if path.exists() and not path.is_file():  # whoever may write to /dev would replace a device
+        raise ValueError(f"cannot write '{path}': it is a {'folder' if path.is_dir() else 'pipe or a device'}")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write '{path}': '{folder}' is no folder that can be written to")
 
@@ -234,12 +248,14 @@ def open_image(file: Any, mode: str, max_pixels: int = MAX_PIXELS) -> Image.Imag
         OSError: If it is no such image, too large, or damaged.
     """
     try:
+        if isinstance(file, (str, os.PathLike)):
+            open_regular(Path(file)).close()
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise OSError(f'it has {image.width} x {image.height} pixels, more than {max_pixels:,}')
             if image.mode.startswith('I'):  # which Pillow would clip to 255
-                levels = np.asarray(image).astype(np.int64)
-                image = Image.fromarray(((levels.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
+                levels = np.asarray(image).clip(0, 65535).astype(np.uint32)
+                image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
             return image.convert(mode)
     except OSError:
         raise

@@ -185,14 +185,14 @@ def load_weights(model: nn.Module, path: str, heads: Optional[Sequence[str]] = N
 def run_arguments(target: str) -> Dict[str, Any]:
     """The arguments of the run that a run folder, checkpoint or weights file belongs to; empty for other targets.
 
-    ConfigError if its args.yaml cannot be read.
+    ConfigError if its args.yaml cannot be read, or has a value that no flag takes.
     """
     file = _arguments_file(target)
     if not file.is_file():
         found = read_timm_run(target)
         return found.args if found else {}
     with as_config_error():
-        return with_data_dir(read_mapping(file))
+        return with_data_dir(read_mapping(file), file)
 
 
 def _arguments_file(target: str) -> Path:
@@ -228,7 +228,7 @@ def trained_data(target: str, data_dir: Optional[str] = None) -> Dict[str, str]:
         return {'data_dir': str(embedded())}
     if not found:
         raise ConfigError(f"'{target}' is no run folder, so its data is unknown: check the path, or give --data-dir")
-    kind, folder = str(found.get('dataset', '')), str(data_dir or found.get('data_dir', ''))
+    kind, folder = found.get('dataset', ''), data_dir or found.get('data_dir', '')
     if kind.partition('/')[0].lower() not in ('', 'torch', 'wds') or not Path(folder).is_dir():
         raise ConfigError(
             f"'{target}' was trained on '{f'{kind} {folder}'.strip()}', which is no folder here: name the data with "

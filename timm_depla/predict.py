@@ -79,6 +79,7 @@ def draw_tile(name: str, found: Predictions, picture: Image.Image, side: int) ->
     tile.paste(shown, (8 + (side - shown.width) // 2, 4 + (side - shown.height) // 2))
 
     def write(text: str, y: int, fill: str = 'black') -> None:
+        text = escape(text)
         while draw.textlength(text, font) > side:
             text = f'{text[:-2]}…'
         draw.text((8, y), text, fill, font)
@@ -116,7 +117,7 @@ def render(suffix: str, names: Sequence[str], results: Sequence[Tuple[Prediction
             writer.writerows(
                 [name, i, row['label'], row['score'], *row.get('box', [])] for i, row in enumerate(found, 1)
             )
-        return text.getvalue().encode()
+        return text.getvalue().encode(errors='backslashreplace')
     data = io.BytesIO()
     is_drawing = len(results) == 1 and results[0][1].width >= SMALL and 'box' in (results[0][0] or [{}])[0]
     picture = results[0][1] if is_drawing else draw_sheet(names, results)
@@ -150,9 +151,8 @@ def run(args: argparse.Namespace) -> None:
         names.append(str(file))
         results.append((found, picture if len(files) == 1 else ImageOps.contain(picture, (2 * TILE, 2 * TILE))))
         texts = [f'{row["label"]} {row["score"]:{".1%" if is_classifier else ".2f"}}' for row in found]
-        print(
-            escape(f'{file}: {"" if is_classifier else f"{len(found)} found "}{", ".join(texts)}'.rstrip()), flush=True
-        )
+        line = f'{file}: {"" if is_classifier else f"{len(found)} found "}{", ".join(texts)}'
+        print(escape(line.rstrip()), flush=True)
     for path in map(Path, args.output if results else []):
         with as_config_error(f"cannot write --output '{path}': ", OSError, ValueError):
             write_file(path, render(path.suffix.lower(), names, results))

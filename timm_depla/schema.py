@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Callable, Mapping, Optional
 
-__all__ = ['DETECTOR', 'Kind', 'check', 'check_arguments', 'check_classifier', 'is_integer', 'shorten']
+__all__ = ['DETECTOR', 'NAMES', 'RUN', 'Kind', 'check', 'check_arguments', 'check_classifier', 'is_integer', 'shorten']
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _one_of(*values: str) -> Kind:
     return Kind(f'one of {", ".join(values)}', lambda value: isinstance(value, str) and value in values)
 
 
-_NAMES = _list_of(_TEXT, 'a list of names')
+NAMES = _list_of(_TEXT, 'a list of names')
 _SIZE = Kind(
     'a list of channels, height and width',
     lambda value: _list_of(side, '', 3).holds(value) and channels.admits(value[0]),
@@ -119,7 +119,7 @@ _SIZE = Kind(
 _CONFIG = {
     'architecture': _TEXT,
     'num_classes': _either(classes),
-    'label_names': _either(_NAMES),
+    'label_names': _either(NAMES),
     'model_args': _either(_MAP),
     'pretrained_cfg': _either(_MAP),
 }
@@ -133,8 +133,22 @@ _PRETRAINED = {
     'mean': _either(_list_of(finite, 'a list of numbers')),
     'std': _either(_list_of(deviation, 'a list of numbers from 0.0001 to 1e6')),
     'num_classes': _either(classes),
-    'label_names': _either(_NAMES),
+    'label_names': _either(NAMES),
 }
+IMAGE_MODES = ('L', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'LAB')
+_TEXTS = ('class_map', 'data_dir', 'dataset', 'eval_metric', 'gp', 'input_key', 'interpolation', 'model', 'recipe',
+          'target_key', 'train_split', 'val_split')  # fmt: skip
+RUN = {
+    **_PRETRAINED,
+    **dict.fromkeys(_TEXTS, _either(_TEXT)),
+    'epochs': _either(epochs),
+    'img_size': _either(side),
+    'in_chans': _either(channels),
+    'input_img_mode': _either(_one_of(*IMAGE_MODES)),
+    'model_kwargs': _either(_MAP),
+    'val_fraction': _either(fraction),
+}
+"""Arguments of a run, ours or timm's, that are read from its file alone."""
 _MOST = ('box_detections_per_img', 'box_batch_size_per_image', 'rpn_batch_size_per_image', 'rpn_pre_nms_top_n_train',
          'rpn_pre_nms_top_n_test', 'rpn_post_nms_top_n_train', 'rpn_post_nms_top_n_test')  # fmt: skip
 _SHARES = ('box_score_thresh', 'box_nms_thresh', 'box_fg_iou_thresh', 'box_bg_iou_thresh', 'box_positive_fraction',

@@ -11,7 +11,7 @@ from timm.data import resolve_data_config
 
 from timm_depla.errors import ConfigError, as_config_error
 from timm_depla.files import read_mapping
-from timm_depla.schema import check_arguments
+from timm_depla.schema import RUN, check, check_arguments
 
 __all__ = ['TimmRun', 'read_timm_run', 'translate', 'with_data_dir']
 
@@ -62,11 +62,14 @@ class TimmRun(NamedTuple):
         model.pretrained_cfg = {**model.pretrained_cfg, **resolve_data_config(self.args, model=model)}
 
 
-def with_data_dir(args: Dict[str, Any]) -> Dict[str, Any]:
-    """timm's arguments with its positional data folder as `data_dir`."""
-    data = args.get('data')
+def with_data_dir(args: Dict[str, Any], file: Optional[Path] = None) -> Dict[str, Any]:
+    """timm's arguments with its positional data folder as `data_dir`; ValueError if those of a run's file are wrong."""
     rest = {key: value for key, value in args.items() if key != 'data'}
-    return {**rest, 'data_dir': rest.get('data_dir') or data} if data else rest
+    if data := args.get('data'):
+        rest['data_dir'] = rest.get('data_dir') or data
+    if file is not None:
+        check(rest, RUN, f"'{file}'")
+    return rest
 
 
 def read_timm_run(target: str) -> Optional[TimmRun]:
@@ -91,8 +94,9 @@ def read_timm_run(target: str) -> Optional[TimmRun]:
     beside = file.parent / 'args.yaml'
     with as_config_error():
         args = vars(args) if isinstance(args, argparse.Namespace) else read_mapping(beside) if beside.is_file() else {}
+        args = with_data_dir(args, file)
     epoch = found.get('epoch')
-    return TimmRun(file, name, with_data_dir(args), epoch + 1 if isinstance(epoch, int) else 0)
+    return TimmRun(file, name, args, epoch + 1 if isinstance(epoch, int) else 0)
 
 
 def translate(recipe: Dict[str, Any], left_out: Dict[str, str], name: str) -> Dict[str, Any]:

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import io
 import math
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
@@ -21,7 +22,7 @@ from timm_depla.data import find_images
 from timm_depla.detection import from_pretrained, is_detector
 from timm_depla.detection.predict import read_image
 from timm_depla.errors import ConfigError, as_config_error, require
-from timm_depla.files import MODES, check_writable
+from timm_depla.files import MODES, check_writable, write_file
 from timm_depla.layers.linear import match_size
 from timm_depla.loading import load_model
 
@@ -198,7 +199,9 @@ def run(args: argparse.Namespace) -> None:
     title = f'{args.model}, block {name}, T = {blocks[name].rpn.temperature:g}'
     figure = draw_block(image, capture(model, x)[name], title)
     with as_config_error(*is_writing):
-        figure.savefig(args.out, dpi=100)
+        data = io.BytesIO()
+        figure.savefig(data, format=Path(args.out).suffix[1:] or None, dpi=100)
+        write_file(Path(args.out), data.getvalue())
     print(args.out)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import sys
 
@@ -13,12 +14,13 @@ from huggingface_hub import constants
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from timm_depla.data import check_data, find_images
 from timm_depla.engine.classification.datasets import open_splits
 from timm_depla.engine.classification.flags import create_train_parser
 from timm_depla.engine.config import parse_args
 from timm_depla.errors import ConfigError
 from timm_depla.layers import Depla
-from timm_depla.predict import classify, main
+from timm_depla.predict import classify, main, render
 from timm_depla.visualize import load_any
 
 FAST = ['--model', 'test_resnet', '--img-size', 32, '--batch-size', 4, '--workers', 1, '--epochs', 1]
@@ -109,6 +111,31 @@ def test_a_divided_folder_from_training_to_predictions(photos, tmp_path, monkeyp
     assert len(capsys.readouterr().out.splitlines()) == 20
     with pytest.raises(ConfigError, match='name a file that ends in'):
         predict('x', 'y', '--output', 'z')
+
+
+@pytest.mark.parametrize(
+    'target,kinds,message',
+    [('pipe', ['', 'torch/image_folder', 'wds/'], 'is a pipe or a device: remove it'),
+     ('.', ['', 'torch/image_folder'], 'links lead to .* a second time: remove one')],
+)  # fmt: skip
+def test_data_that_need_not_end(target, kinds, message, photos):
+    """A pipe for an image or a shard, and a folder within itself."""
+    os.mkfifo(photos / 'pipe') if target == 'pipe' else None
+    (photos / 'x.png').symlink_to(target)
+    for kind in kinds:
+        with pytest.raises(ConfigError, match=message):
+            splits(photos, '--dataset', kind, '--train-split', '.', '--val-split', '.', '--val-fraction', 0)
+    with pytest.raises(ConfigError, match=message):
+        find_images(photos)
+    (photos / '_x_tarinfos.pickle').symlink_to('nowhere')
+    with pytest.raises(ValueError, match=r'_x_tarinfos.pickle. is a link: remove it'):
+        check_data(photos / 'x.tar')
+
+
+def test_names_of_any_characters():
+    """Of files, which need not be text, and of classes."""
+    results = [([dict(label='a\nb', score=1.0)], Image.new('RGB', (8, 8)))]
+    assert all(render(suffix, ['\udcff\n'], results) for suffix in ('.csv', '.json', '.png'))
 
 
 @pytest.mark.parametrize('names', [('Train', 'Val'), ('TRAIN', 'TEST'), ('train', 'Validation')])

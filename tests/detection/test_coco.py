@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -112,8 +113,10 @@ def test_bad_files(rewrite, tmp_path):
     with pytest.raises(ValueError, match=r"no annotation file '.*nowhere\.json'"):
         CocoDetection(tmp_path, tmp_path / 'nowhere.json')
     (tmp_path / 'broken.json').write_text('{"images": [')
-    with pytest.raises(ValueError, match='is not JSON'):
-        CocoDetection(tmp_path, tmp_path / 'broken.json')
+    os.mkfifo(tmp_path / 'pipe')
+    for name, message in (('broken.json', 'is not JSON'), ('pipe', 'pipe is no file')):
+        with pytest.raises(ValueError, match=message):
+            CocoDetection(tmp_path, tmp_path / name)
     with pytest.raises(ValueError, match='has no objects to train on'):
         rewrite(lambda content: content.update(annotations=[]), is_training=True)
 
@@ -206,6 +209,8 @@ MASK = {'size': [320, 320]}
         ('annotations', dict(area='x'), "'area' must be a number, not 'x'"),
         ('annotations', dict(segmentation=[[1, 2]]), 'has a polygon that is no list of three points or more'),
         ('annotations', dict(segmentation=[[1, 2, 3, 4, 5, None]]), 'has a polygon'),
+        ('annotations', dict(segmentation=[[0, 0, 1e9, 0, 1e9, 1e9]]), 'has a polygon that is no list'),
+        ('annotations', dict(segmentation=[[0, 0, 320, 320] * 2**14]), 'of 20,970,880 pixels, more than 8,388,608'),
         ('annotations', dict(segmentation={'size': [1, 1], 'counts': [1]}), 'is no mask of 320 x 320 pixels'),
         ('annotations', dict(segmentation={**MASK, 'counts': [5]}), 'do not fill 320 x 320 pixels'),
         ('annotations', dict(segmentation={**MASK, 'counts': 'PPPPPP'}), 'that are no run lengths'),

@@ -83,7 +83,7 @@ def test_links_and_pruning(run):
     for epoch in range(3, 8):
         write_checkpoint(checkpoints / checkpoint_name(epoch, 0), files(epoch, b''))
     (checkpoints / '.0008-000000.part').mkdir()
-    history = [dict(epoch=epoch, eval_top1=-abs(epoch - 2), lr=0.1) for epoch in range(7)]
+    history = [dict(epoch=epoch, eval_top1=-abs(epoch - 2), eval_plain_top1=-9, lr=0.1) for epoch in range(7)]
     for _ in range(2):
         folder(run).publish('0007-000000', history)
     assert [f.name[:4] for f in list_checkpoints(run)] == ['0007', '0006', '0005', '0003']

@@ -251,8 +251,8 @@ def test_bad_publishing(runs, published, tmp_path):
             write(runs / 'classifier', output)
     planted = tmp_path / 'planted'
     shutil.copytree(runs / 'classifier', planted, symlinks=True)
-    (planted / 'args.yaml').write_text('eval_metric: 3')
-    with pytest.raises(ConfigError, match=r"args.yaml' is no run's: it has no text for val_split, eval_metric, recipe"):
+    (planted / 'args.yaml').write_text('eval_metric: x')
+    with pytest.raises(ConfigError, match=r"args.yaml' is no run's: it has no epochs, recipe, val_split"):
         write(planted, tmp_path / 'out')
     with serve() as hub:
         result = run_publish(runs / 'classifier', tmp_path / 'out', '--push', 'a/b/c', HF_ENDPOINT=hub.url, fails=True)
@@ -325,11 +325,12 @@ def test_nothing_of_the_machine_is_published(runs, tmp_path):
     (data / 'classes.txt').write_text('\n'.join(map(str, range(10))))
     planted = dict(data_dir=str(data / 'digits'), val_split=str(data / 'digits' / 'validation'))
     planted.update(class_map=str(data / 'classes.txt'), aa=f'see {data}/notes', opt_kwargs={'x': f'~{tmp_path}'})
-    change_arguments(copy, **planted)
+    change_arguments(copy, **planted, recipe='x`\n\n# A heading')
     write(copy, tmp_path / 'out', dataset_name='digits')
     for name in set(FILES) - {'model.safetensors'}:
         text = (tmp_path / 'out' / name).read_text()
         assert 'secret' not in text and str(tmp_path) not in text and str(Path.home()) not in text, name
+        assert '\n# A heading' not in text
     names = {'label_names': ['/m/01', 'and/or'], 'x': f'{Path.home()}/a b', 'y': f'{Path.home().name}/z/q'}
     assert without_folders(names) == {'label_names': ['/m/01', 'and/or'], 'x': 'a b', 'y': 'user/z/q'}
 

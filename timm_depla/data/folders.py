@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter, defaultdict
@@ -18,11 +19,17 @@ from timm.data.readers.img_extensions import is_img_extension
 from timm.utils.misc import natural_key
 
 from timm_depla.errors import ConfigError, as_config_error
+from timm_depla.files import walk
 
-__all__ = ['few', 'find_annotations', 'find_images', 'find_split', 'is_image', 'open_folder', 'write_once']
+__all__ = [
+    'check_data', 'check_source', 'few', 'find_annotations', 'find_images', 'find_split', 'is_image', 'open_folder',
+    'write_once',
+]  # fmt: skip
 
 _logger = logging.getLogger(__name__)
 
+SCHEMES = ('https', 'http', 'hf', 's3', 'gs')  # of streams; webdataset has more, one of which runs any command
+MAX_SHARDS = 10**6  # files that braces in an address stand for
 VALIDATION = ('validation', 'val', 'valid', 'test')  # names of a validation split
 add_img_extensions(('.webp', '.bmp', '.tif', '.tiff', '.gif'))
 
@@ -34,10 +41,36 @@ def is_image(file: os.PathLike) -> bool:
 
 def find_images(folder: os.PathLike) -> List[Path]:
     """All images below a folder, by name; ConfigError if there are none."""
-    files = sorted(file for file in Path(folder).rglob('*') if is_image(file))
+    with as_config_error():
+        files = sorted(Path(place, name) for place, _, names in walk(folder) for name in names if is_image(name))
     if not files:
         raise ConfigError(f"no images in '{folder}'")
     return files
+
+
+def check_data(root: Path) -> None:
+    """Check what timm reads: a folder, by `walk`, or a tar file, beside which it keeps a list; raises ValueError."""
+    list(walk(root))
+    if root.suffix == '.tar' and (kept := root.with_name(f'_{root.stem}_tarinfos.pickle')).is_symlink():
+        raise ValueError(f"'{kept}' is a link: remove it")
+
+
+def check_source(source: str) -> None:
+    """Refuse a stream address that webdataset would run as a command, pass to a shell or expand without end.
+
+    The error is a ConfigError.
+    """
+    scheme = re.match(r'\s*([A-Za-z][\w+.-]+):', source)
+    if scheme and scheme[1].lower() not in SCHEMES:
+        known = ', '.join(f'{name}://' for name in SCHEMES)
+        raise ConfigError(f"'{source}' is not read: a stream is a local folder or one of {known}")
+    if scheme and not re.fullmatch(r'[\w./:{}%,~@+=-]+', source):
+        raise ConfigError(f"'{source}' is not read: an address has letters, digits and ./:{{}}%,~@+=- alone")
+    shards = 1.0
+    for start, end, rest in re.findall(r'\{(?:(-?\d+)\.\.(-?\d+))?([^{}]*)', source):
+        shards *= abs(float(end) - float(start)) + 1 if start else 52 if '..' in rest else rest.count(',') + 1
+    if not shards <= MAX_SHARDS:
+        raise ConfigError(f"'{source}' is not read: its braces stand for more than {MAX_SHARDS:,} files")
 
 
 def few(names: Iterable[str], count: int = 5) -> str:
@@ -105,7 +138,7 @@ def find_annotations(root: Path, split: str) -> Tuple[str, Path]:
 def _scan(folder: Path, class_map: str) -> Tuple[Dict[str, int], List[str]]:
     """The classes of a folder, timm's: names of the folders that hold images; and sentences on what is not used."""
     counts, others, empty, loose = Counter(), [], [], []
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in walk(folder):
         images = [file for file in files if is_image(file)]
         others += sorted(os.path.relpath(os.path.join(place, file), folder) for file in set(files) - set(images))
         if place == str(folder):

@@ -18,6 +18,8 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes, Image, Mask
 
+from timm_depla.files import open_regular
+
 from .predict import read_image
 from .schema import check_coco
 
@@ -146,7 +148,8 @@ class CocoDetection(torch.utils.data.Dataset):
 def _read(path: Path) -> COCO:
     """Read the annotations and build pycocotools' index, without the text that it prints."""
     try:
-        content = json.loads(path.read_text())
+        with open_regular(path) as file:
+            content = json.load(file)
     except FileNotFoundError as error:
         raise ValueError(f"no annotation file '{path}'") from error
     except (OSError, RecursionError, ValueError) as error:

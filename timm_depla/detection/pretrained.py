@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torchvision.models.detection import FasterRCNN
 
 from timm_depla.files import SUMS, find_change, format_json, is_unvalidated, read_key, read_mapping, read_tensors
-from timm_depla.schema import DETECTOR, Kind, check, check_arguments, is_integer, shorten
+from timm_depla.schema import DETECTOR, NAMES, Kind, check, check_arguments, is_integer, shorten
 
 from .rcnn import create_detector
 
@@ -22,7 +22,7 @@ _KEYS = {
     'architecture': Kind('the name of a detector', lambda value: isinstance(value, str)),
     'num_classes': DETECTOR['num_classes'],
     'model_args': Kind('a map of names to values', lambda value: isinstance(value, dict)),
-    'class_names': Kind('a list of names', lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)),
+    'class_names': NAMES,
     'category_ids': Kind(
         'a list of different whole numbers',
         lambda value: isinstance(value, list) and all(map(is_integer, value)) and len(set(value)) == len(value),

@@ -1,5 +1,6 @@
 """Check a COCO file before pycocotools reads it: it accepts anything, and may never return."""
 
+from operator import sub
 from pathlib import PurePosixPath
 from typing import Any, Dict, List
 
@@ -10,6 +11,7 @@ from timm_depla.schema import Kind, check, is_integer, shorten
 __all__ = ['check_coco']
 
 MAX_SIDE = 2**16  # pixels
+MAX_OUTLINE = 2**23  # pixels, along both axes: pycocotools needs memory in proportion
 
 
 def check_coco(content: Any) -> None:
@@ -51,6 +53,7 @@ def _is_file_name(value: Any) -> bool:
 
 
 _NUMBER = Kind('a number', lambda value: True, float)
+_COORDINATE = Kind('a coordinate', lambda value: abs(value) <= 2 * MAX_SIDE, float)  # integers of C
 _ID = Kind('a whole number', is_integer)
 _SIDE = Kind('a number of pixels', lambda value: 1 <= value <= MAX_SIDE, int)
 KEYS: Dict[str, Dict[str, Kind]] = {
@@ -76,8 +79,10 @@ def _check_segmentation(value: Any, height: int, width: int, name: str) -> None:
     if isinstance(value, list):
         for polygon in value:
             is_list = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-            if not is_list or not all(map(_NUMBER.admits, polygon)):
+            if not is_list or not all(map(_COORDINATE.admits, polygon)):
                 raise ValueError(f'{name} has a polygon that is no list of three points or more: {shorten(polygon)}')
+            if (length := sum(map(abs, map(sub, polygon, polygon[2:])))) > MAX_OUTLINE:
+                raise ValueError(f'{name} has a polygon of {length:,.0f} pixels, more than {MAX_OUTLINE:,}')
         return
     if not isinstance(value, dict) or value.get('size') != [height, width]:
         raise ValueError(f'{name} has a segmentation that is no mask of {height} x {width} pixels: {shorten(value)}')

@@ -119,7 +119,7 @@ class RunFolder:
         """Update summary, curves and links to the newest checkpoint, and remove checkpoints no longer needed."""
         text = io.StringIO()
         columns = ['epoch', 'train_loss', *(metric.column for metric in self.metrics), 'lr', *checkpoint.TIMES]
-        writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
+        writer = csv.DictWriter(text, columns, restval='', extrasaction='ignore', lineterminator='\n')
         writer.writeheader()
         writer.writerows(history)
         write_file(self.path / 'summary.csv', text.getvalue().encode())
@@ -199,6 +199,8 @@ def find_resume(args: Namespace, world: World) -> Tuple[Namespace, Optional[Path
             raise ConfigError('--resume auto resumes a run by name: add --experiment, or give its folder')
         path = Path(args.output) / args.experiment
     elif path.resolve().parent.name == 'checkpoints':
+        if path.is_symlink() and path.resolve().parents[1] != path.parent.resolve():
+            raise ConfigError(f"'{path}' is a link to another run: name '{path.resolve()}' itself")
         path = path.resolve()
     is_checkpoint = path.parent.name == 'checkpoints'
     if is_checkpoint and (damage := find_damage(path)):

@@ -16,7 +16,7 @@ from timm.task import TrainingTask
 from timm_depla.errors import ConfigError, DivergedError
 from timm_depla.files import read_tensors
 
-from .checkpoint import read_state, to_cpu
+from .checkpoint import position, read_state, to_cpu
 from .config import FlagParser
 from .distributed import Interrupt, World
 from .folder import RunFolder, run_path
@@ -150,13 +150,16 @@ class Run:
             if self.args.no_resume_opt:
                 del state['optimizer']
             self.state.load_state_dict({'state_dict': weights, 'state_dict_ema': weights, **state})
-        except (KeyError, RuntimeError, ValueError) as error:
+            if not changes:
+                self.state.load_rank_state_dict(state['ranks'][self.world.rank])
+            if (self.state.epoch, self.state.step) != position(checkpoint):
+                raise ValueError('its state is of another position')
+            sum((value for row in self.state.history for value in row.values()), 0.0)  # each must be a number
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"cannot resume from '{checkpoint}': {error}") from error
-        if not changes:
-            self.state.load_rank_state_dict(state['ranks'][self.world.rank])
-        else:
+        if changes:
             _logger.warning('resuming with changes: %s', '; '.join(changes))
             for group, option in zip(self.state.optimizer.param_groups, options, strict=False):
                 group.update(option)

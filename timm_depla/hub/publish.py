@@ -86,14 +86,14 @@ def find_checkpoint(source: str) -> Tuple[Path, Dict[str, Any]]:
     if damage := find_damage(folder):
         raise ConfigError(f"checkpoint '{folder}' is damaged: {damage}")
     trained = run_arguments(str(folder))
-    if wrong := [key for key in ('val_split', 'eval_metric', 'recipe') if not isinstance(trained.get(key), str)]:
-        raise ConfigError(f"'{folder.parent.parent / 'args.yaml'}' is no run's: it has no text for {', '.join(wrong)}")
+    if missing := [key for key in ('epochs', 'eval_metric', 'recipe', 'val_split') if trained.get(key) is None]:
+        raise ConfigError(f"'{folder.parent.parent / 'args.yaml'}' is no run's: it has no {', '.join(missing)}")
     return folder, trained
 
 
 def describe_data(args: Namespace, trained: Dict[str, Any], is_detector: bool) -> Dict[str, Any]:
     """The card's entry on the data set: known for the embedded ones, a ConfigError asks for the name of others."""
-    folder, split = Path(str(trained.get('data_dir', ''))), trained['val_split']
+    folder, split = Path(trained.get('data_dir') or ''), trained['val_split']
     annotations = folder / 'annotations' / f'instances_{split}.json'
     if args.dataset_name:
         known = dict(id=args.dataset_name.lower().replace(' ', '-'), name=args.dataset_name, limitations=OTHER)
@@ -105,6 +105,7 @@ def describe_data(args: Namespace, trained: Dict[str, Any], is_detector: bool) -
         known = FASHION
     else:
         raise ConfigError('name the data set for the card with --dataset-name, such as "ImageNet-1k"')
+    split = re.sub(r'[^\w ./+-]', '_', split)  # which the card would read as Markdown or HTML
     return {'split': split, **known, **({'hub_id': args.dataset_hub_id} if args.dataset_hub_id else {})}
 
 
@@ -157,6 +158,7 @@ def describe_model(folder: Path, is_detector: bool) -> Dict[str, Any]:
 def without_folders(value: Any) -> Any:
     """Shorten paths in a value, but for names of classes, to their last part: no folder or user is published."""
     if isinstance(value, str):
+        value = re.sub(r'[`\s]+', ' ', value)  # by which a text would leave its place in the card
         flag, equals, path = value.rpartition('=')
         if Path(path).is_absolute() or Path(path).parts[:1] in (('..',), ('~',)):
             return flag + equals + Path(path).name
@@ -225,7 +227,8 @@ def publish(args: Namespace) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         folders = candidates(checkpoint, Path(scratch), trained.get('model_ema', False))
         scores = {name: evaluate(folder, is_detector) for name, folder in folders.items()}
-        best = (min if metric == 'loss' else max)(scores, key=lambda name: scores[name][metric])
+        with as_config_error(f"'{args.source}' has no eval_metric ", KeyError):
+            best = (min if metric == 'loss' else max)(scores, key=lambda name: scores[name][metric])
         results = dict(weights=best, **scores[best], **describe_model(folders[best], is_detector))
         results['epochs'] = read_mapping(checkpoint / 'record.json')['epoch']
         if len(scores) > 1:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import tarfile
 from argparse import Namespace
 from collections import defaultdict
@@ -13,9 +12,9 @@ from typing import Any, Dict, List, Tuple
 from timm.data import ImageDataset, create_dataset
 from timm.utils.misc import natural_key
 
-from timm_depla.data import UNREADABLE, few, find_split, inspect_images, open_folder
+from timm_depla.data import UNREADABLE, check_data, check_source, few, find_split, inspect_images, open_folder
 from timm_depla.errors import ConfigError
-from timm_depla.files import MODES, escape
+from timm_depla.files import MODES, escape, walk
 
 from ..batches import max_unreadable
 from ..config import updated
@@ -29,17 +28,6 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 MAX_CHECKED = 20_000  # images of a split that are all read before training, in a minute or two
-SCHEMES = ('https', 'http', 'hf', 's3', 'gs')  # of streams; webdataset has more, one of which runs any command
-
-
-def check_source(source: str) -> None:
-    """Refuse a stream address that webdataset would run as a command or pass to a shell, by a ConfigError."""
-    scheme = re.match(r'\s*([A-Za-z][\w+.-]+):', source)
-    if scheme and scheme[1].lower() not in SCHEMES:
-        known = ', '.join(f'{name}://' for name in SCHEMES)
-        raise ConfigError(f"'{source}' is not read: a stream is a local folder or one of {known}")
-    if scheme and not re.fullmatch(r'[\w./:{}%,~@+=-]+', source):
-        raise ConfigError(f"'{source}' is not read: an address has letters, digits and ./:{{}}%,~@+=- alone")
 
 
 def _check_data(args: Namespace, kind: str, split: str) -> None:
@@ -51,7 +39,7 @@ def _check_data(args: Namespace, kind: str, split: str) -> None:
         check_source(split)
     if args.class_map and not any(Path(place, args.class_map).is_file() for place in ('', args.data_dir or '')):
         raise ConfigError(f"no file '{args.class_map}': check --class-map")
-    if Path(args.class_map).suffix == '.pkl':
+    if args.class_map.lower().endswith('.pkl'):
         raise ConfigError(f"--class-map '{args.class_map}' is a pickle, which is not read: write it as a text file")
     if kind in ('', 'wds') and not Path(args.data_dir or '').exists() and '://' not in str(args.data_dir):
         raise ConfigError(f"no data folder '{args.data_dir}'")
@@ -106,11 +94,14 @@ def open_split(args: Namespace, split: str, is_training: bool = False, epoch: in
     root = args.data_dir
     try:
         if not _has_folders(args):
+            if os.path.isdir(root or ''):
+                next(walk(root))  # a stream reads no folders below
             return create_dataset(args.dataset, root=root, split=split, **options)
         root = _split_path(args, split)
         if not kind and root.is_dir():
             fraction = args.val_fraction if split != '.' else 0
             return open_folder(root, fraction=fraction or 0, part=split == args.val_split, **options)
+        check_data(root)
         return create_dataset(args.dataset, root=str(root), split=split, search_split=False, **options)
     except ModuleNotFoundError as error:
         raise ConfigError(f'data set \'{args.dataset}\': {error}; pip install "timm-depla[stream]"') from error

@@ -73,7 +73,7 @@ def _add_data_args(parser: FlagParser) -> None:
     add('--val-fraction', type=schema.fraction, help='share of each class for validation, of a folder without splits')
     add('--dataset-download', help='download torch/ and hfids/ data sets')
     add('--dataset-trust-remote-code', help='let Hugging Face data sets run their own code')
-    modes = ['L', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'HSV', 'LAB']
+    modes = schema.IMAGE_MODES
     add('--input-img-mode', choices=modes, help='image mode (default: L for one channel, else RGB)')
     text('--input-key', default=None, metavar='KEY', help='key of the image (wds/, hfds/, hfids/)')
     text('--target-key', default=None, metavar='KEY', help='key of the class (wds/, hfds/, hfids/)')

@@ -18,7 +18,7 @@ from timm.utils import reparameterize_model
 from timm.utils.decay_batch import check_batch_size_retry, decay_batch_step
 
 from timm_depla.errors import ConfigError, TrainingError, UserError, as_config_error, require
-from timm_depla.files import format_json
+from timm_depla.files import escape, format_json
 from timm_depla.loading import load_model, run_arguments, trained_data
 
 from ..batches import max_unreadable
@@ -247,7 +247,7 @@ def validate(args: Namespace) -> List[Dict[str, Any]]:
     writer.writeheader()
     writer.writerows(table)
     if len(targets) > 1:
-        print(text.getvalue(), end='', flush=True)
+        print('\n'.join(map(escape, text.getvalue().split('\n'))), end='', flush=True)
     if args.results_file:
         content = text.getvalue() if args.results_format == 'csv' else f'{format_json(table)}\n'
         write_results(args.results_file, content)

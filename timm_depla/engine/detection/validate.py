@@ -14,6 +14,7 @@ from timm_depla.data import UnreadableError
 from timm_depla.detection import create_detector, from_pretrained
 from timm_depla.detection.coco import CocoDetection, evaluate_coco, to_results
 from timm_depla.errors import ConfigError
+from timm_depla.files import escape
 from timm_depla.loading import load_weights, run_arguments, trained_data
 
 from ..config import parse_args, updated
@@ -127,7 +128,7 @@ def validate(args: Namespace) -> Evaluation:
         raise ConfigError(f'cannot read an image: {str(error).splitlines()[-1]}') from error
     if world.is_primary:
         for kind, table in evaluation.tables.items():
-            print(f'{kind}, {args.target} on {args.data_dir} {args.val_split}\n{table}', flush=True)
+            print(f'{escape(f"{kind}, {args.target} on {args.data_dir} {args.val_split}")}\n{table}', flush=True)
         if args.results_file:
             write_results(args.results_file, json.dumps(evaluation.results) + '\n')
     return evaluation
