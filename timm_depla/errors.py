@@ -6,11 +6,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Iterator, Sequence, Type
 
-__all__ = [
-    'ConfigError', 'DivergedError', 'TrainingError', 'UserError', 'as_config_error', 'closest', 'command_for',
-    'require',
-]  # fmt: skip
-
 
 class UserError(Exception):
     """An error that the user can fix: the message says what is wrong and how to fix it."""

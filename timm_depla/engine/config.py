@@ -13,8 +13,6 @@ from timm_depla.loading import resumed_recipe
 from timm_depla.schema import Kind, check_arguments
 from timm_depla.timm_runs import translate
 
-__all__ = ['FlagParser', 'KeyValues', 'list_recipes', 'parse_args', 'parse_training_args', 'updated']
-
 RECIPES = Path(__file__).parent.parent / 'recipes'
 ONCE = ('dry_run', 'experiment', 'no_resume_opt', 'output', 'resume', 'resume_with_changes')  # of one start
 START = ('initial_checkpoint', 'pretrained', 'pretrained_backbone', 'pretrained_path')  # of a run without checkpoint

@@ -30,8 +30,6 @@ from .curves import draw_curves
 from .distributed import World
 from .metrics import Metric, rank
 
-__all__ = ['RunFolder', 'find_resume', 'run_path']
-
 _logger = logging.getLogger(__name__)
 
 LOCK_SECONDS = 20.0  # to wait for the lock, which the workers of a killed process hold a while longer

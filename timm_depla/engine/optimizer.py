@@ -22,8 +22,6 @@ from .device import check_compile, compile_depla
 from .distributed import World
 from .state import TrainState
 
-__all__ = ['create_optimizer', 'create_state', 'learning_rate']
-
 _logger = logging.getLogger(__name__)
 
 SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'constant', 'plateau', 'poly', 'wsd', 'rsqrt')  # of timm

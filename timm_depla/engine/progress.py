@@ -15,8 +15,6 @@ from timm_depla.errors import ConfigError, command_for, require
 from .checkpoint import checkpoint_name
 from .metrics import PLAIN, Metric, choose, rank
 
-__all__ = ['Report', 'check_loggers', 'progress']
-
 _logger = logging.getLogger(__name__)
 
 

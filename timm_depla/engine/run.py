@@ -23,8 +23,6 @@ from .folder import RunFolder, run_path
 from .metrics import PLAIN, Metric, choose
 from .optimizer import create_state
 
-__all__ = ['CHANGE_NOTHING', 'Run']
-
 _logger = logging.getLogger(__name__)
 
 CHANGE_NOTHING = {

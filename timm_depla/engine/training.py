@@ -24,8 +24,6 @@ from .progress import Report, check_loggers
 from .run import Run
 from .state import Losses
 
-__all__ = ['run_epoch', 'train', 'train_one_epoch']
-
 _logger = logging.getLogger(__name__)
 
 

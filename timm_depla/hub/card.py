@@ -4,8 +4,6 @@ from typing import Any, Dict, List, Tuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-__all__ = ['create_card']
-
 _PAPER = (
     'https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html'
 )
