@@ -304,15 +304,10 @@ def find_models(targets: List[str]) -> Dict[str, str]:
 
 
 def launch(targets: List[str], port: Optional[int] = None, images: Optional[str] = None) -> None:
-    """Serve the page until interrupted.
+    """Serve the page on localhost until interrupted.
 
-    Args:
-        targets: Classifiers: runs, checkpoints, models with pretrained weights; the shipped ones if empty.
-        port: On localhost; a free one if None.
-        images: A folder of examples; digits by default.
-
-    Raises:
-        ConfigError: If a package is not installed, or a classifier does not load.
+    By default it has the shipped classifiers, a free port, and digits as examples instead of a folder of images.
+    ConfigError if a package is not installed, or a classifier does not load.
     """
     require('gradio', 'demo')
     require('matplotlib', 'plot')

@@ -38,12 +38,7 @@ def as_config_error(prefix: str = '', *kinds: Type[Exception]) -> Iterator[None]
 
 
 def require(module: str, extra: str) -> None:
-    """Raise a ConfigError that says what to install if a module is missing.
-
-    Args:
-        module: The module's name.
-        extra: The extra of this package that installs it.
-    """
+    """Raise a ConfigError that says which extra of this package to install, if a module is missing."""
     if find_spec(module) is None:
         raise ConfigError(f'this needs {module}: pip install "timm-depla[{extra}]"')
 
