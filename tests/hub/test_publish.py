@@ -119,7 +119,7 @@ torch.save([load('hf-hub:user/classifier@{pinned}', None), detect('hf-hub:user/d
 
 
 def test_faults(published, tmp_path):
-    """Each ends in a clear error or in the network; no pickle is asked for, and nothing half-written stays."""
+    """Each ends in a clear error, or loads after all; no pickle is asked for, and nothing half-written stays."""
     files = {name: (published / 'classifier' / name).read_bytes() for name in FILES}
     detector = {name: (published / 'detector' / name).read_bytes() for name in FILES}
     config = json.loads(files['config.json'])
