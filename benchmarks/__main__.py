@@ -89,7 +89,7 @@ def render_docs() -> str:
                 parts[-1] += f'\n{text}'
             parts += [render_origin(entry)]
         if not entries:  # of a GPU, before there is one
-            parts += ['No GPU has been measured yet: `python -m benchmarks gpu` makes the table.']
+            parts += ['Not run on a GPU yet: `python -m benchmarks gpu` makes the table.']
     return '\n\n'.join([*parts, '## earlier', EARLIER]) + '\n'
 
 

@@ -58,9 +58,7 @@ def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
     """Context manager whose dictionary each call of the model fills, by the blocks' module names.
 
     Its hooks change no result; they are removed at the end, also after an error. The fused form is off meanwhile.
-
-    Raises:
-        ValueError: If the model has no DEPLA block, or is compiled or scripted.
+    ValueError as of `find_blocks`.
     """
     found: Dict[str, BlockCapture] = {}
 
@@ -87,8 +85,7 @@ def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
 def without_refinement(model: nn.Module) -> Iterator[None]:
     """Context manager in which DEPLA adds nothing: its blocks return X, or what `keep_candidate` keeps.
 
-    Raises:
-        ValueError: If the model has no DEPLA block, or is compiled or scripted.
+    ValueError as of `find_blocks`.
     """
     with ExitStack() as stack:
         for block in find_blocks(model).values():
