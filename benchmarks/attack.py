@@ -92,7 +92,7 @@ def prepare(folder: Path) -> None:
     few = [folder / 'few', '--recipe', 'digits', '--img-size', 32, '--epochs', 2, '--warmup-epochs', 1]
     call('train', *few, *common, 'classifier')
     few_scenes = [folder / 'scenes', '--recipe', 'scenes', '--epochs', 1, '--warmup-epochs', 0, '--batch-size', 2]
-    call('train_detection', *few_scenes, *common, 'detector')
+    call('train-detection', *few_scenes, *common, 'detector')
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:
