@@ -63,23 +63,25 @@ def add_scale(figure: Any, drawn: Any, places: Any, limit: float, **options: Any
     bar.set_label('times an even spread', fontsize=9)
 
 
-def draw_block(image: Tensor, block: BlockCapture, title: str = '') -> Any:
-    """Draw one image in one block: features, and ROI maps and heatmaps of the five strongest groups on one scale.
+def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: int = 5) -> Any:
+    """Draw one image in one block: features, and ROI maps and heatmaps of the strongest groups on one scale.
 
     Args:
         image: (3, H, W) from 0 to 1.
         block: Capture of this image.
         title: Title of the figure.
+        num_groups: Groups to show, the strongest first.
 
     Returns:
         A matplotlib figure, without a window.
     """
     from matplotlib.figure import Figure
 
-    groups = strength(block)[0].argsort(descending=True)[:5]
-    figure = Figure(figsize=(10.5, 7.2), layout='constrained')
+    groups = strength(block)[0].argsort(descending=True)[:num_groups]
+    columns = max(len(groups), 5)
+    figure = Figure(figsize=(2.1 * columns, 7.2), layout='constrained')
     figure.suptitle(title)
-    axes = figure.subplots(3, 5)
+    axes = figure.subplots(3, columns)
     for place in axes.flat:
         place.set_axis_off()
     axes[0, 0].imshow(image.permute(1, 2, 0).cpu().numpy())
