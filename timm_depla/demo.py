@@ -54,12 +54,8 @@ def look(
 ) -> Tuple[Dict[str, float], Dict[str, float], Tensor, Dict[str, BlockCapture]]:
     """Classify an image, uint8 (3, H, W), and capture the DEPLA blocks at a temperature T.
 
-    Returns:
-        Probabilities by class name with DEPLA and without what it adds, the image as the model saw it, (3, H, W) from 0
-        to 1, and the blocks.
-
-    Raises:
-        ConfigError: If the image is too small.
+    Returns probabilities by class name with DEPLA and without what it adds, the image as the model saw it, (3, H, W)
+    from 0 to 1, and the blocks. ConfigError if the image is too small.
     """
     image, x = prepare(model, pixels)
     with _LOCK, torch.no_grad(), ExitStack() as stack:

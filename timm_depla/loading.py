@@ -43,11 +43,7 @@ def model_config(model: nn.Module, model_args: Dict[str, Any], label_names: Sequ
 
 
 def create_model(name: str, **kwargs) -> nn.Module:
-    """`timm.create_model`, with its errors as ConfigError.
-
-    Raises:
-        ConfigError: If there is no such model, it has no pretrained weights, or it does not take an argument.
-    """
+    """`timm.create_model`, with its errors as ConfigError: no such model, no weights of it, an unknown argument."""
     if not name.startswith(_SOURCES) and not timm.is_model(name):
         raise ConfigError(f"no model '{name}'{closest(name, timm.list_models())}")
     if kwargs.get('pretrained') and not name.startswith('local-dir:'):

@@ -57,8 +57,7 @@ class RunFolder:
     def open(self, is_resumed: bool) -> Iterator[None]:
         """Create and lock the folder, write args.yaml, and add to log.txt what is logged meanwhile.
 
-        Raises:
-            ConfigError: If it already holds another run, another process locks it, or it cannot be written.
+        ConfigError if it already holds another run, another process locks it, or it cannot be written.
         """
         path = self.path
         try:
