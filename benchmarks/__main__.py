@@ -12,7 +12,7 @@ from typing import Any, Dict
 
 from timm.utils import setup_default_logging
 
-from . import record
+from . import gpu, record
 from .flags import add_flags
 from .pairs import KEEP_MEMORY
 
@@ -89,7 +89,7 @@ def render_docs() -> str:
                 parts[-1] += f'\n{text}'
             parts += [render_origin(entry)]
         if not entries:  # of a GPU, before there is one
-            parts += ['Not run on a GPU yet: `python -m benchmarks gpu` makes the table.']
+            parts += [gpu.render(gpu.NOTHING), '`python -m benchmarks gpu`']
     return '\n\n'.join([*parts, '## earlier', EARLIER]) + '\n'
 
 
