@@ -58,7 +58,9 @@ def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
     """Context manager whose dictionary each call of the model fills, by the blocks' module names.
 
     Its hooks change no result; they are removed at the end, also after an error. The fused form is off meanwhile.
-    ValueError as of `find_blocks`.
+
+    Raises:
+        ValueError: If the model has no DEPLA block, or is compiled or scripted.
     """
     found: Dict[str, BlockCapture] = {}
 
@@ -85,7 +87,8 @@ def capturing(model: nn.Module) -> Iterator[Dict[str, BlockCapture]]:
 def without_refinement(model: nn.Module) -> Iterator[None]:
     """Context manager in which DEPLA adds nothing: its blocks return X, or what `keep_candidate` keeps.
 
-    ValueError as of `find_blocks`.
+    Raises:
+        ValueError: If the model has no DEPLA block, or is compiled or scripted.
     """
     with ExitStack() as stack:
         for block in find_blocks(model).values():

@@ -54,8 +54,12 @@ def look(
 ) -> Tuple[Dict[str, float], Dict[str, float], Tensor, Dict[str, BlockCapture]]:
     """Classify an image, uint8 (3, H, W), and capture the DEPLA blocks at a temperature T.
 
-    Returns probabilities by class name with DEPLA and without what it adds, the image as the model saw it, (3, H, W)
-    from 0 to 1, and the blocks. ConfigError if the image is too small.
+    Returns:
+        Probabilities by class name with DEPLA and without what it adds, the image as the model saw it, (3, H, W) from 0
+        to 1, and the blocks.
+
+    Raises:
+        ConfigError: If the image is too small.
     """
     image, x = prepare(model, pixels)
     with _LOCK, torch.no_grad(), ExitStack() as stack:
@@ -300,10 +304,15 @@ def find_models(targets: List[str]) -> Dict[str, str]:
 
 
 def launch(targets: List[str], port: Optional[int] = None, images: Optional[str] = None) -> None:
-    """Serve the page on localhost until interrupted.
+    """Serve the page until interrupted.
 
-    By default it has the shipped classifiers, a free port, and digits as examples instead of a folder of images.
-    ConfigError if a package is not installed, or a classifier does not load.
+    Args:
+        targets: Classifiers: runs, checkpoints, models with pretrained weights; the shipped ones if empty.
+        port: On localhost; a free one if None.
+        images: A folder of examples; digits by default.
+
+    Raises:
+        ConfigError: If a package is not installed, or a classifier does not load.
     """
     require('gradio', 'demo')
     require('matplotlib', 'plot')

@@ -32,7 +32,13 @@ _SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # timm's prefixes of a model's 
 
 
 def model_config(model: nn.Module, model_args: Dict[str, Any], label_names: Sequence[str] = ()) -> bytes:
-    """timm's config.json: a model's name and `pretrained_cfg`, the arguments that rebuild it, its classes' names."""
+    """timm's config.json, which rebuilds the model beside its weights.
+
+    Args:
+        model: The model, with the `pretrained_cfg` of its own training.
+        model_args: Arguments that rebuild the model, beside its name.
+        label_names: Names of the classes, in order.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / 'config.json'
         labels = dict(label_names=list(label_names)) if label_names else None
@@ -43,7 +49,11 @@ def model_config(model: nn.Module, model_args: Dict[str, Any], label_names: Sequ
 
 
 def create_model(name: str, **kwargs) -> nn.Module:
-    """`timm.create_model`, with its errors as ConfigError: no such model, no weights of it, an unknown argument."""
+    """`timm.create_model`, with its errors as ConfigError.
+
+    Raises:
+        ConfigError: If there is no such model, it has no pretrained weights, or it does not take an argument.
+    """
     if not name.startswith(_SOURCES) and not timm.is_model(name):
         raise ConfigError(f"no model '{name}'{closest(name, timm.list_models())}")
     if kwargs.get('pretrained') and not name.startswith('local-dir:'):
@@ -103,10 +113,15 @@ def pretrained_file(args: Namespace) -> Dict[str, Any]:
 
 
 def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
-    """Load a trained model with arguments of it; ConfigError if nothing is there, or it does not fit the architecture.
+    """Load a trained model from a run (its best checkpoint), a checkpoint's folder, a weights file, or timm by name.
 
-    The target is a run folder (its best checkpoint), a checkpoint (ours or timm's), a file of weights of the
-    architecture `model_name`, or a model of timm with pretrained weights.
+    Args:
+        target: A run folder, a checkpoint (ours or timm's), a file of weights, or a model with pretrained weights.
+        model_name: The architecture of a weights file.
+        **kwargs: Model arguments.
+
+    Raises:
+        ConfigError: If nothing is there, or it does not fit the architecture.
     """
     path = Path(target.removeprefix('local-dir:'))
     if path.is_file() and not model_name and (path.parent / 'config.json').is_file():
@@ -142,9 +157,13 @@ def load_model(target: str, model_name: str = '', **kwargs) -> nn.Module:
 def load_weights(model: nn.Module, path: str, heads: Optional[Sequence[str]] = None) -> str:
     """Load weights, of the model itself or of its backbone, and return what was loaded as a sentence.
 
-    They are in a file, the folder of a run, a checkpoint or published weights, or those of a model of timm. The modules
-    `heads` may have another number of classes, by default the classifier. ConfigError if the file is missing, damaged,
-    no checkpoint, or one of another architecture.
+    Args:
+        model: The model.
+        path: A file, the folder of a run, a checkpoint or published weights, or a model of timm.
+        heads: The modules that may have another number of classes; the classifier by default.
+
+    Raises:
+        ConfigError: If the file is missing, damaged, no checkpoint, or one of another architecture.
     """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     for place in (folder, folder / 'best') if Path(path).is_dir() else (folder,):

@@ -151,9 +151,15 @@ def _divide(samples: List[Tuple[str, int]], folder: Path, fraction: float) -> Li
 def open_folder(folder: Path, class_map: str = '', fraction: float = 0.0, part: int = 0, **kwargs: Any) -> ImageDataset:
     """timm's data set of a folder CLASS/IMAGE; the log names files in it that are not used.
 
-    A file `class_map` maps names of classes to indices. A `fraction` of each class is for validation; 0 takes the whole
-    folder, and `part` is 0 for training, 1 for validation. ConfigError if there is no class with images, or the class
-    map cannot be read.
+    Args:
+        folder: The folder.
+        class_map: A file that maps names of classes to indices.
+        fraction: The share of each class that is for validation; 0 takes the whole folder.
+        part: The part of a divided folder: 0 for training, 1 for validation.
+        **kwargs: Arguments of `ImageDataset`.
+
+    Raises:
+        ConfigError: If there is no class with images, or the class map cannot be read.
     """
     classes, notes = _scan(folder, class_map)
     dataset = ImageDataset(str(folder), class_map=classes, **kwargs)
@@ -171,8 +177,11 @@ def write_once(
 ) -> Path:
     """The folder of an embedded data set, which the first of several processes writes; ConfigError if it cannot.
 
-    It is NAME in `$XDG_CACHE_HOME/timm_depla` (by default under `~/.cache`) when `root` is None. `write` gets a new
-    folder, and `is_whole` tells whether a folder holds the data set.
+    Args:
+        root: The folder; NAME in `$XDG_CACHE_HOME/timm_depla` (by default under `~/.cache`) when None.
+        name: The data set's name.
+        is_whole: Whether a folder holds the data set.
+        write: Writes it to a new folder.
     """
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     root = Path(root) if root is not None else cache / 'timm_depla' / name

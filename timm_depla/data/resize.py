@@ -35,7 +35,10 @@ def read_pixels(file: BinaryIO, mode: str) -> Union[torch.Tensor, Image.Image]:
 class TensorResizedCrop(RandomResizedCropAndInterpolation):
     """timm's random resized crop by PyTorch to pixels (C, H, W), with the same random boxes and interpolations.
 
-    It replaces timm's transform. Rounding may differ.
+    Rounding may differ.
+
+    Args:
+        crop: timm's transform to replace.
 
     Raises:
         ValueError: If it is no random resized crop, or its interpolation is neither bilinear nor bicubic.
