@@ -10,7 +10,6 @@ import argparse
 import collections
 import hashlib
 import io
-import json
 import logging
 import multiprocessing
 import os
@@ -22,12 +21,11 @@ import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import torch
 
-from timm_depla.data import digits_folder
-from timm_depla.data.scenes import scenes_folder
+from timm_depla.data import digits_folder, scenes
 from timm_depla.errors import UserError
 
 from .attack_cases import CASES, attack_command, call
@@ -84,16 +82,8 @@ def _case(attack: Callable[..., Optional[bool]], seed: int, target: Path, log: P
 
 def prepare(folder: Path) -> None:
     """Write the data and train the runs that the cases use."""
-    for split in ('train', 'val'):
-        content = json.loads((scenes_folder() / 'annotations' / f'instances_{split}.json').read_text())
-        content['images'] = content['images'][:2]
-        kept = {image['id'] for image in content['images']}
-        content['annotations'] = [item for item in content['annotations'] if item['image_id'] in kept]
-        for path in ('annotations', split):
-            (folder / 'scenes' / path).mkdir(parents=True, exist_ok=True)
-        (folder / 'scenes' / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
-        for image in content['images']:
-            shutil.copy(scenes_folder() / split / image['file_name'], folder / 'scenes' / split)
+    with patch.object(scenes, 'IMAGES', {'train': 2, 'val': 2}):
+        scenes.scenes_folder(folder / 'scenes')
     for path in sorted(digits_folder().glob('*/*/*.png'))[::9]:
         target = folder / 'few' / path.relative_to(digits_folder())
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,8 +91,8 @@ def prepare(folder: Path) -> None:
     common = ['--workers', 0, '--device', 'cpu', '--output', folder, '--experiment']
     few = [folder / 'few', '--recipe', 'digits', '--img-size', 32, '--epochs', 2, '--warmup-epochs', 1]
     call('train', *few, *common, 'classifier')
-    scenes = [folder / 'scenes', '--recipe', 'scenes', '--epochs', 1, '--warmup-epochs', 0, '--batch-size', 2]
-    call('train_detection', *scenes, *common, 'detector')
+    few_scenes = [folder / 'scenes', '--recipe', 'scenes', '--epochs', 1, '--warmup-epochs', 0, '--batch-size', 2]
+    call('train-detection', *few_scenes, *common, 'detector')
 
 
 def run(args: argparse.Namespace) -> Dict[str, Any]:

@@ -19,19 +19,13 @@ import timm
 import yaml
 from PIL import Image
 
-from timm_depla.commands import run_command
+from timm_depla.commands import main
 from timm_depla.detection.coco import CocoDetection
-from timm_depla.engine.classification import flags as classification_flags
-from timm_depla.engine.classification import train as classification_train
-from timm_depla.engine.classification import validate as classification_validate
-from timm_depla.engine.config import parse_args
-from timm_depla.engine.detection import flags as detection_flags
-from timm_depla.engine.detection import train as detection_train
-from timm_depla.engine.detection import validate as detection_validate
+from timm_depla.engine.classification.flags import create_train_parser, create_validate_parser
+from timm_depla.engine.detection.flags import create_detection_parser, create_detection_validate_parser
 from timm_depla.errors import UserError
 from timm_depla.files import SUMS, list_sums, open_image
-from timm_depla.hub.publish import create_publish_parser, publish
-from timm_depla.loading import resumed_recipe
+from timm_depla.hub.publish import create_publish_parser
 from timm_depla.schema import Kind
 
 NONSENSE = ('nan', 'inf', '-inf', '1e999', 'x', '--')
@@ -72,28 +66,19 @@ TEXTS = (
 )  # fmt: skip
 
 
-COMMANDS: Dict[str, Tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-    'train': (classification_flags.create_train_parser, classification_train.train),
-    'validate': (classification_flags.create_validate_parser, classification_validate.validate),
-    'train_detection': (detection_flags.create_detection_parser, detection_train.train),
-    'validate_detection': (detection_flags.create_detection_validate_parser, detection_validate.validate),
-    'publish': (create_publish_parser, publish),
+PARSERS = {
+    'train': create_train_parser,
+    'validate': create_validate_parser,
+    'train-detection': create_detection_parser,
+    'validate-detection': create_detection_validate_parser,
+    'publish': create_publish_parser,
 }
 
 
-def call(name: str, *argv: Any) -> None:
-    """Do what a command does."""
-    (create_parser, function), words = COMMANDS[name], list(map(str, argv))
-
-    def main() -> None:
-        parser = create_parser()
-        args = parser.parse_args(words) if name == 'publish' else parse_args(parser, words)
-        if name == 'train' and not args.recipe:
-            args = parse_args(parser, words, resumed_recipe(args) or 'digits')
-        function(args)
-
+def call(verb: str, *argv: Any) -> None:
+    """Run `timm-depla VERB ...`; SystemExit with its message, if it ends with one."""
     try:
-        run_command('attack', main)
+        main([verb, *map(str, argv)])
     except SystemExit as end:
         if end.code != 0:
             raise
@@ -120,15 +105,15 @@ def _flags(parser: argparse.ArgumentParser, draw: random.Random) -> Tuple[List[s
 
 def attack_command(draw: random.Random, scratch: Path, runs: Path) -> Optional[bool]:
     """A random command line."""
-    name = draw.choice(list(COMMANDS))
-    words, is_nonsense = _flags(COMMANDS[name][0](), draw)
+    name = draw.choice(list(PARSERS))
+    words, is_nonsense = _flags(PARSERS[name](), draw)
     outputs = [scratch / 'out', runs / 'classifier', Path('/dev/null'), Path('/proc/x'), Path('')]
     dry = ['--workers', 0, *words, '--output', scratch, '--dry-run']
     argv = {
         'train': ['--recipe', 'digits', *dry],
         'validate': [runs / 'classifier', '--workers', 0, *words],
-        'train_detection': ['--recipe', 'scenes', *dry],
-        'validate_detection': [runs / 'detector', '--workers', 0, *words],
+        'train-detection': ['--recipe', 'scenes', *dry],
+        'validate-detection': [runs / 'detector', '--workers', 0, *words],
         'publish': [runs / 'classifier', '--output', draw.choice(outputs), *words],
     }
     call(name, *argv[name])
@@ -235,7 +220,7 @@ def attack_config(draw: random.Random, scratch: Path, runs: Path) -> Optional[bo
     (folder / SUMS).write_bytes(list_sums({path.name: path.read_bytes() for path in files}))
     print({key: value for key, value in place.items() if not isinstance(value, str) or len(value) < 100})
     if kind == 'detector':
-        call('validate_detection', folder, '--data-dir', runs / 'scenes', '--workers', 0)
+        call('validate-detection', folder, '--data-dir', runs / 'scenes', '--workers', 0)
     elif draw.random() < 0.5:
         call('validate', folder, '--data-dir', runs / 'few', '--workers', 0)
     else:
@@ -290,7 +275,7 @@ def attack_model(draw: random.Random, scratch: Path, runs: Path) -> Optional[boo
     print(model, [text[:100] for text in words])
     if model == 'detector':
         shown = ['--model', 'fasterrcnn_test_resnet_depla_fpn_depla', '--dry-run', '--output', scratch]
-        call('train_detection', runs / 'scenes', '--recipe', 'scenes', *shown, '--workers', 0, *kwargs)
+        call('train-detection', runs / 'scenes', '--recipe', 'scenes', *shown, '--workers', 0, *kwargs)
     else:
         shown = ['--img-size', 64, '--dry-run', '--output', scratch, '--workers', 0]
         call('train', runs / 'few', '--recipe', 'digits', '--model', model, *shown, *kwargs)
@@ -298,7 +283,7 @@ def attack_model(draw: random.Random, scratch: Path, runs: Path) -> Optional[boo
 
 def attack_number(draw: random.Random, scratch: Path, runs: Path) -> Optional[bool]:
     """A short training with an extreme number."""
-    parser = classification_flags.create_train_parser()
+    parser = create_train_parser()
     left_out = ('workers', 'img_size', 'input_size', 'stop_epoch', 'in_chans')  # which a machine bounds, or this case
     actions = [a for a in parser._actions if isinstance(a.type, Kind) and a.dest not in left_out]
     words: List[Any] = []

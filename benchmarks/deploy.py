@@ -28,11 +28,11 @@ BASE = dict(layers=(1, 1, 4, 1), stem_width=8, channels=(16, 32, 48, 64))  # wha
 Call = Callable[[Tensor], Any]
 
 
-def _session(model: nn.Module, batches: List[Tensor], is_int8: bool) -> Call:
-    import onnxruntime
+def onnxruntime(model: nn.Module, batches: List[Tensor], is_int8: bool = False) -> Call:
+    from onnxruntime import InferenceSession, SessionOptions
     from onnxruntime.quantization import quantize_dynamic
 
-    options = onnxruntime.SessionOptions()
+    options = SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         path = f'{folder}/model.onnx'
@@ -40,45 +40,24 @@ def _session(model: nn.Module, batches: List[Tensor], is_int8: bool) -> Call:
         if is_int8:
             quantize_dynamic(path, f'{folder}/int8.onnx')
             path = f'{folder}/int8.onnx'
-        session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+        session = InferenceSession(path, options, providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
     return lambda images: session.run(None, {name: images.numpy()})[0]
 
 
-def onnxruntime(model: nn.Module, batches: List[Tensor]) -> Call:
-    """`torch.onnx.export(model, (images,), dynamo=True).save('model.onnx')`"""
-    return _session(model, batches, is_int8=False)
+def openvino(model: nn.Module, batches: List[Tensor], is_int8: bool = False) -> Call:
+    from openvino import compile_model, convert_model
 
-
-def onnxruntime_int8(model: nn.Module, batches: List[Tensor]) -> Call:
-    """`onnxruntime.quantization.quantize_dynamic('model.onnx', 'int8.onnx')`"""
-    return _session(model, batches, is_int8=True)
-
-
-def _convert(model: nn.Module, batches: List[Tensor], is_int8: bool) -> Call:
-    import openvino
-
-    converted = openvino.convert_model(model, example_input=batches[0], input=list(batches[0].shape))
+    converted = convert_model(model, example_input=batches[0], input=list(batches[0].shape))
     if is_int8:
         import nncf
 
         converted = nncf.quantize(converted, nncf.Dataset(batches))
-    compiled = openvino.compile_model(converted, 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads()})
+    compiled = compile_model(converted, 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads()})
     return lambda images: compiled(images.numpy())[0]
 
 
-def openvino(model: nn.Module, batches: List[Tensor]) -> Call:
-    """`openvino.compile_model(openvino.convert_model(model, example_input=images))`"""
-    return _convert(model, batches, is_int8=False)
-
-
-def openvino_int8(model: nn.Module, batches: List[Tensor]) -> Call:
-    """`nncf.quantize(openvino.convert_model(...), nncf.Dataset(batches))`"""
-    return _convert(model, batches, is_int8=True)
-
-
 def pt2e_int8(model: nn.Module, batches: List[Tensor]) -> Call:
-    """`prepare_pt2e(torch.export.export(...).module(), X86InductorQuantizer())`, `convert_pt2e`, `torch.compile`"""
     from torchao.quantization.pt2e import move_exported_model_to_eval
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -93,26 +72,37 @@ def pt2e_int8(model: nn.Module, batches: List[Tensor]) -> Call:
     return compiled
 
 
-def _torchao(config: str) -> Callable[[nn.Module, List[Tensor]], Call]:
-    def quantize(model: nn.Module, batches: List[Tensor]) -> Call:
-        from torchao import quantization
+def torchao(model: nn.Module, batches: List[Tensor], config: str) -> Call:
+    from torchao import quantization
 
-        quantization.quantize_(model, getattr(quantization, config)())
-        return model
-
-    quantize.__doc__ = f'`torchao.quantization.quantize_(model, {config}())`'
-    return quantize
+    quantization.quantize_(model, getattr(quantization, config)())
+    return model
 
 
-RUNTIMES: Dict[str, Callable[[nn.Module, List[Tensor]], Call]] = {
-    'PyTorch': lambda model, batches: model,
-    'ONNX Runtime': onnxruntime,
-    'ONNX Runtime, int8': onnxruntime_int8,
-    'OpenVINO': openvino,
-    'OpenVINO, int8': openvino_int8,
-    'PT2E, int8': pt2e_int8,
-    'torchao, int8 weights': _torchao('Int8WeightOnlyConfig'),
-    'torchao, int8': _torchao('Int8DynamicActivationInt8WeightConfig'),
+RUNTIMES: Dict[str, Tuple[Callable[[nn.Module, List[Tensor]], Call], str]] = {  # and what a user calls
+    'PyTorch': (lambda model, batches: model, ''),
+    'ONNX Runtime': (onnxruntime, "`torch.onnx.export(model, (images,), dynamo=True).save('model.onnx')`"),
+    'ONNX Runtime, int8': (
+        partial(onnxruntime, is_int8=True),
+        "`onnxruntime.quantization.quantize_dynamic('model.onnx', 'int8.onnx')`",
+    ),
+    'OpenVINO': (openvino, '`openvino.compile_model(openvino.convert_model(model, example_input=images))`'),
+    'OpenVINO, int8': (
+        partial(openvino, is_int8=True),
+        '`nncf.quantize(openvino.convert_model(...), nncf.Dataset(batches))`',
+    ),
+    'PT2E, int8': (
+        pt2e_int8,
+        '`prepare_pt2e(torch.export.export(...).module(), X86InductorQuantizer())`, `convert_pt2e`, `torch.compile`',
+    ),
+    'torchao, int8 weights': (
+        partial(torchao, config='Int8WeightOnlyConfig'),
+        '`torchao.quantization.quantize_(model, Int8WeightOnlyConfig())`',
+    ),
+    'torchao, int8': (
+        partial(torchao, config='Int8DynamicActivationInt8WeightConfig'),
+        '`torchao.quantization.quantize_(model, Int8DynamicActivationInt8WeightConfig())`',
+    ),
 }
 FLAGS = dict(runtime=dict(nargs='+', choices=RUNTIMES, default=list(RUNTIMES), metavar='NAME'), batch_size=8, pairs=60)
 
@@ -142,7 +132,7 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
     results: Dict[str, Any] = {'batch_size': args.batch_size}
     for name in args.runtime:
         with torch.inference_mode(False), torch.no_grad():
-            calls = [RUNTIMES[name](copy.deepcopy(network), calibration) for network in (model, plain)]
+            calls = [RUNTIMES[name][0](copy.deepcopy(network), calibration) for network in (model, plain)]
         top1 = accuracy(calls[0], images)
         pairs = time_rounds([partial(call, images[0]) for call in calls], args.pairs)
         results[name] = {'top1': top1, 'seconds': pairs}
@@ -153,8 +143,8 @@ def run(args: argparse.Namespace) -> Dict[str, Any]:
 def render(results: Dict[str, Any]) -> str:
     rows = []
     for name in (name for name in results if name != 'batch_size'):
-        how, found = (RUNTIMES[name].__doc__ or '').strip(), results[name]
-        rows.append([name, how, f'{found["top1"]:.2f}', ratio_text(found['seconds'])])
+        found = results[name]
+        rows.append([name, RUNTIMES[name][1], f'{found["top1"]:.2f}', ratio_text(found['seconds'])])
     header = ['runtime', 'how', 'top-1', 'time over the plain network: median (95% interval)']
     return f'Batches of {results["batch_size"]} images of 128 x 128 pixels.\n\n{table(header, rows)}'
 

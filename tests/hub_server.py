@@ -18,15 +18,14 @@ class Hub:
         self.url = ''  # its address, for HF_ENDPOINT
         self.repositories: Dict[str, List[Any]] = {}  # commits by name, each a (sha, files) pair, oldest first
         self.requests: List[str] = []  # method and path of each
-        self.failures: Dict[str, List[int]] = {}  # status codes to answer the next GETs of files with, by path ending
-        self.cut: Dict[str, int] = {}  # bytes of a file after which to cut the connection, once, by path ending
+        self.failures: Dict[str, List[int]] = {}  # status codes to answer the next GETs of files with, by NAME/PATH
+        self.cut: Dict[str, int] = {}  # bytes of a file after which to cut the connection, once, by NAME/PATH
 
     def commit(self, repo: str, files: Dict[str, Optional[bytes]]) -> str:
         """Add a commit that changes these files, None deletes one; returns its sha."""
         commits = self.repositories.setdefault(repo, [('0' * 40, {})])
         content = {k: v for k, v in {**commits[-1][1], **files}.items() if v is not None}
-        parts = [commits[-1][0], *(f'{k}{hashlib.sha1(v).hexdigest()}' for k, v in sorted(content.items()))]
-        commits.append((hashlib.sha1(''.join(parts).encode()).hexdigest(), content))
+        commits.append((f'{len(commits):040x}', content))
         return commits[-1][0]
 
     def find(self, repo: str, revision: str) -> Optional[Any]:
@@ -81,9 +80,9 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = handle_any
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
-        for ending, codes in self.hub.failures.items():
-            if self.command == 'GET' and path.endswith(ending) and codes:
-                return self.refuse(codes.pop(0), 'ServerError', 'out of order')
+        name = f'{repo.partition("/")[2]}/{path}'
+        if self.command == 'GET' and self.hub.failures.get(name):
+            return self.refuse(self.hub.failures[name].pop(0), 'ServerError', 'out of order')
         sha, files = self.find(repo, revision)
         if sha is None:
             return
@@ -96,9 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
             first, last = int(start[1]), min(int(start[2] or len(data)), len(data) - 1)
             headers['Content_Range'] = f'bytes {first}-{last}/{len(data)}'
             return self.answer(206, data[first : last + 1], **headers)
-        for ending in [ending for ending in self.hub.cut if self.command == 'GET' and path.endswith(ending)]:
+        if self.command == 'GET' and name in self.hub.cut:
             self.start(200, len(data), **headers)
-            self.wfile.write(data[: self.hub.cut.pop(ending)])
+            self.wfile.write(data[: self.hub.cut.pop(name)])
             self.wfile.flush()
             self.close_connection = True
             return self.connection.shutdown(2)

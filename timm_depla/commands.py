@@ -20,8 +20,6 @@ from .errors import UserError, require
 from .files import escape
 from .schema import shorten
 
-__all__ = ['VERBS', 'main', 'run', 'run_command']
-
 VERBS = {
     'train': ('timm_depla.engine.classification.train', 'train an image classifier'),
     'validate': ('timm_depla.engine.classification.validate', 'validate runs, checkpoints and models'),

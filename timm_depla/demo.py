@@ -28,8 +28,6 @@ from timm_depla.files import open_image
 from timm_depla.predict import label_names
 from timm_depla.visualize import add_scale, find_limit, load_any, prepare, show_map
 
-__all__ = ['create_app', 'launch', 'look']
-
 WEIGHTS = Path(__file__).parent.parent / 'hub' / 'weights'
 MAX_BYTES = 20 * 2**20  # of an upload
 MAX_PIXELS = 2**24

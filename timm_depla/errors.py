@@ -6,11 +6,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Iterator, Sequence, Type
 
-__all__ = [
-    'ConfigError', 'DivergedError', 'TrainingError', 'UserError', 'as_config_error', 'closest', 'command_for',
-    'require',
-]  # fmt: skip
-
 
 class UserError(Exception):
     """An error that the user can fix: the message says what is wrong and how to fix it."""
@@ -43,12 +38,7 @@ def as_config_error(prefix: str = '', *kinds: Type[Exception]) -> Iterator[None]
 
 
 def require(module: str, extra: str) -> None:
-    """Raise a ConfigError that says what to install if a module is missing.
-
-    Args:
-        module: The module's name.
-        extra: The extra of this package that installs it.
-    """
+    """Raise a ConfigError that says which extra of this package to install, if a module is missing."""
     if find_spec(module) is None:
         raise ConfigError(f'this needs {module}: pip install "timm-depla[{extra}]"')
 

@@ -24,11 +24,6 @@ from timm_depla.files import find_change, format_json, is_unvalidated, read_key,
 from timm_depla.models import check_published, find_weights, load_backbone
 from timm_depla.timm_runs import read_timm_run, with_data_dir
 
-__all__ = [
-    'create_model', 'load_model', 'load_weights', 'model_config', 'pretrained_file', 'resumed_recipe', 'run_arguments',
-    'trained_data',
-]  # fmt: skip
-
 DATA = (
     'dataset', 'data_dir', 'class_map', 'input_key', 'target_key', 'input_img_mode', 'in_chans', 'val_fraction',
 )  # arguments that identify the data  # fmt: skip

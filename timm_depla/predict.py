@@ -24,8 +24,6 @@ from timm_depla.errors import ConfigError, as_config_error
 from timm_depla.files import MODES, check_writable, escape, format_json, open_image, write_file
 from timm_depla.visualize import load_any
 
-__all__ = ['classify', 'detect', 'draw_sheet', 'label_names', 'main']
-
 Predictions = List[Dict[str, Any]]  # label and score, the best first; of a detector also box, pixels x1, y1, x2, y2
 
 TILE = 240  # pixels a side of a picture in the sheet

@@ -13,8 +13,6 @@ from timm_depla.errors import ConfigError, as_config_error
 from timm_depla.files import read_mapping
 from timm_depla.schema import RUN, check, check_arguments
 
-__all__ = ['TimmRun', 'read_timm_run', 'translate', 'with_data_dir']
-
 _CHECKPOINTS = ('model_best.pth.tar', 'last.pth.tar')
 _DEFAULTS = {
     'kd_loss_type': 'kl',

@@ -76,5 +76,5 @@ def render() -> str:
             found = estimate(recipe, model, gpus, card)
             hours, cores = f'{found["all"] / gpus:.3g}', f'{found["cores"]} for {found["rate"]:.0f} images/s'
             rows.append([f'`{recipe}`', f'{gpus} {card}', found['epochs'], hours, cores, found['arithmetic']])
-    header = ['recipe', 'GPUs', 'epochs', 'hours', 'cores for each GPU', 'an epoch']
+    header = ['recipe', 'GPUs', 'epochs', 'hours', 'cores for each GPU', 'an epoch, the GPUs added up']
     return record.table(header, rows)

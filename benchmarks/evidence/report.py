@@ -138,22 +138,23 @@ def _paper_difference(name: str, better: Any, worse: Any, column: str) -> str:
     return f'{found[0] - found[1]:+.1f}'
 
 
-def _found(name: str) -> List[Tuple[str, Difference, Any]]:
-    """What has been run of a table's claims: label, difference, and the paper's rows."""
+def _claims(name: str) -> List[Tuple[str, Optional[Difference], Any]]:
+    """A table's claims: label, difference, which is None until it has been run, and the paper's rows."""
     data, _, claims, paper = TABLES[name]
-    return [
-        (f'{VARIANTS[variant].label} over {", ".join([VARIANTS[other].label, *metric])}'.replace('_', ' '), found, rows)
-        for (variant, other, *metric), rows in zip_longest(claims, paper)
-        if (found := difference(data, variant, other, *metric))
-    ]
+    labels = [f'{VARIANTS[a].label} over {", ".join([VARIANTS[b].label, *metric])}' for a, b, *metric in claims]
+    found = [difference(data, *claim) for claim in claims]
+    return list(zip_longest([label.replace('_', ' ') for label in labels], found, paper))
 
 
 def compare(name: str) -> str:
-    """A table of the claims that have been run. The correction is over all claims."""
-    found, rows = _found(name), []
-    corrected = correct([each for _, each, _ in found], len(TABLES[name].claims))
-    for (label, each, paper), p in zip(found, corrected, strict=True):
-        row = [label, str(each), f'{p:.4f}' if p >= 0.001 else '< 0.001', f'**{verdict(each, p)}**']
+    """A table of the claims, run or not. The correction is over all of them."""
+    claims, rows = _claims(name), []
+    corrected = iter(correct([each for _, each, _ in claims if each], len(claims)))
+    for label, each, paper in claims:
+        row = [label, 'not run yet', '', '']
+        if each:
+            p = next(corrected)
+            row = [label, str(each), f'{p:.4f}' if p >= 0.001 else '< 0.001', f'**{verdict(each, p)}**']
         rows.append([*row, *([_paper_difference(*paper) if paper else ''] if TABLES[name].paper else [])])
     header = ['difference', '95% interval', 'corrected p', '']
     return table([*header, *(["the paper's, on ImageNet or COCO"] if TABLES[name].paper else [])], rows)
@@ -194,10 +195,11 @@ def maps() -> str:
 
 
 def plot() -> None:
-    """Plot the difference of each finished claim, in percentage points: a panel for each table."""
+    """Plot the differences of each table whose claims have all been run, in percentage points."""
     from matplotlib import pyplot as plt
 
-    panels = {each.title: found for name, each in TABLES.items() if (found := _found(name))}
+    claims = {each.title: _claims(name) for name, each in TABLES.items()}
+    panels = {title: rows for title, rows in claims.items() if all(found for _, found, _ in rows)}
     rows = sum(len(found) + 2 for found in panels.values())  # two for a title and the numbers below
     figure, top = plt.figure(figsize=(8, 0.28 * rows)), rows
     for title, found in panels.items():
@@ -220,7 +222,7 @@ def plot() -> None:
 
 def tables() -> Dict[str, str]:
     """By the name of its marker, each table of the pages."""
-    made = {name: compare(name) for name in TABLES if _found(name)}
+    made = {name: compare(name) for name in TABLES if any(found for _, found, _ in _claims(name))}
     return {**made, 'networks': networks(), 'maps': maps()}
 
 

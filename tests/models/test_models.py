@@ -252,12 +252,7 @@ def test_depla_arguments(name, depla, places, bfn):
         ('test_regnet_depla', dict(depla=dict(keep_candidate='False')), ValueError, r"\[False, True\], got 'False'"),
         ('test_fishnet_depla', dict(depla=dict(keep_candidate='no')), ValueError, r"one of \[False, True\], got 'no'"),
         ('test_regnet_depla', dict(depla=dict(layers=[9])), TypeError, r"unknown depla argument \['layers'\]"),
-        (
-            'resnet50_depla',
-            dict(depla='adaptive'),
-            TypeError,
-            r"argument \['adaptive'\]; depla is a map .*'temperature'",
-        ),
+        ('resnet50_depla', dict(depla='adaptive'), TypeError, r"\['adaptive'\]; depla is a map .*'temperature'"),
         ('resnet50_depla', dict(depla=dict(stage=3.0)), ValueError, 'stage must be one of 1 to 4, got 3.0'),
         ('resnet50_depla', dict(depla=dict(stage=5)), ValueError, 'stage must be one of 1 to 4, got 5'),
         ('resnet50_depla', dict(depla=dict(positions=(1, 6))), ValueError, r'of stage 3, 0 to 5, got \(1, 6\)'),

@@ -14,8 +14,6 @@ from timm_depla.errors import TrainingError
 
 from .distributed import World, shield_worker
 
-__all__ = ['ResumableLoader', 'UnreadableImages', 'explained', 'loader_kwargs', 'max_unreadable']
-
 _logger = logging.getLogger(__name__)
 
 

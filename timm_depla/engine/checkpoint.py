@@ -22,11 +22,6 @@ from timm_depla import files
 from timm_depla.errors import TrainingError
 from timm_depla.files import SUMS, find_change, list_sums, read_mapping, read_tensors
 
-__all__ = [
-    'DIVERGED', 'LINKS', 'TIMES', 'checkpoint_name', 'find_damage', 'list_checkpoints', 'newest_checkpoint',
-    'pack_state', 'position', 'read_state', 'to_cpu', 'write_checkpoint', 'write_file', 'writing',
-]  # fmt: skip
-
 _logger = logging.getLogger(__name__)
 
 TIMES = ('seconds', 'images_per_second')

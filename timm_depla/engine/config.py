@@ -13,8 +13,6 @@ from timm_depla.loading import resumed_recipe
 from timm_depla.schema import Kind, check_arguments
 from timm_depla.timm_runs import translate
 
-__all__ = ['FlagParser', 'KeyValues', 'list_recipes', 'parse_args', 'parse_training_args', 'updated']
-
 RECIPES = Path(__file__).parent.parent / 'recipes'
 ONCE = ('dry_run', 'experiment', 'no_resume_opt', 'output', 'resume', 'resume_with_changes')  # of one start
 START = ('initial_checkpoint', 'pretrained', 'pretrained_backbone', 'pretrained_path')  # of a run without checkpoint
@@ -64,13 +62,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 class FlagParser(argparse.ArgumentParser):
     """Argument parser that raises ConfigError for mistakes, with the reason if a flag of timm is left out.
 
-    A positional argument `data` means `--data-dir`.
-
-    Args:
-        arguments: The positional arguments, for the usage.
-        description: What the command does.
-        left_out: Reasons by flag, for flags that a user may expect.
-        recipes: The folder of the recipes that it knows by name.
+    A positional argument `data` means `--data-dir`. `left_out` has reasons by flag, for flags that a user may expect;
+    `recipes` is the folder of the recipes that it knows by name.
     """
 
     def __init__(self, arguments: str, description: str, left_out: Dict[str, str], recipes: Path = RECIPES):
@@ -146,15 +139,8 @@ def parse_args(
     """Parse a command line whose `--recipe` sets the defaults.
 
     The recipe is turned into flags and parsed before the command line, so its values are checked like the user's, and
-    the user's take precedence.
-
-    Args:
-        parser: The parser; without a `--recipe` option, only the command line is read.
-        argv: Arguments; those of the process when None.
-        default_recipe: The recipe to use when none is named.
-
-    Raises:
-        ConfigError: If the recipe does not exist, or has an unknown key or an invalid value.
+    the user's take precedence. The arguments are those of the process when `argv` is None; `default_recipe` is used
+    when none is named. ConfigError if the recipe does not exist, or has an unknown key or an invalid value.
     """
     typed = parser.parse_args(argv)
     name = getattr(typed, 'recipe', None) or default_recipe

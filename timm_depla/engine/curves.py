@@ -6,8 +6,6 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from .metrics import Metric
 
-__all__ = ['draw_curves']
-
 
 def draw_curves(history: List[Dict[str, Any]], metrics: Sequence[Metric]) -> bytes:
     """Loss, metrics and learning rate by epoch, as a PNG file; empty without matplotlib."""

@@ -12,8 +12,6 @@ from timm_depla.errors import ConfigError, as_config_error
 
 from .distributed import World
 
-__all__ = ['autocast', 'check_compile', 'compile_depla', 'set_up_device']
-
 
 def set_up_device(args: Namespace, world: World) -> None:
     """Select deterministic or the fastest kernels."""

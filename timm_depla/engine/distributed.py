@@ -17,8 +17,6 @@ from timm.utils.distributed import init_distributed_device_so
 
 from timm_depla.errors import ConfigError, TrainingError, UserError
 
-__all__ = ['Interrupt', 'Interrupted', 'World', 'explain_lost_peers', 'setup_world', 'shield_worker']
-
 ANSWER_SECONDS = 5.0  # for another rank that still runs
 _WARNINGS = [getattr(signal, name) for name in ('SIGUSR1', 'SIGUSR2') if hasattr(signal, name)]  # of Slurm
 

@@ -10,8 +10,6 @@ from timm_depla import schema
 
 from .config import FlagParser, KeyValues, list_recipes
 
-__all__ = ['OWN_FLAGS', 'add_device_args', 'add_loading_args', 'add_training_args', 'group']
-
 OWN_FLAGS = {
     '--recipe', '--dry-run', '--checkpoint-minutes', '--deterministic', '--resume-with-changes', '--log-tensorboard',
     '--evaluator', '--pretrained-backbone', '--trainable-backbone-layers', '--backbone-norm', '--classes',

@@ -30,8 +30,6 @@ from .curves import draw_curves
 from .distributed import World
 from .metrics import Metric, rank
 
-__all__ = ['RunFolder', 'find_resume', 'run_path']
-
 _logger = logging.getLogger(__name__)
 
 LOCK_SECONDS = 20.0  # to wait for the lock, which the workers of a killed process hold a while longer
@@ -59,8 +57,7 @@ class RunFolder:
     def open(self, is_resumed: bool) -> Iterator[None]:
         """Create and lock the folder, write args.yaml, and add to log.txt what is logged meanwhile.
 
-        Raises:
-            ConfigError: If it already holds another run, another process locks it, or it cannot be written.
+        ConfigError if it already holds another run, another process locks it, or it cannot be written.
         """
         path = self.path
         try:

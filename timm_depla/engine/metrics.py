@@ -8,8 +8,6 @@ from typing import Any, Dict, List, Optional, Tuple
 from timm_depla.errors import ConfigError, as_config_error
 from timm_depla.files import check_writable, write_file
 
-__all__ = ['PLAIN', 'Metric', 'check_results', 'choose', 'rank', 'write_results']
-
 PLAIN = 'plain_'  # before the names of the metrics of the weights without averaging
 
 

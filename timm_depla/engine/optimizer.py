@@ -22,8 +22,6 @@ from .device import check_compile, compile_depla
 from .distributed import World
 from .state import TrainState
 
-__all__ = ['create_optimizer', 'create_state', 'learning_rate']
-
 _logger = logging.getLogger(__name__)
 
 SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'constant', 'plateau', 'poly', 'wsd', 'rsqrt')  # of timm
@@ -86,11 +84,8 @@ def create_optimizer(args: Namespace, trainable: nn.Module, num_updates: int) ->
 def create_state(args: Namespace, world: World, task: TrainingTask, steps: int) -> Tuple[Namespace, TrainState, int]:
     """Create optimizer, schedule and weight average of a task, compile it and make it distributed.
 
-    Returns:
-        The arguments with the learning rate, the state, and the number of epochs, for `steps` steps an epoch.
-
-    Raises:
-        ConfigError: If the weights to start from are not finite, or an argument is out of range.
+    Returns the arguments with the learning rate, the state, and the number of epochs, for `steps` steps an epoch.
+    ConfigError if the weights to start from are not finite, or an argument is out of range.
     """
     trainable = unwrap_model(task.get_trainable_module())
     if wrong := [name for name, value in trainable.state_dict().items() if not value.isfinite().all()]:

@@ -13,8 +13,6 @@ from timm_depla.files import escape
 from .config import parse_args, updated
 from .optimizer import learning_rate
 
-__all__ = ['describe', 'learning_rates']
-
 RATE = ('lr', 'lr_base', 'lr_base_size', 'lr_base_scale', 'opt')
 
 

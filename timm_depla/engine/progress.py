@@ -1,7 +1,6 @@
 """The progress of a run: a bar or log lines, TensorBoard, Weights & Biases."""
 
 import logging
-import sys
 import time
 from argparse import Namespace
 from datetime import timedelta
@@ -15,14 +14,12 @@ from timm_depla.errors import ConfigError, command_for, require
 from .checkpoint import checkpoint_name
 from .metrics import PLAIN, Metric, choose, rank
 
-__all__ = ['Report', 'check_loggers', 'progress']
-
 _logger = logging.getLogger(__name__)
 
 
 def progress(description: str, unit: str, **kwargs: Any) -> tqdm:
     """A progress bar on a terminal, nothing in a log."""
-    return tqdm(desc=description, leave=False, disable=not sys.stderr.isatty(), unit=f' {unit}', **kwargs)
+    return tqdm(desc=description, leave=False, disable=None, unit=f' {unit}', **kwargs)
 
 
 class Report:

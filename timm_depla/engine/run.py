@@ -23,8 +23,6 @@ from .folder import RunFolder, run_path
 from .metrics import PLAIN, Metric, choose
 from .optimizer import create_state
 
-__all__ = ['CHANGE_NOTHING', 'Run']
-
 _logger = logging.getLogger(__name__)
 
 CHANGE_NOTHING = {
@@ -140,8 +138,7 @@ class Run:
     def resume(self, checkpoint: Path) -> bool:
         """Resume from an intact checkpoint; returns whether the training differs from the one that wrote it.
 
-        Raises:
-            ConfigError: If the data differ, or the training does and `--resume-with-changes` is not given.
+        ConfigError if the data differ, or the training does and `--resume-with-changes` is not given.
         """
         options = [{k: v for k, v in group.items() if k != 'params'} for group in self.state.optimizer.param_groups]
         try:

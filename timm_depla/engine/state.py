@@ -11,8 +11,6 @@ from timm.utils import unwrap_model
 
 from timm_depla.errors import DivergedError
 
-__all__ = ['Losses', 'TrainState']
-
 
 @dataclass
 class Losses:

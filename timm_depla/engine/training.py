@@ -24,8 +24,6 @@ from .progress import Report, check_loggers
 from .run import Run
 from .state import Losses
 
-__all__ = ['run_epoch', 'train', 'train_one_epoch']
-
 _logger = logging.getLogger(__name__)
 
 
@@ -149,13 +147,8 @@ def train_epochs(run: Run, report: Report) -> None:
 def train(args: Namespace, build: Callable[[Namespace, World, bool], Run]) -> int:
     """Train in the folder `args.output`/`args.experiment`; returns the exit code, 0 or 128 + an interrupting signal.
 
-    Args:
-        args: The run's arguments.
-        build: Builds the run from the arguments, the processes, and whether to load initial weights.
-
-    Raises:
-        ConfigError: If an argument, or a file that it names, is invalid.
-        TrainingError: If training cannot continue.
+    `build` makes the run from the arguments, the processes, and whether to load initial weights. ConfigError if an
+    argument, or a file that it names, is invalid; TrainingError if training cannot continue.
     """
     world = setup_world(args.device)
     set_up_device(args, world)

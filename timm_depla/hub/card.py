@@ -4,8 +4,6 @@ from typing import Any, Dict, List, Tuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-__all__ = ['create_card']
-
 _PAPER = (
     'https://openaccess.thecvf.com/content/ICCV2021/html/Sun_Aggregation_With_Feature_Detection_ICCV_2021_paper.html'
 )
@@ -99,13 +97,9 @@ def _rows(record: Dict[str, Any]) -> Dict[str, str]:
 
 
 def create_card(record: Dict[str, Any], recipe: Dict[str, Any], source: str, licence: str = 'apache-2.0') -> ModelCard:
-    """The card of published weights.
+    """The card of published weights, from what `publish` writes to record.json and recipe.yaml.
 
-    Args:
-        record: Record of their evaluation, as `publish` writes it to record.json.
-        recipe: The training arguments, as `publish` writes them to recipe.yaml.
-        source: Where they are loaded from: a name on the Hub or a folder.
-        licence: The weights' licence, as the Hub names it.
+    They are loaded from `source`, a name on the Hub or a folder.
     """
     results, data, name, task = (record[key] for key in ('results', 'dataset', 'architecture', 'task'))
     is_classifier, published = task == 'image-classification', source.rpartition('/')[2]

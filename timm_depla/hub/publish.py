@@ -43,8 +43,6 @@ from .card import create_card
 from .record import create_record
 from .timm_run import adopted
 
-__all__ = ['create_publish_parser', 'publish', 'push']
-
 _logger = logging.getLogger(__name__)
 
 ALWAYS = ('batch_size', 'epochs', 'opt', 'sched', 'seed')  # of recipe.yaml, also at their defaults

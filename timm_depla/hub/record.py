@@ -11,8 +11,6 @@ import torch
 
 from timm_depla.version import __version__
 
-__all__ = ['create_record']
-
 
 def _commit() -> str:
     """The commit of the code, with '-modified' if the working tree differs; empty outside of a clone or without git."""

@@ -14,8 +14,6 @@ from timm_depla.engine.config import parse_args
 from timm_depla.loading import load_model, model_config
 from timm_depla.timm_runs import read_timm_run
 
-__all__ = ['adopted']
-
 
 @contextmanager
 def adopted(source: str) -> Iterator[str]:

@@ -53,18 +53,17 @@ def data(tmp_path_factory):
             image(index).save(folder / f'{index:02}.png')
         with tarfile.open(root / 'tars' / f'{split}.tar', 'w') as tar:
             tar.add(root / 'folder' / split, '.')
-    (root / 'shards').mkdir()
-    for shard in range(4):
-        with tarfile.open(root / 'shards' / f'data-{shard}.tar', 'w') as tar:
-            for index in range(10 * shard, 10 * shard + 10):
-                file = root / 'folder' / 'train' / f'class{LABELS[index]}' / f'{index:02}.png'
-                add(tar, file.name, file.read_bytes())
-                add(tar, f'{index:02}.cls', str(LABELS[index]).encode())
     datasets = pytest.importorskip('datasets')
     features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(3)})
+    (root / 'shards').mkdir()
     (root / 'parquet').mkdir()
     for shard in range(4):
         indices = range(10 * shard, 10 * shard + 10)
+        with tarfile.open(root / 'shards' / f'data-{shard}.tar', 'w') as tar:
+            for index in indices:
+                file = root / 'folder' / 'train' / f'class{LABELS[index]}' / f'{index:02}.png'
+                add(tar, file.name, file.read_bytes())
+                add(tar, f'{index:02}.cls', str(LABELS[index]).encode())
         columns = {'image': [image(i) for i in indices], 'label': [LABELS[i] for i in indices]}
         table = datasets.Dataset.from_dict(columns, features=features)
         for split in ('train', 'validation'):

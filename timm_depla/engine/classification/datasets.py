@@ -20,11 +20,6 @@ from ..batches import max_unreadable
 from ..config import updated
 from ..distributed import World
 
-__all__ = [
-    'check_images', 'class_names', 'count_classes', 'file_names', 'image_mode', 'open_counted', 'open_split',
-    'open_splits', 'split_name',
-]  # fmt: skip
-
 _logger = logging.getLogger(__name__)
 
 MAX_CHECKED = 20_000  # images of a split that are all read before training, in a minute or two

@@ -8,8 +8,6 @@ from timm_depla import schema
 from ..config import FlagParser, KeyValues
 from ..flags import add_device_args, add_loading_args, add_training_args, group
 
-__all__ = ['LEFT_OUT', 'LEFT_OUT_OF_VALIDATION', 'create_train_parser', 'create_validate_parser']
-
 _INTERPOLATIONS = ['', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos']
 _JIT = 'TorchScript is deprecated: use --torchcompile'
 _FLEXIBLE = 'for transformers that take sequences of any length'

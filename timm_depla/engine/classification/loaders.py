@@ -32,8 +32,6 @@ from ..batches import ResumableLoader, UnreadableImages, loader_kwargs
 from ..distributed import World
 from .datasets import image_mode, open_split
 
-__all__ = ['TrainLoader', 'create_val_loader', 'mixes', 'resolve_data']
-
 
 def mixes(args: Namespace) -> bool:
     """Whether training mixes images, by mixup or cutmix."""

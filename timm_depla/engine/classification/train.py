@@ -26,8 +26,6 @@ from .flags import create_train_parser
 from .loaders import TrainLoader, create_val_loader, mixes, resolve_data
 from .validate import evaluate
 
-__all__ = ['build', 'train']
-
 _logger = logging.getLogger(__name__)
 
 

@@ -31,8 +31,6 @@ from .datasets import class_names, count_classes, open_counted, split_name
 from .flags import create_validate_parser
 from .loaders import create_val_loader, resolve_data
 
-__all__ = ['evaluate', 'validate']
-
 _logger = logging.getLogger(__name__)
 
 

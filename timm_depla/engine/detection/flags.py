@@ -8,8 +8,6 @@ from timm_depla.detection.coco import METRICS
 from ..config import RECIPES, FlagParser, KeyValues
 from ..flags import add_device_args, add_loading_args, add_training_args, group
 
-__all__ = ['LEFT_OUT_OF_DETECTION', 'create_detection_parser', 'create_detection_validate_parser']
-
 _CLASSIFIER = 'it is for classifiers'
 _GROUPS = 'detectors have no layer groups in timm'
 _HEADS = 'use --model-kwargs with the names of torchvision, such as min_size=600 or box_detections_per_img=50'

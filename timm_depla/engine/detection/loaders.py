@@ -15,8 +15,6 @@ from timm_depla.errors import ConfigError, as_config_error
 from ..batches import ResumableLoader, UnreadableImages, loader_kwargs
 from ..distributed import World
 
-__all__ = ['DetectionLoader', 'ValidationLoader', 'open_split', 'open_splits']
-
 Batch = Tuple[List[Tensor], List[Dict[str, Any]]]  # images (3, H, W), targets of CocoDetection
 
 

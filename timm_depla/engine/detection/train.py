@@ -31,8 +31,6 @@ from .flags import create_detection_parser
 from .loaders import DetectionLoader, ValidationLoader, open_splits
 from .validate import evaluate
 
-__all__ = ['build', 'train']
-
 _logger = logging.getLogger(__name__)
 
 _HEADS = ('roi_heads.box_predictor', 'roi_heads.mask_predictor')  # modules that depend on the classes

@@ -25,8 +25,6 @@ from ..progress import progress
 from .flags import create_detection_validate_parser
 from .loaders import ValidationLoader, open_split
 
-__all__ = ['Evaluation', 'evaluate', 'validate']
-
 _logger = logging.getLogger(__name__)
 
 
