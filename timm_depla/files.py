@@ -192,7 +192,7 @@ def check_own(folder: Path, links: Sequence[str] = ()) -> None:
         raise ValueError(f"'{folder}' is a link: name '{os.readlink(folder)}' itself")
     for place, folders, files in walk(folder, follows=False):
         for path in (Path(place, name) for name in [*folders, *files]):
-            if path.is_symlink() and not path.is_relative_to(folder / 'wandb'):
+            if path.is_symlink() and not path.parent.is_relative_to(folder / 'wandb'):
                 target = Path(os.readlink(path))
                 is_own = path.parent == folder and path.name in links
                 if not is_own or target.parent != Path('checkpoints') or target.name in ('', '..'):

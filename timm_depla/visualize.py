@@ -81,7 +81,7 @@ def draw_block(image: Tensor, block: BlockCapture, title: str = '', num_groups: 
     groups = strength(block)[0].argsort(descending=True)[:num_groups]
     columns = max(len(groups), 5)
     figure = Figure(figsize=(2.1 * columns, 7.2), layout='constrained')
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     axes = figure.subplots(3, columns)
     for place in axes.flat:
         place.set_axis_off()

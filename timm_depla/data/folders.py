@@ -21,10 +21,7 @@ from timm.utils.misc import natural_key
 from timm_depla.errors import ConfigError, as_config_error
 from timm_depla.files import walk
 
-__all__ = [
-    'check_data', 'check_source', 'few', 'find_annotations', 'find_images', 'find_split', 'is_image', 'open_folder',
-    'write_once',
-]  # fmt: skip
+__all__ = ['check_data', 'check_source', 'few', 'find_annotations', 'find_images', 'find_split', 'open_folder']
 
 _logger = logging.getLogger(__name__)
 
@@ -56,10 +53,7 @@ def check_data(root: Path) -> None:
 
 
 def check_source(source: str) -> None:
-    """Refuse a stream address that webdataset would run as a command, pass to a shell or expand without end.
-
-    The error is a ConfigError.
-    """
+    """Refuse, by a ConfigError, a stream address that webdataset would run, pass to a shell or expand without end."""
     scheme = re.match(r'\s*([A-Za-z][\w+.-]+):', source)
     if scheme and scheme[1].lower() not in SCHEMES:
         known = ', '.join(f'{name}://' for name in SCHEMES)

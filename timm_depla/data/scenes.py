@@ -132,6 +132,8 @@ def main() -> None:
     parser.add_argument('folder', metavar='DIR', help='folder to write')
     args = parser.parse_args()
     try:
+        if any(Path(args.folder).glob('*')) and not Path(args.folder, 'annotations').is_dir():
+            raise ConfigError(f"'{args.folder}' holds something else, which would be replaced: name a new folder")
         print(scenes_folder(args.folder))
     except ConfigError as error:
         parser.error(str(error))

@@ -135,6 +135,13 @@ def test_digits_without_scikit_learn(error, monkeypatch, tmp_path):
         scenes.main()
 
 
+def test_scenes_replace_no_other_data(images, monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['scenes', str(images)])
+    with pytest.raises(SystemExit, match='2'):
+        scenes.main()
+    assert 'holds something else' in capsys.readouterr().err and len(list(images.rglob('*.png'))) > 1
+
+
 def test_diverging_loss(error, images, tmp_path):
     message = error('train.py', images, '--model', 'test_resnet_depla', '--batch-size', 2, *FAST, '--lr', 1e6,
                     '--warmup-epochs', 0, '--epochs', 20, '--output', tmp_path / 'out')  # fmt: skip
