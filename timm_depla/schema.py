@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Callable, Mapping, Optional
 
-__all__ = ['DETECTOR', 'NAMES', 'RUN', 'Kind', 'check', 'check_arguments', 'check_classifier', 'is_integer', 'shorten']
+__all__ = [
+    'DETECTOR',
+    'NAMES',
+    'RUN',
+    'TEXT',
+    'Kind',
+    'check',
+    'check_arguments',
+    'check_classifier',
+    'is_integer',
+    'shorten',
+]
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ side = _between(int, 1, 16384, 'a number of pixels from 1 to 16384')
 port = _between(int, 1, 65535, 'a port from 1 to 65535')
 channels = _between(int, 1, 4096, 'a number of channels from 1 to 4096')
 
-_TEXT = Kind('a text', lambda value: isinstance(value, str) and len(value) <= 1000)
+TEXT = Kind('a text', lambda value: isinstance(value, str) and len(value) <= 1000)
 _MAP = Kind('a map of names to values', lambda value: isinstance(value, dict))
 
 
@@ -111,13 +122,13 @@ def _one_of(*values: str) -> Kind:
     return Kind(f'one of {", ".join(values)}', lambda value: isinstance(value, str) and value in values)
 
 
-NAMES = _list_of(_TEXT, 'a list of names')
+NAMES = _list_of(TEXT, 'a list of names')
 _SIZE = Kind(
     'a list of channels, height and width',
     lambda value: _list_of(side, '', 3).holds(value) and channels.admits(value[0]),
 )
 _CONFIG = {
-    'architecture': _TEXT,
+    'architecture': TEXT,
     'num_classes': _either(classes),
     'label_names': _either(NAMES),
     'model_args': _either(_MAP),
@@ -140,7 +151,7 @@ _TEXTS = ('class_map', 'data_dir', 'dataset', 'eval_metric', 'gp', 'input_key', 
           'target_key', 'train_split', 'val_split')  # fmt: skip
 RUN = {
     **_PRETRAINED,
-    **dict.fromkeys(_TEXTS, _either(_TEXT)),
+    **dict.fromkeys(_TEXTS, Kind('a text', lambda value: value is None or isinstance(value, str))),
     'epochs': _either(epochs),
     'img_size': _either(side),
     'in_chans': _either(channels),
@@ -166,7 +177,7 @@ DETECTOR = {
     'trainable_backbone_layers': _either(whole),
     'backbone_kwargs': _either(_MAP),
     'depla': _either(_MAP),
-    'neck_norm': _either(_TEXT),
+    'neck_norm': _either(TEXT),
     **dict.fromkeys(_MOST, _either(_between(int, 1, 10**6, 'a whole number from 1 to 1000000'))),
     **dict.fromkeys(_SHARES, _either(share)),
 }
@@ -187,7 +198,7 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     if isinstance(value, (list, tuple, dict)):
         items = [*value, *value.values()] if isinstance(value, dict) else value
         return depth < 4 and len(value) <= 64 and all(_is_plain(item, depth + 1) for item in items)
-    return value is None or isinstance(value, bool) or _TEXT.admits(value) or finite.admits(value)
+    return value is None or isinstance(value, bool) or TEXT.admits(value) or finite.admits(value)
 
 
 def check_arguments(arguments: Mapping[str, Any], place: str, flags: Optional[Mapping[str, str]] = None) -> None:

@@ -230,8 +230,8 @@ def test_published_detector_fetches_nothing(model_args, message, tmp_path):
     [
         *((text, 'cannot be read') for text in ('[]', '{', '[' * 10_000, '\x00', '"a"')),
         (dict(library_name='timm', architecture='resnet18'), "holds no detector but 'resnet18'"),
-        (dict(library_name='timm_depla'), "'architecture' must be the name of a detector, not None"),
-        ({**CONFIG, 'architecture': 3}, "'architecture' must be the name of a detector, not 3"),
+        (dict(library_name='timm_depla'), "'architecture' must be a text, not None"),
+        ({**CONFIG, 'architecture': 3}, "'architecture' must be a text, not 3"),
         ({**CONFIG, 'num_classes': 'x'}, "'num_classes' must be"),
         ({**CONFIG, 'num_classes': 3}, 'class_names has 1 entries for 3 classes with background'),
         (CONFIG, r"are of another detector than its config.json with \['num_classes'\]"),

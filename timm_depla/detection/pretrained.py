@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torchvision.models.detection import FasterRCNN
 
 from timm_depla.files import SUMS, find_change, format_json, is_unvalidated, read_key, read_mapping, read_tensors
-from timm_depla.schema import DETECTOR, NAMES, Kind, check, check_arguments, is_integer, shorten
+from timm_depla.schema import DETECTOR, NAMES, TEXT, Kind, check, check_arguments, is_integer, shorten
 
 from .rcnn import create_detector
 
@@ -19,7 +19,7 @@ _LIBRARY = 'timm_depla'
 _FILES = ('config.json', 'model.safetensors')
 _ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError)
 _KEYS = {
-    'architecture': Kind('the name of a detector', lambda value: isinstance(value, str)),
+    'architecture': TEXT,
     'num_classes': DETECTOR['num_classes'],
     'model_args': Kind('a map of names to values', lambda value: isinstance(value, dict)),
     'class_names': NAMES,

@@ -6,7 +6,7 @@ from typing import Any, Dict, List
 
 from pycocotools import mask as coco_mask
 
-from timm_depla.schema import Kind, check, is_integer, shorten
+from timm_depla.schema import TEXT, Kind, check, is_integer, shorten
 
 __all__ = ['check_coco']
 
@@ -63,7 +63,7 @@ KEYS: Dict[str, Dict[str, Kind]] = {
         'height': _SIDE,
         'width': _SIDE,
     },
-    'categories': {'id': _ID, 'name': Kind('a name', lambda value: isinstance(value, str))},
+    'categories': {'id': _ID, 'name': TEXT},
     'annotations': {
         'id': _ID,
         'image_id': _ID,

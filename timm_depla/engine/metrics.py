@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from timm_depla.errors import ConfigError, as_config_error
+from timm_depla.errors import as_config_error
 from timm_depla.files import check_writable, write_file
 
 PLAIN = 'plain_'  # before the names of the metrics of the weights without averaging
@@ -58,7 +58,5 @@ def check_results(path: str) -> None:
 
 def write_results(path: str, text: str) -> None:
     """Write a `--results-file`, or raise a ConfigError."""
-    try:
+    with as_config_error(f"cannot write --results-file '{path}': ", OSError):
         write_file(Path(path), text.encode())
-    except OSError as error:
-        raise ConfigError(f"cannot write --results-file '{path}': {error.strerror or error}") from error

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 import torch.nn as nn
 from timm.task import TrainingTask
 
-from timm_depla.errors import ConfigError, DivergedError
+from timm_depla.errors import ConfigError, DivergedError, as_config_error
 from timm_depla.files import read_tensors
 
 from .checkpoint import position, read_state, to_cpu
@@ -141,7 +141,8 @@ class Run:
         ConfigError if the data differ, or the training does and `--resume-with-changes` is not given.
         """
         options = [{k: v for k, v in group.items() if k != 'params'} for group in self.state.optimizer.param_groups]
-        try:
+        kinds = ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+        with as_config_error(f"cannot resume from '{checkpoint}': ", *kinds):
             state, weights = read_state(checkpoint), read_tensors(checkpoint / 'model.safetensors')
             changes = self._find_changes(checkpoint, state)
             if self.args.no_resume_opt:
@@ -152,10 +153,6 @@ class Run:
             if (self.state.epoch, self.state.step) != position(checkpoint):
                 raise ValueError('its state is of another position')
             sum((value for row in self.state.history for value in row.values()), 0.0)  # each must be a number
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"cannot resume from '{checkpoint}': {error}") from error
         if changes:
             _logger.warning('resuming with changes: %s', '; '.join(changes))
             for group, option in zip(self.state.optimizer.param_groups, options, strict=False):

@@ -13,7 +13,7 @@ from timm.data import ImageDataset, create_dataset
 from timm.utils.misc import natural_key
 
 from timm_depla.data import UNREADABLE, check_data, check_source, few, find_split, inspect_images, open_folder
-from timm_depla.errors import ConfigError
+from timm_depla.errors import ConfigError, as_config_error, require
 from timm_depla.files import MODES, escape, walk
 
 from ..batches import max_unreadable
@@ -78,6 +78,8 @@ def open_split(args: Namespace, split: str, is_training: bool = False, epoch: in
         options['class_map'] = args.class_map
     if args.dataset_download:
         options['download'] = True
+    if kind in ('wds', 'hfds', 'hfids'):
+        require('webdataset' if kind == 'wds' else 'datasets', 'stream')
     if kind in ('hfds', 'hfids'):
         options['trust_remote_code'] = args.dataset_trust_remote_code
     if kind == 'hfds' or _is_stream(args):
@@ -86,24 +88,18 @@ def open_split(args: Namespace, split: str, is_training: bool = False, epoch: in
         number = args.train_num_samples if is_training else args.val_num_samples
         options.update(num_samples=number, seed=args.seed + epoch, batch_size=args.batch_size, is_training=is_training)
         options['repeats'] = getattr(args, 'epoch_repeats', 0)
-    root = args.data_dir
-    try:
+    root = _split_path(args, split) if _has_folders(args) else args.data_dir
+    kinds = AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError
+    with as_config_error(f"cannot open the split '{split}' of '{args.dataset or root}': ", *kinds):
         if not _has_folders(args):
             if os.path.isdir(root or ''):
                 next(walk(root))  # a stream reads no folders below
             return create_dataset(args.dataset, root=root, split=split, **options)
-        root = _split_path(args, split)
         if not kind and root.is_dir():
             fraction = args.val_fraction if split != '.' else 0
             return open_folder(root, fraction=fraction or 0, part=split == args.val_split, **options)
         check_data(root)
         return create_dataset(args.dataset, root=str(root), split=split, search_split=False, **options)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f'data set \'{args.dataset}\': {error}; pip install "timm-depla[stream]"') from error
-    except ConfigError:
-        raise
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"cannot open the split '{split}' of '{args.dataset or root}': {error}") from error
 
 
 def _count_samples(args: Namespace, split: str) -> int:

@@ -17,7 +17,7 @@ from timm_depla.data.scenes import scenes_folder
 from timm_depla.detection import create_detector, detector_config
 from timm_depla.detection.coco import METRICS, CocoDetection
 from timm_depla.detection.rcnn import split_name
-from timm_depla.errors import ConfigError
+from timm_depla.errors import ConfigError, as_config_error
 from timm_depla.files import list_digest
 from timm_depla.loading import create_model, load_weights, pretrained_file
 from timm_depla.models.cost import count_cost
@@ -98,15 +98,14 @@ def build_model(args: Namespace, dataset: CocoDetection, world: World, is_fresh:
     options = {name: getattr(args, name) for name in ('trainable_backbone_layers', 'backbone_norm')}
     options.update(num_classes=len(dataset.category_ids) + 1, pretrained_backbone=bool(is_pretrained))
     kwargs = dict(args.model_kwargs)
-    try:
+    kinds = AssertionError, OSError, RuntimeError, TypeError, ValueError
+    with as_config_error(f"cannot create detector '{args.model}': ", *kinds):
         if args.pretrained_path and is_fresh:
             overlay, given = pretrained_file(args), kwargs.get('backbone_kwargs', {})
             classifier = create_model(split_name(args.model)[1], **given)
             _logger.info('%s: %s', overlay['file'], load_weights(classifier, overlay['file']))
             kwargs['backbone_kwargs'] = dict(given, pretrained_cfg_overlay=overlay)
         model = create_detector(args.model, **options, **kwargs)
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"cannot create detector '{args.model}': {error}") from error
     if args.initial_checkpoint and is_fresh:
         _logger.info('%s: %s', args.initial_checkpoint, load_weights(model, args.initial_checkpoint, _HEADS))
     if args.grad_checkpointing:
