@@ -7,17 +7,9 @@ from numbers import Integral, Real
 from typing import Any, Callable, Mapping, Optional
 
 __all__ = [
-    'DETECTOR',
-    'NAMES',
-    'RUN',
-    'TEXT',
-    'Kind',
-    'check',
-    'check_arguments',
-    'check_classifier',
-    'is_integer',
-    'shorten',
-]
+    'DETECTOR', 'IMAGE_MODES', 'NAMES', 'RUN', 'TEXT', 'Kind', 'check', 'check_arguments', 'check_classifier',
+    'is_integer', 'shorten',
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
