@@ -42,7 +42,8 @@ def resume(folder, *argv):
 @pytest.mark.parametrize(
     'name',
     ['.args.yaml.part', '.summary.csv.part', '.holder.part', '.curves.png.part', 'log.txt', '.lock', 'args.yaml',
-     'best', 'last', 'tensorboard', 'checkpoints', 'checkpoints/0009-000000', 'checkpoints/0001-000000/record.json'],
+     'best', 'last', 'tensorboard', 'wandb', 'checkpoints', 'checkpoints/0009-000000',
+     'checkpoints/0001-000000/record.json'],
 )  # fmt: skip
 @pytest.mark.parametrize('how', ['link', 'loop', 'pipe'])
 def test_link_or_pipe_in_a_run_is_refused_by_name(name, how, shared):
@@ -50,7 +51,7 @@ def test_link_or_pipe_in_a_run_is_refused_by_name(name, how, shared):
     path = shared / name
     shutil.move(path, shared.parent / 'moved') if path.exists() and not path.is_symlink() else None
     path.unlink(missing_ok=True)
-    is_folder = name in ('checkpoints', 'tensorboard')
+    is_folder = name in ('checkpoints', 'tensorboard', 'wandb')
     if how == 'pipe':
         os.mkfifo(path)
     else:
@@ -270,11 +271,11 @@ def test_control_characters_are_shown(tmp_path, monkeypatch):
     for place in (data / split / label for split in ('train', 'validation') for label in 'ab'):
         place.mkdir(parents=True)
         shutil.copy(next((digits_folder() / 'train' / '1').iterdir()), place)
-    (data / 'train' / 'a' / 'x\n\x1b[31m.png').write_bytes(b'no image')
+    (data / 'train' / 'a' / 'x\n  \x1b[31m.png').write_bytes(b'no image')
     argv = [data, '--recipe', 'digits', '--batch-size', 2, '--epochs', 1, '--warmup-epochs', 0]
     result = run('train.py', *argv, '--output', tmp_path / 'out')
     shown = result.stdout + result.stderr + ''.join(path.read_text() for path in (tmp_path / 'out').rglob('log.txt'))
-    assert r'x\n\x1b[31m.png' in shown and '\x1b[31m' not in shown
+    assert r'x\n  \x1b[31m.png' in shown and '\x1b[31m' not in shown
     monkeypatch.setattr(logging, '_logRecordFactory', logging.LogRecord)
     _escape_names()
     record = logging.getLogRecordFactory()('timm', 20, '', 1, 'a\x1b %s', ('b\x1b',), None)

@@ -39,7 +39,7 @@ def _escape_names() -> None:
 
     def create_escaped(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = create(*args, **kwargs)
-        record.msg = escape(str(record.msg))
+        record.msg = escape(str(record.msg), is_list=True)
         if isinstance(record.args, tuple):
             record.args = tuple(a if isinstance(a, (int, float)) else escape(str(a)) for a in record.args)
         return record
@@ -63,7 +63,7 @@ def run_command(name: str, main: Any) -> None:
         if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
             named = f'{shorten(error.filename)}: {error.strerror}' if isinstance(error, OSError) else str(error)
             rank = os.environ.get('RANK')
-            sys.exit(f'{name}{f" (rank {rank})" if rank else ""}: error: {escape(named)}')
+            sys.exit(f'{name}{f" (rank {rank})" if rank else ""}: error: {escape(named, is_list=True)}')
         with tempfile.NamedTemporaryFile('w', prefix=f'{name.replace(" ", "-")}-', suffix='.log', delete=False) as file:
             traceback.print_exc(file=file)
         first = (str(error).strip().splitlines() or [''])[0]

@@ -31,9 +31,11 @@ MAX_DEPTH = 8  # of YAML: a recipe has three levels
 _FLAGS = sum(getattr(os, name, 0) for name in ('O_BINARY', 'O_NOFOLLOW', 'O_NONBLOCK'))  # of those that the system has
 
 
-def escape(text: str) -> str:
+def escape(text: str, is_list: bool = False) -> str:
     """The text with its control characters written as in a Python string, but for breaks before lines of a list."""
-    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text).replace('\\n  ', '\n  ')
+    if is_list:
+        return '\n  '.join(map(escape, text.split('\n  ')))
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def open_regular(path: Path) -> BinaryIO:

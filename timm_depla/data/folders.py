@@ -19,7 +19,7 @@ from timm.data.readers.img_extensions import is_img_extension
 from timm.utils.misc import natural_key
 
 from timm_depla.errors import ConfigError, as_config_error
-from timm_depla.files import walk
+from timm_depla.files import escape, walk
 
 __all__ = ['check_data', 'check_source', 'few', 'find_annotations', 'find_images', 'find_split', 'open_folder']
 
@@ -71,7 +71,7 @@ def few(names: Iterable[str], count: int = 5) -> str:
     """The first names, quoted, and how many more there are."""
     names = list(names)
     more = f' and {len(names) - count} more' if len(names) > count else ''
-    return ', '.join(f"'{name}'" for name in names[:count]) + more
+    return ', '.join(f"'{escape(name)}'" for name in names[:count]) + more
 
 
 def _find_name(split: str, names: Iterable[str]) -> Optional[str]:

@@ -178,7 +178,7 @@ def _logged_to(file: BinaryIO) -> Iterator[None]:
         yield
     except BaseException as error:
         with suppress(OSError):
-            handler.stream.write(f'{type(error).__name__}: {escape(str(error))}\n')
+            handler.stream.write(f'{type(error).__name__}: {escape(str(error), is_list=True)}\n')
         raise
     finally:
         logging.getLogger().removeHandler(handler)

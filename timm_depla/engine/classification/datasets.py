@@ -194,7 +194,7 @@ def check_images(args: Namespace, world: World, *datasets: Any) -> None:
             listed = ''.join(f'\n  {escape(name)}' for name in sorted(names, key=natural_key))
             if kind == UNREADABLE and len(names) > max_unreadable(len(samples)):
                 raise ConfigError(f'{text}; replace or remove them:{listed}')
-            _logger.info('%s:%s', text, listed)
+            _logger.info(f'{text}:{listed}')
 
 
 def count_classes(args: Namespace, dataset: Any) -> int:
