@@ -86,7 +86,7 @@ def call(verb: str, *argv: Any) -> None:
 
 def _flags(parser: argparse.ArgumentParser, draw: random.Random) -> Tuple[List[str], bool]:
     """Draw a few flags with values; also returns whether a numeric flag has an invalid number."""
-    left_out = ('help', 'output', 'experiment', 'device')
+    left_out = ('help', 'output', 'experiment', 'results_file', 'device')  # of these, three write where they say
     actions = [action for action in parser._actions if action.option_strings and action.dest not in left_out]
     words, is_nonsense = [], False
     for action in draw.sample(actions, draw.randint(1, 3)):
