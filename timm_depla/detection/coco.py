@@ -89,7 +89,7 @@ class CocoDetection(torch.utils.data.Dataset):
     def _check(self) -> None:
         """Raise ValueError for missing images and references, and warn of boxes without area, which are left out."""
         names = [image['file_name'] for image in self.coco.imgs.values()]
-        if missing := [name for name in names if not (self.folder / name).is_file()]:
+        if missing := [name for name in names if not os.path.isfile(self.folder / name)]:
             raise ValueError(f"{len(missing)} images are not in '{self.folder}': {_some(missing)}")
         for a in self.coco.anns.values():
             if a['image_id'] not in self.coco.imgs:

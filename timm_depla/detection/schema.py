@@ -48,7 +48,7 @@ def _is_box(value: Any) -> bool:
 
 
 def _is_file_name(value: Any) -> bool:
-    is_text = isinstance(value, str) and value and '\0' not in value
+    is_text = TEXT.admits(value) and value and '\0' not in value
     return bool(is_text) and not PurePosixPath(value).is_absolute() and '..' not in PurePosixPath(value).parts
 
 
