@@ -145,5 +145,5 @@ VARIANTS: Dict[str, Variant] = {
     'fishnet': Variant('FishNet', FISHNET, NORM),
     'fishnet-long': Variant('FishNet, 12 epochs', FISHNET, NORM, 'fishnet', ('--epochs', '12', '--val-interval', '12')),
     'fishnet-depla': Variant('FishNet-DEPLA', FISHNET_DEPLA, NORM),
-    'fishnet-mean': Variant('control', FISHNET_DEPLA, {**NORM, 'backbone_kwargs': MEAN}, 'fishnet-depla'),
+    'fishnet-mean': Variant('control (T = 1000)', FISHNET_DEPLA, {**NORM, 'backbone_kwargs': MEAN}, 'fishnet-depla'),
 }
