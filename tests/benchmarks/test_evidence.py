@@ -179,8 +179,8 @@ def test_tables(small, monkeypatch):
     found = report.difference('same', 'depla', 'base')
     assert (found.mean, found.half) == pytest.approx((3.0, 1.401), abs=1e-3)
     claims = [(name, 'base') for name in ('depla', 'se', 'gc', 'nl')]
-    for name, title, some in (('claims', 'Partly run', claims), ('parts', 'Whole', claims[:3])):
-        monkeypatch.setitem(report.TABLES, name, report.Table('same', title, some))
+    for name, title, count in (('claims', 'Partly run', 4), ('parts', 'Whole', 3), ('far', 'Far', 1)):
+        monkeypatch.setitem(report.TABLES, name, report.Table('same', title, claims[:count]))
     assert report.compare('claims').splitlines()[2:] == [
         '| DEPLA over base | +3.00 ± 1.40 | 0.0011 | **gains** |',
         '| SE over base | -3.00 ± 1.40 | 0.0011 | **costs** |',
@@ -192,17 +192,17 @@ def test_tables(small, monkeypatch):
         '| FPN-DEPLA, T = 0.5 over FPN | not run yet |  |  | +1.1 |',
         '| FPN-DEPLA, T = 1.0 over FPN | +10.00 ± 2.31 | < 0.001 | **gains** | +1.0 |',
     ]
-    for name in report.PAGES:
-        (small / name).write_text('<!-- networks -->\n\n<!-- end -->')
+    for name, marks in zip(report.PAGES, (('networks', 'claims', 'parts'), ('far',), ()), strict=True):
+        (small / name).write_text(''.join(f'<!-- {mark} -->\n\n<!-- end -->\n' for mark in marks))
     monkeypatch.setattr(report, 'DOCS', small)
     report.write()
     once = (small / 'evidence.md').read_text()
     report.write()
-    assert (small / 'evidence.md').read_text() == once and once.count('<!-- end -->') == 1
+    assert (small / 'evidence.md').read_text() == once and once.count('<!-- end -->') == 3
     assert '0.729: 90.73, 2.187: 92.19 | 2.187 | 87.00 ± 1.07 | 85.00 86.00 ' in once
     assert '| scenes | FPN |  | 0.009: 50.00, 0.027: 60.00, 0.081: 65.00, 0.243: 55.00 | 0.081 |' in once
     plot = (small / 'evidence.svg').read_text()
-    assert 'Whole' in plot and 'Partly run' not in plot
+    assert [title in plot for title in ('Whole', 'Partly run', 'Far')] == [True, False, False]
 
 
 def test_holm():
