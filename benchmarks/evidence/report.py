@@ -33,7 +33,9 @@ class Table(NamedTuple):
 
 
 _FPN = [('fpn_temperature', ['fpn_depla', t], 'fpn', 'box_ap') for t in (0.2, 0.5, 1.0)]
-_FISHNET = ('coco_backbones', 'fishnet150_depla', 'fishnet150', 'mask_rcnn_box_ap_s_m_l')
+_FISHNET = [
+    ('coco_backbones', 'fishnet150_depla', 'fishnet150', f'mask_rcnn_{kind}_ap_s_m_l') for kind in ('box', 'mask')
+]
 _KNOWN = [(name, 'base') for name in ('se', 'gc', 'cbam', 'nl')]  # modules that gain on ImageNet
 _INSERTED = [(name, 'lite0') for name in INSTRUMENTS['lite0-fashion'].variants[1:]] + [
     (name, 'lite0-control') for name in ('lite0-depla', 'lite0-adaptive')
@@ -56,6 +58,7 @@ TABLES = {
         'Digits in scenes: box AP',
         [('fishnet-long', 'fishnet'), ('fishnet-depla', 'fishnet'), ('fishnet-depla', 'fishnet', 'mask_AP')]
         + [('fishnet-depla', 'fishnet-mean')],
+        [None, *_FISHNET, None],
     ),
     'calibration': Table('fashion', 'Fashion-MNIST, known modules: top-1', _KNOWN),
     'claims': Table(
@@ -75,7 +78,7 @@ TABLES = {
             ('backbone-fishnet-depla', 'backbone-fishnet'),
             ('backbone-fishnet-depla-norm', 'backbone-fishnet-norm'),
         ],
-        [*_FPN, None, _FISHNET, None],
+        [*_FPN, None, _FISHNET[0], None],
     ),
     'relations': Table(
         'same',
