@@ -83,7 +83,7 @@ def test_numbers_of_the_readme():
     results = [(re.search(r'\(Table (\d)\)', row[0]), row[2:4]) for row in rows]
     assert {table[1] for table, _ in results if table} == set(tables)
     assert all(value in tables[table[1]] for table, values in results if table for value in values)
-    pages = ''.join((ROOT / 'docs' / page).read_text() for page in ('evidence.md', 'benchmarks.md'))
+    pages = ''.join((ROOT / 'docs' / page).read_text() for page in ('evidence.md', 'protocol.md', 'benchmarks.md'))
     differences = re.findall(r'[+-]\d\S+ (?:± [\d.]+|\([+-].*? to .*?\))', text)
     assert differences and [difference for difference in differences if difference not in pages] == []
 
